@@ -1,0 +1,279 @@
+"""Every setting of a run: frozen, keyword-only dataclasses, and the checks that need one section only.
+
+`RunConfig` nests the sections. Checks across sections (does tp divide n_heads?) live in `megagpt/plan`.
+The comment behind a field is its `--help` text. No torch here: a wrong flag is reported in a moment.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict
+from tyro.conf import arg
+
+from megagpt.errors import UserError
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def require(ok: bool, got: str, wanted: str, remedy: str) -> None:
+    """Raise `UserError` "got: wanted; remedy" unless ok."""
+    if not ok:
+        raise UserError(f"{got} {wanted}; {remedy}")
+
+
+def _positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, f"{section}.{name}={value}", "must be positive", f"set --{section}.{name.replace('_', '-')} to 1 or more" if isinstance(value, int) else "use a number above 0")
+
+
+def _fraction(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0.0 <= value < 1.0, f"{section}.{name}={value}", "must be at least 0 and below 1", "0.1 is GPT-2's dropout; 0 turns it off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture."""
+
+    __pydantic_config__ = _STRICT
+
+    n_layers: int = 4
+    """Transformer blocks."""
+    d_model: int = 256
+    """Width of the residual stream."""
+    n_heads: int = 4
+    """Attention heads."""
+    d_head: int | None = None
+    """Width of one head; default d_model / n_heads."""
+    d_ff: int | None = None
+    """Width of the MLP; default 4 * d_model."""
+    seq_len: Annotated[int, arg(aliases=["--seq-len"])] = 256
+    """Context length in tokens, and the length of a training sample."""
+    vocab_size: int | None = None
+    """Tokens of the vocabulary; default the tokenizer's. Padding for tp is added by itself."""
+    position: Literal["learned", "none"] = "learned"
+    """Position information: learned absolute embeddings (GPT-2), or none."""
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    """MLP activation: GPT-2's tanh form, or the exact GELU."""
+    tied_embeddings: bool = True
+    """Use the token embedding as output matrix too."""
+    dropout_embedding: float = 0.0
+    """Dropout on the embeddings."""
+    dropout_attention: float = 0.0
+    """Dropout on the attention probabilities."""
+    dropout_residual: float = 0.0
+    """Dropout on what each sub-block adds to the residual stream."""
+    norm_eps: float = 1e-5
+    """Epsilon of the LayerNorms."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; residual projections get init_std / sqrt(2 * n_layers) (GPT-2)."""
+
+    def __post_init__(self) -> None:
+        _positive("model", self, "n_layers", "d_model", "n_heads", "d_head", "d_ff", "seq_len", "vocab_size", "norm_eps", "init_std")
+        _fraction("model", self, "dropout_embedding", "dropout_attention", "dropout_residual")
+        require(
+            self.d_head is not None or self.d_model % self.n_heads == 0,
+            f"model.d_model={self.d_model} with model.n_heads={self.n_heads}",
+            "must divide evenly",
+            f"try n_heads in {divisors(self.d_model)[:12]}, or set d_head",
+        )
+
+    @property
+    def head_width(self) -> int:
+        """d_head, resolved."""
+        return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def ff_width(self) -> int:
+        """d_ff, resolved."""
+        return self.d_ff or 4 * self.d_model
+
+    @property
+    def vocab(self) -> int:
+        """vocab_size, once the tokenizer has set it."""
+        if self.vocab_size is None:
+            raise UserError("model.vocab_size is not known yet; set it, or give a tokenizer")
+        return self.vocab_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the run is spread over processes. dp is what remains: world size / (tp * pp)."""
+
+    __pydantic_config__ = _STRICT
+
+    tp: Annotated[int, arg(aliases=["--tp"])] = 1
+    """Tensor parallel size: processes that share every layer."""
+    pp: Annotated[int, arg(aliases=["--pp"])] = 1
+    """Pipeline parallel size: stages of consecutive layers."""
+    partition: str = "flops"
+    """How layers become stages: flops | parameters | uniform | explicit block counts such as 3,4,4,3."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], arg(aliases=["--zero-stage"])] = 1
+    """DeepSpeed ZeRO: shard 1 optimizer states, 2 also gradients, 3 also parameters (2 and 3 need pp=1)."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in host memory and step there (needs zero_stage >= 1 and pp=1)."""
+    recompute: bool = False
+    """Recompute each block in the backward pass instead of storing its activations."""
+
+    def __post_init__(self) -> None:
+        _positive("parallel", self, "tp", "pp")
+        require(
+            not (self.pp > 1 and self.zero_stage > 1),
+            f"parallel.zero_stage={self.zero_stage} with parallel.pp={self.pp}",
+            "cannot be combined (a pipeline keeps gradients over micro-batches)",
+            "use --zero-stage 1, or --pp 1",
+        )
+        require(
+            not self.offload_optimizer or (self.pp == 1 and self.zero_stage >= 1),
+            f"parallel.offload_optimizer with pp={self.pp}, zero_stage={self.zero_stage}",
+            "needs pp=1 and zero_stage of at least 1",
+            "drop --parallel.offload-optimizer, or use --pp 1 --zero-stage 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read."""
+
+    __pydantic_config__ = _STRICT
+
+    data_path: Annotated[tuple[str, ...], arg(aliases=["--data-path"])] = ()
+    """Prefix of an indexed dataset, or a blend "0.7 A 0.3 B". Default: the Python standard library as a corpus."""
+    split: Annotated[str, arg(aliases=["--split"])] = "949,50,1"
+    """Shares of documents for train, validation, test."""
+    cache_dir: str | None = None
+    """Where the default corpus, tokenizers and sample maps are kept; default $XDG_CACHE_HOME/megagpt."""
+    tokenizer: Annotated[Literal["gpt2", "sentencepiece", "hf", "bytes"] | None, arg(aliases=["--tokenizer"])] = None
+    """Kind of the tokenizer; default: the one recorded beside the data."""
+    tokenizer_model: Annotated[str | None, arg(aliases=["--tokenizer-model"])] = None
+    """Model file of a sentencepiece or hf tokenizer."""
+    vocab_file: Annotated[str | None, arg(aliases=["--vocab-file"])] = None
+    """vocab.json of the gpt2 tokenizer."""
+    merge_file: Annotated[str | None, arg(aliases=["--merge-file"])] = None
+    """merges.txt of the gpt2 tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its schedule, and clipping."""
+
+    __pydantic_config__ = _STRICT
+
+    lr: Annotated[float, arg(aliases=["--lr"])] = 1e-3
+    """Peak learning rate."""
+    min_lr_fraction: float = 0.1
+    """The cosine ends at this share of the peak."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up from 0."""
+    decay_steps: int | None = None
+    """Step at which the cosine ends; default train.train_steps."""
+    beta1: float = 0.9
+    """Adam's first decay rate."""
+    beta2: float = 0.95
+    """Adam's second decay rate."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; none on biases and norms."""
+    clip: float = 1.0
+    """Clip gradients to this global norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        _positive("optim", self, "lr", "eps", "decay_steps")
+        _fraction("optim", self, "beta1", "beta2")
+        for name in ("weight_decay", "clip", "warmup_steps", "min_lr_fraction"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value >= 0, f"optim.{name}={value}", "must not be negative", "0 turns it off")
+        require(self.min_lr_fraction <= 1, f"optim.min_lr_fraction={self.min_lr_fraction}", "must be at most 1", "0.1 is usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Steps, batches, precision, seeds, and the engine's own file."""
+
+    __pydantic_config__ = _STRICT
+
+    train_steps: Annotated[int, arg(aliases=["--train-steps"])] = 300
+    """Optimizer steps of the whole run."""
+    micro_batch_size: Annotated[int, arg(aliases=["--micro-batch-size"])] = 4
+    """Sequences that one process handles at a time."""
+    global_batch_size: Annotated[int, arg(aliases=["--global-batch-size"])] = 16
+    """Sequences in one optimizer step, over all processes."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], arg(aliases=["--precision"])] = "fp32"
+    """Number format of weights and activations; optimizer states stay fp32."""
+    seed: Annotated[int, arg(aliases=["--seed"])] = 1234
+    """Seed of weights, dropout and data order."""
+    deepspeed_config: Annotated[str | None, arg(aliases=["--deepspeed_config", "--deepspeed-config"])] = None
+    """A DeepSpeed JSON for whatever megagpt does not own."""
+
+    def __post_init__(self) -> None:
+        _positive("train", self, "train_steps", "micro_batch_size", "global_batch_size")
+        require(0 <= self.seed < 2**32, f"train.seed={self.seed}", "must be between 0 and 2^32 - 1", "1234 is the default")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is shown, measured and kept, and how often."""
+
+    __pydantic_config__ = _STRICT
+
+    save: Annotated[str | None, arg(aliases=["--save"])] = None
+    """Run folder: checkpoints, metrics.jsonl, TensorBoard, loss curve. Default: a new folder under runs/."""
+    load: Annotated[str | None, arg(aliases=["--load"])] = None
+    """Run folder or checkpoint folder to go on from."""
+    save_interval: Annotated[int | None, arg(aliases=["--save-interval"])] = None
+    """Steps between checkpoints; default only at the end."""
+    log_interval: Annotated[int, arg(aliases=["--log-interval"])] = 1
+    """Steps between log lines."""
+    eval_interval: Annotated[int, arg(aliases=["--eval-interval"])] = 100
+    """Steps between validations; one more comes at the end."""
+    eval_steps: Annotated[int, arg(aliases=["--eval-steps"])] = 5
+    """Global batches of one validation; 0 turns validation off."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (extra: pip install megagpt[wandb])."""
+
+    def __post_init__(self) -> None:
+        _positive("log", self, "save_interval", "log_interval", "eval_interval")
+        require(self.eval_steps >= 0, f"log.eval_steps={self.eval_steps}", "must not be negative", "0 turns validation off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    """Switches that help to find what is wrong."""
+
+    __pydantic_config__ = _STRICT
+
+    overfit_one_batch: bool = False
+    """Train on the first batch again and again: the loss must go to 0."""
+    check_ranks: bool = False
+    """After each step, check that what must be equal across ranks is equal."""
+    detect_nan: bool = False
+    """Stop at the first module that produces a NaN or Inf, and name it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    __pydantic_config__ = _STRICT
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of n, ascending: what an error message offers."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+SECTIONS = tuple(f.name for f in fields(RunConfig))

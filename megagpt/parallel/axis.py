@@ -1,0 +1,23 @@
+"""One axis of the process mesh, as a layer sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The processes that differ only in one mesh coordinate.
+
+    group: their process group, or None for an axis of size 1, whose collectives are identities.
+    rank: this process's coordinate on the axis.  size: number of processes on it.
+    """
+
+    group: ProcessGroup | None
+    rank: int
+    size: int
+
+
+SINGLE = Axis(group=None, rank=0, size=1)
