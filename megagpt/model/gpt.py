@@ -1,0 +1,117 @@
+"""The model: an ordered list of layers, which one process holds whole or pipeline stages share out.
+
+Shapes: B batch, T time, D model, V this rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.config import ModelConfig
+from megagpt.model.block import Block
+from megagpt.model.dropout import EMBEDDING_SITE, Dropout
+from megagpt.model.norm import LayerNorm
+from megagpt.parallel.axis import Axis
+from megagpt.parallel.embedding import VocabParallelEmbedding, vocab_parallel_logits
+from megagpt.parallel.loss import vocab_parallel_cross_entropy
+from megagpt.parallel.parameter import NamedNormal, part_of, replicated
+
+
+class Embedding(nn.Module):
+    """Token embedding plus learned positions.
+
+    Shapes: (tokens_BT, sample_ids_B) → (x_BTD, sample_ids_B).  Comm: forward all-reduce of x over the model axis.
+    """
+
+    def __init__(self, config: ModelConfig, axis: Axis, seed: int) -> None:
+        super().__init__()
+        draw = NamedNormal(seed, "embedding.tokens", config.init_std)
+        self.tokens = VocabParallelEmbedding(config.vocab, config.d_model, axis, draw)
+        if config.position == "learned":
+            draw = NamedNormal(seed, "embedding", config.init_std)
+            self.positions = replicated(draw("positions", (config.seq_len, config.d_model)))
+        else:
+            self.positions = None
+        self.dropout = Dropout(config.dropout_embedding, seed, EMBEDDING_SITE)
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        tokens_BT, sample_ids_B = inputs
+        x_BTD = self.tokens(tokens_BT)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions[: tokens_BT.shape[1]]
+        return self.dropout(x_BTD, sample_ids_B), sample_ids_B
+
+
+class Head(nn.Module):
+    """Final norm and the output matrix.
+
+    Shapes: (x_BTD, sample_ids_B) → logits_BTV, this rank's columns.  Comm: backward all-reduce over the model axis.
+    `tokens` is the embedding whose weight is used: the embedding's own one where it is at hand (tied, one stage), a
+    copy that the pipeline keeps equal (tied, several stages), or the head's own matrix (not tied).
+    """
+
+    def __init__(self, config: ModelConfig, axis: Axis, seed: int, tokens: VocabParallelEmbedding | None = None) -> None:
+        super().__init__()
+        self.axis = axis
+        self.norm = LayerNorm(config.d_model, config.norm_eps, NamedNormal(seed, "head.norm"))
+        name = "embedding.tokens" if config.tied_embeddings else "head.tokens"
+        draw = NamedNormal(seed, name, config.init_std)
+        self.tokens = tokens or VocabParallelEmbedding(config.vocab, config.d_model, axis, draw)
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
+        x_BTD, _ = inputs
+        return vocab_parallel_logits(self.norm(x_BTD), self.tokens.weight, self.axis)
+
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per token: a scalar, equal on every rank of the model axis."""
+        part = part_of(self.tokens.weight)
+        return vocab_parallel_cross_entropy(logits_BTV, labels_BT, part, self.axis).mean()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One entry of the layer list: its canonical name, and how to build it (so that a stage builds only its own)."""
+
+    name: str
+    build: Callable[[], nn.Module]
+
+
+def layer_list(config: ModelConfig, axis: Axis, seed: int, recompute: bool = False) -> list[Layer]:
+    """The whole model in order: embedding, blocks.0 …, head."""
+    blocks = [
+        Layer(f"blocks.{i}", partial(Block, config, i, axis, seed, recompute)) for i in range(config.n_layers)
+    ]
+    return [
+        Layer("embedding", partial(Embedding, config, axis, seed)),
+        *blocks,
+        Layer("head", partial(Head, config, axis, seed)),
+    ]
+
+
+class GPT(nn.Module):
+    """The layer list in one module: what a run without pipeline stages, evaluation and generation use.
+
+    Shapes: forward(tokens_BT, sample_ids_B) → logits_BTV; with labels_BT → mean loss, a scalar.
+    """
+
+    def __init__(self, config: ModelConfig, axis: Axis, seed: int = 0, recompute: bool = False) -> None:
+        super().__init__()
+        self.embedding = Embedding(config, axis, seed)
+        self.blocks = nn.ModuleList(Block(config, i, axis, seed, recompute) for i in range(config.n_layers))
+        self.head = Head(config, axis, seed, tokens=self.embedding.tokens if config.tied_embeddings else None)
+
+    def forward(
+        self, tokens_BT: Tensor, sample_ids_B: Tensor | None = None, labels_BT: Tensor | None = None
+    ) -> Tensor:
+        if sample_ids_B is None:  # only dropout looks at them
+            sample_ids_B = torch.zeros(len(tokens_BT), dtype=torch.int64, device=tokens_BT.device)
+        x = self.embedding((tokens_BT, sample_ids_B))
+        for block in self.blocks:
+            x = block(x)
+        logits_BTV = self.head(x)
+        return logits_BTV if labels_BT is None else self.head.loss(logits_BTV, labels_BT)

@@ -1,0 +1,75 @@
+"""Dropout that does not depend on the layout: the mask is a function of what an element is, not of who computes it.
+
+Element e of sample s at a dropout site of the model is kept iff word e % 4 of
+Philox4x32-10(counter = (e // 4, s), key = (seed, site)) is at least p * 2^32. Sample positions are unique over a run,
+so no step is needed; the mask is recomputed in the backward pass, never stored, and the same on every device.
+
+Source: Srivastava et al. 2014 (dropout); Salmon et al. 2011 (Philox).
+Shapes: B samples, * any, F elements of one sample, N blocks of four.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megagpt.ops.library import LIBRARY
+
+LIBRARY.define("dropout(Tensor x, Tensor sample_ids, float p, int seed, int site, int offset) -> Tensor")
+
+
+def dropout(x: Tensor, sample_ids_B: Tensor, *, p: float, seed: int, site: int, offset: int = 0) -> Tensor:
+    """Zero elements of x with probability p and scale the rest by 1 / (1 - p).
+
+    Shapes: x (B, *), sample_ids_B (B,) int64 → (B, *).
+    x[b] flattened is the part of sample b's logical tensor that begins at element `offset`: a shard of heads or of the
+    sequence passes its own offset and draws exactly its part of the whole mask.
+    """
+    return torch.ops.megagpt.dropout(x, sample_ids_B, p, seed, site, offset)
+
+
+def philox_reference(counter_lo: Tensor, counter_hi: Tensor, key: tuple[int, int]) -> list[Tensor]:
+    """Four uint32 words (as int64 tensors) of Philox4x32-10 for 64-bit counters (lo, hi), broadcast together."""
+    low = 0xFFFFFFFF
+    c0, c1 = counter_lo & low, (counter_lo >> 32) & low
+    c2, c3 = counter_hi & low, (counter_hi >> 32) & low
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps in int64; the 64 bits are right all the same
+        c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return [c0, c1, c2, c3]
+
+
+def _reference(x: Tensor, sample_ids: Tensor, p: float, seed: int, site: int, offset: int) -> Tensor:
+    elements = x[0].numel() if x.shape[0] else 0
+    first = offset // 4
+    blocks_N = torch.arange(first, (offset + elements + 3) // 4, device=x.device)
+    words = philox_reference(blocks_N[None], sample_ids[:, None], (seed, site))
+    words_BF = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, offset - 4 * first :][:, :elements]
+    keep = (words_BF >= int(p * 2**32)).view(x.shape)
+    scale = torch.tensor(1.0 / (1.0 - p), dtype=torch.float32)  # as the kernels round it
+    wide = x if x.dtype == torch.float64 else x.float()
+    return torch.where(keep, wide * scale.to(wide), 0.0).to(x.dtype)
+
+
+# Runs on every device for which no kernel was compiled.
+LIBRARY.impl("dropout", _reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("megagpt::dropout")
+def _fake(x: Tensor, sample_ids: Tensor, p: float, seed: int, site: int, offset: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    _, sample_ids, *ctx.key = inputs
+    ctx.save_for_backward(sample_ids)
+
+
+def _backward(ctx, grad: Tensor) -> tuple:
+    (sample_ids,) = ctx.saved_tensors
+    return torch.ops.megagpt.dropout(grad, sample_ids, *ctx.key), None, None, None, None, None
+
+
+torch.library.register_autograd("megagpt::dropout", _backward, setup_context=_save)

@@ -1,0 +1,66 @@
+"""Linear layers whose weight is shared out over a mesh axis (Shoeybi et al. 2019, section 3).
+
+Shapes: I inputs, O outputs, _local a shard over the axis.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megagpt.parallel.axis import Axis
+from megagpt.parallel.collectives import copy_to, reduce_from
+from megagpt.parallel.parameter import DEFAULT_DRAW, Draw, replicated, sharded
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x Wᵀ + b with the outputs shared out: each rank computes O / axis.size of them.
+
+    Shapes: x (*, I) replicated → y (*, O_local).  weight (O_local, I), bias (O_local).
+    Comm: forward none; backward all-reduce of the input's gradient over the axis.
+    """
+
+    def __init__(self, n_inputs: int, n_outputs: int, axis: Axis, draw: Draw = DEFAULT_DRAW) -> None:
+        super().__init__()
+        _require_divisible("outputs", n_outputs, axis)
+        self.axis = axis
+        self.weight = sharded(draw("weight", (n_outputs, n_inputs)), 0, axis)
+        self.bias = sharded(draw("bias", (n_outputs,)), 0, axis)
+
+    def forward(self, x_I: Tensor) -> Tensor:
+        return F.linear(copy_to(x_I, self.axis), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return _sizes(self.weight)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x Wᵀ + b with the inputs shared out: each rank multiplies its I / axis.size of them, and the sum is taken.
+
+    Shapes: x (*, I_local) → y (*, O) replicated.  weight (O, I_local), bias (O) replicated, added once, after the sum.
+    Comm: forward all-reduce of the output over the axis; backward none.
+    """
+
+    def __init__(self, n_inputs: int, n_outputs: int, axis: Axis, draw: Draw = DEFAULT_DRAW) -> None:
+        super().__init__()
+        _require_divisible("inputs", n_inputs, axis)
+        self.axis = axis
+        self.weight = sharded(draw("weight", (n_outputs, n_inputs)), 1, axis)
+        self.bias = replicated(draw("bias", (n_outputs,)))
+
+    def forward(self, x_I_local: Tensor) -> Tensor:
+        if self.axis.size == 1:
+            return F.linear(x_I_local, self.weight, self.bias)
+        return reduce_from(F.linear(x_I_local, self.weight), self.axis) + self.bias
+
+    def extra_repr(self) -> str:
+        return _sizes(self.weight)
+
+
+def _require_divisible(what: str, n: int, axis: Axis) -> None:
+    if n % axis.size:
+        raise ValueError(f"got {n} {what} on an axis of {axis.size} processes, wanted a multiple of {axis.size}")
+
+
+def _sizes(weight: nn.Parameter) -> str:
+    return f"local {tuple(weight.shape)} of {weight.part.shape}"  # type: ignore[attr-defined]

@@ -1,0 +1,81 @@
+"""Several ranks on one machine, from within a Python program: what tests, parity walks and benchmarks use.
+
+A fork server imports the heavy packages once; each call forks fresh ranks from it in a fraction of a second. So every
+case starts from a clean state (DeepSpeed keeps module-level state), and none pays for the imports again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PRELOAD = ("torch", "deepspeed", "megagpt.train")
+
+
+def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """Call function(*args) on n_ranks gloo processes; returns what each rank returned, in rank order.
+
+    function must be importable (not a lambda). With n_ranks = 1 torch.distributed is initialised as well.
+    Raises RuntimeError with the first failing rank's traceback, and TimeoutError when some rank has not answered.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(n_ranks)]
+        ranks = [
+            context.Process(target=_rank_main, args=(rank, n_ranks, folder, timeout_s, sender, function, args))
+            for rank, (_, sender) in enumerate(pipes)
+        ]
+        try:
+            for process in ranks:
+                process.start()
+            return _collect([receiver for receiver, _ in pipes], ranks, timeout_s)
+        finally:
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+
+
+def _collect(receivers: Sequence[Connection], ranks: Sequence[Any], timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    pending = {receiver: rank for rank, receiver in enumerate(receivers)}
+    sentinels = {process.sentinel: rank for rank, process in enumerate(ranks)}
+    while pending:
+        ready = wait([*pending, *(s for s, r in sentinels.items() if r not in results)], timeout=timeout_s)
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(pending.values())} gave no answer within {timeout_s:.0f} s")
+        for item in ready:
+            if isinstance(item, Connection):
+                rank = pending.pop(item, None)
+                if rank is not None:
+                    ok, results[rank] = item.recv()
+                    if not ok:
+                        raise RuntimeError(f"rank {rank} failed:\n{results[rank]}")
+            elif not receivers[sentinels[item]].poll():
+                raise RuntimeError(f"rank {sentinels[item]} died with exit code {ranks[sentinels[item]].exitcode}")
+    return [results[rank] for rank in range(len(ranks))]
+
+
+def _rank_main(rank: int, size: int, folder: str, timeout_s: float, sender: Connection, function: Any, args: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE=str(size))
+    os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    try:
+        store = dist.FileStore(os.path.join(folder, "store"), size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+        answer = (True, function(*args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    sender.send(answer)
+    if answer[0]:
+        dist.destroy_process_group()
