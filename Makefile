@@ -1,0 +1,78 @@
+# `make` lists what there is. The set-up is done once, into .venv, and again when what it rests on changes.
+#   PYTHON=python3.12   the interpreter that .venv is made with
+#   ARGS="--tp 2"       passed on to the program of a target
+#   TESTS="-k norm"     passed on to pytest
+PYTHON ?= python3
+VENV   ?= .venv
+TRAIN  ?= --tp 2 --pp 2
+RUN    := runs/$(shell date +%Y%m%d-%H%M%S)
+ARGS   ?=
+TESTS  ?=
+
+bin   := $(abspath $(VENV))/bin
+ready := $(VENV)/.ready
+csrc  := $(wildcard csrc/*)
+install := $(bin)/python -m pip install -c constraints.txt
+
+# ninja is found on the PATH.
+export PATH := $(bin):$(PATH)
+# A job killed while it compiled leaves a lock behind: kept here, `rm -r .venv` removes it with the rest.
+export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
+# pyright would ask the network whether it is the newest.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test parity plan bench bench-train lint format build clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+train: $(ready) ## Train a small GPT on this machine, 2-way tensor and 2-way pipeline parallel; then let it write
+	$(bin)/deepspeed examples/pretrain_gpt.py $(TRAIN) --save $(RUN) $(ARGS)
+	$(bin)/python examples/generate.py --load $(RUN)
+
+test: $(ready) ## Run the tests
+	$(bin)/python -m pytest $(TESTS)
+
+parity: $(ready) ## Train 20 steps in every layout and compare losses, gradient norms and weights
+	$(bin)/python tools/parity.py $(ARGS)
+
+plan: $(ready) ## Show stages, memory and batch arithmetic of a run without starting it
+	$(bin)/python tools/plan.py $(ARGS)
+
+bench: $(ready) ## Measure each op against its roofline
+	$(bin)/python tools/bench.py $(ARGS)
+
+bench-train: $(ready) ## Measure training, beside a plain PyTorch GPT-2 doing the same step
+	$(bin)/python tools/bench_train.py $(ARGS)
+
+lint: $(ready) ## Check style, format and types
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/pyright --pythonpath $(bin)/python
+
+format: $(ready) ## Mend what ruff can mend
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+build: $(ready) ## Compile csrc/
+	$(bin)/python setup.py build_ext --inplace
+
+clean: ## Remove what was built (.venv and runs/ stay)
+	rm -rf build *.egg-info megagpt/*.so .pytest_cache .ruff_cache .hypothesis
+	find megagpt tools examples tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# torch comes first, because csrc/ is compiled against it. Where no GPU driver is, pip still takes the
+# CPU build of the pinned version whenever an index it was given has one (README.md, "A smaller torch").
+# When only csrc/ has changed, compiling it again is enough.
+$(ready): pyproject.toml constraints.txt setup.py $(csrc)
+ifeq ($(wildcard $(bin)/pip),)
+	@got=$$($(PYTHON) --version 2>/dev/null) || got="no $(PYTHON)"; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: got $$got, wanted Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+endif
+	$(if $(filter-out csrc/%,$?),$(install) setuptools wheel pybind11 ninja numpy torch)
+	$(if $(filter-out csrc/%,$?),$(install) --no-build-isolation -e '.[dev]',$(bin)/python setup.py build_ext --inplace)
+	@touch $@
