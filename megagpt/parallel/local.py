@@ -30,16 +30,19 @@ def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any, timeout_s:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(n_ranks)]
+        pipes = [context.Pipe() for _ in range(n_ranks)]
         ranks = [
-            context.Process(target=_rank_main, args=(rank, n_ranks, folder, timeout_s, sender, function, args))
-            for rank, (_, sender) in enumerate(pipes)
+            context.Process(target=_rank_main, args=(rank, n_ranks, folder, timeout_s, child_end, function, args))
+            for rank, (_, child_end) in enumerate(pipes)
         ]
         try:
             for process in ranks:
                 process.start()
-            return _collect([receiver for receiver, _ in pipes], ranks, timeout_s)
+            return _collect([parent_end for parent_end, _ in pipes], ranks, timeout_s)
         finally:
+            for pipe in pipes:
+                for end in pipe:
+                    end.close()
             for process in ranks:
                 if process.is_alive():
                     process.kill()
@@ -66,7 +69,7 @@ def _collect(receivers: Sequence[Connection], ranks: Sequence[Any], timeout_s: f
     return [results[rank] for rank in range(len(ranks))]
 
 
-def _rank_main(rank: int, size: int, folder: str, timeout_s: float, sender: Connection, function: Any, args: Any) -> None:
+def _rank_main(rank: int, size: int, folder: str, timeout_s: float, connection: Connection, function: Any, args: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE=str(size))
     os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
@@ -76,6 +79,7 @@ def _rank_main(rank: int, size: int, folder: str, timeout_s: float, sender: Conn
         answer = (True, function(*args))
     except BaseException:
         answer = (False, traceback.format_exc())
-    sender.send(answer)
+    connection.send(answer)
+    connection.poll(timeout_s)  # tensors travel as shared memory: stay until the parent has taken them and hangs up
     if answer[0]:
         dist.destroy_process_group()
