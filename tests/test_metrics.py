@@ -48,7 +48,7 @@ def test_bits_per_byte_of_lm_evaluation_harness():
     word_perplexity, byte_perplexity, bits = 8.792073612124492, 1.5015845643537054, 0.5864857250704371
     assert metrics.bits_per_byte(math.log(byte_perplexity), 1, 1) == pytest.approx(bits, rel=1e-12)
     assert metrics.perplexity(bits * math.log(2)) == pytest.approx(byte_perplexity, rel=1e-12)
-    # The words in a byte of that text follow; with them, issue 1471's Mistral-7B-Instruct-v0.2, a word as token.
+    # The words in a byte of that text follow; with them issue 1471's Mistral-7B-Instruct-v0.2
     words, n_bytes = round(1e9 * math.log(byte_perplexity) / math.log(word_perplexity)), 10**9
     assert metrics.bits_per_byte(math.log(9.8183), words, n_bytes) == pytest.approx(0.6163, abs=5e-5)
 
