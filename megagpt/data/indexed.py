@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -49,7 +50,7 @@ class IndexedDataset:
         return len(self.lengths)
 
     def get(self, i: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Tokens `[offset, offset + length)` of sequence i, read-only; default: to its end. **Shapes**: [length]."""
+        """Tokens `[offset, offset + length)` of sequence i, to its end by default. **Shapes**: [length]."""
         available = int(self.lengths[i])
         length = available - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > available:
@@ -94,8 +95,8 @@ def verify(prefix: str | Path, vocab_size: int | None = None) -> None:
             token, at = int(tokens[bad[0]]), start + int(bad[0])
             sequence = int(np.searchsorted(dataset.pointers, at * dataset.dtype.itemsize, "right")) - 1
             raise UserError(
-                f"{dataset.bin_path}: byte {at * dataset.dtype.itemsize}: token {token} of sequence {sequence} "
-                f"is not below the vocabulary's {limit}; name the tokenizer that wrote it, or {REDO}"
+                f"{dataset.bin_path}: byte {at * dataset.dtype.itemsize}: token {token} of sequence "
+                f"{sequence} is not below the vocabulary's {limit}; name the right tokenizer, or {REDO}"
             )
     if meta is not None and meta.bin_sha256 != digest.hexdigest():
         raise UserError(
@@ -115,7 +116,8 @@ class IndexedWriter:
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | type, *, overwrite: bool = False) -> None:
         self.prefix, self.dtype = Path(prefix), np.dtype(dtype)
-        self.n_documents = self.n_tokens = 0
+        self.n_sequences = self.n_tokens = 0
+        self._empty_at = array("q")  # an empty document is no sequence, only one more boundary
         self._digest = hashlib.sha256()
         self._finished = False
         self._final = [Path(f"{prefix}.bin"), meta_path(prefix), Path(f"{prefix}.idx")]
@@ -132,7 +134,7 @@ class IndexedWriter:
         return self
 
     def add_document(self, tokens: np.ndarray) -> None:
-        """Append one document. **Shapes**: tokens [T]."""
+        """Append one document, of one sequence; of none if it is empty. **Shapes**: tokens [T]."""
         self.add_documents(tokens, np.array([len(tokens)]))
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
@@ -142,15 +144,17 @@ class IndexedWriter:
         data = np.ascontiguousarray(tokens, self.dtype).data
         with _reporting(self._partial[0]):
             self._bin.write(data)
-            self._idx.write(lengths.astype("<i4").data)
+            self._idx.write(lengths[lengths > 0].astype("<i4").data)
         self._digest.update(data)
-        self.n_documents += len(lengths)
+        counts = self.n_sequences + np.cumsum(lengths > 0)
+        self._empty_at.extend(counts[lengths == 0].tolist())
+        self.n_sequences += int((lengths > 0).sum())
         self.n_tokens += len(tokens)
 
     def finish(self, meta: DatasetMeta | None = None) -> None:
         """Bring all to the disk under temporary names; what can fail, fails here. Renames come at exit."""
         with _reporting(self._partial[0]):
-            complete_index(self._idx, self.n_documents, self.dtype)
+            complete_index(self._idx, self.n_sequences, np.array(self._empty_at, np.int64), self.dtype)
             for file in (self._bin, self._idx):
                 file.flush()
                 os.fsync(file.fileno())

@@ -58,25 +58,28 @@ def read_index(
     return dtype, lengths, pointers, boundaries
 
 
-def complete_index(file: BinaryIO, n_documents: int, dtype: np.dtype) -> None:
+def complete_index(file: BinaryIO, n_sequences: int, empty_at: np.ndarray, dtype: np.dtype) -> None:
     """Add offsets, boundaries and header to a file that holds a gap of `HEADER.size` bytes and the lengths.
 
-    One sequence a document; a chunk at a time, so that memory does not grow with the dataset.
+    A document is one sequence, or none: empty_at holds, ascending, the sequences before each empty document.
+    A chunk at a time, so that memory does not grow with the dataset.
     """
     n_bytes = 0
-    for start in range(0, n_documents, CHUNK):
-        count = min(CHUNK, n_documents - start)
+    for start in range(0, n_sequences, CHUNK):
+        count = min(CHUNK, n_sequences - start)
         file.seek(HEADER.size + 4 * start)
         lengths = np.frombuffer(file.read(4 * count), "<i4")
         ends = n_bytes + np.cumsum(lengths, dtype="<i8") * dtype.itemsize
-        file.seek(HEADER.size + 4 * n_documents + 8 * start)
+        file.seek(HEADER.size + 4 * n_sequences + 8 * start)
         file.write((ends - lengths * np.int64(dtype.itemsize)).data)
         n_bytes = int(ends[-1])
-    file.seek(HEADER.size + 12 * n_documents)
-    for start in range(0, n_documents + 1, CHUNK):
-        file.write(np.arange(start, min(start + CHUNK, n_documents + 1), dtype="<i8").data)
+    file.seek(HEADER.size + 12 * n_sequences)
+    for start in range(0, n_sequences + 1, CHUNK):
+        boundaries = np.arange(start, min(start + CHUNK, n_sequences + 1), dtype="<i8")
+        repeated = empty_at[np.searchsorted(empty_at, start) : np.searchsorted(empty_at, start + CHUNK)]
+        file.write(np.sort(np.concatenate([boundaries, repeated])).data)
     file.seek(0)
-    file.write(HEADER.pack(MAGIC, 1, CODES[dtype], n_documents, n_documents + 1))
+    file.write(HEADER.pack(MAGIC, 1, CODES[dtype], n_sequences, n_sequences + 1 + len(empty_at)))
 
 
 def _check_header(path: Path, header: bytes, size: int) -> tuple[np.dtype, int, int]:
