@@ -29,7 +29,9 @@ def read_rows(path: Path) -> list[Row]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the folder of a run, or its metrics.jsonl") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; restore the file, or remove it") from None
+        raise UserError(
+            f"{path}: byte {error.start} is not UTF-8, so this is no {NAME}; give the folder of a run"
+        ) from None
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:

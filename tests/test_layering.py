@@ -21,7 +21,7 @@ LAYERS = (
     {"ops", "parallel", "data"},
     {"model"},
     {"engine"},
-    {"train", "evaluate", "generate", "report", "plot", "launch"},
+    {"train", "evaluate", "generate", "report", "plot", "launch", "parity"},
 )
 STRANGERS = {"ops", "parallel", "data"}  # ... except these.
 PROGRAMS = ("tools", "examples", "benchmarks")  # above every layer
@@ -132,7 +132,7 @@ def imports_of(file: Path, root: Path, modules: dict[str, Path]) -> Iterator[Imp
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
-        targets = list(targets_of(node, file.relative_to(root), modules))
+        targets = dict.fromkeys(targets_of(node, file.relative_to(root), modules))
         line = getattr(node, "lineno", 0)
         explained = "#" in "".join(lines[max(line - 2, 0) : line])
         for target in targets:
