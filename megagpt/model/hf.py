@@ -24,7 +24,7 @@ from megagpt.parallel.parameter import part_of
 def from_hf_gpt2(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The weights of a `GPT2LMHeadModel` under our canonical names.
 
-    state: by their names, with or without the leading "transformer."; the causal masks of old files are left out.
+    state: by their names, with or without the leading "transformer."; old files' causal masks are left out.
     Raises UserError naming a tensor that is missing, unknown, or of another shape than config's.
     """
     state = {name if name.startswith(_GPT2_ROOTS) else f"transformer.{name}": t for name, t in state.items()}
@@ -43,7 +43,7 @@ def from_hf_gpt2(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
         ours[rule.ours.format(i)] = rule.change.to_ours(tensor, config)
     if state:
         raise UserError(
-            f"the weights hold {_few(state)}, unknown in a GPT-2 of {config.n_layers} layers; check the config"
+            f"the weights hold {_few(state)}, not in a GPT-2 of {config.n_layers} layers; check the config"
         )
     return ours
 
@@ -62,7 +62,7 @@ def to_hf_gpt2(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a `GPT2LMHeadModel` with this architecture; the ids of bos and eos are the tokenizer's to add.
+    """The config.json of a `GPT2LMHeadModel` with this architecture. Ids of bos and eos are the tokenizer's to add.
 
     Raises UserError where GPT-2 has no place for the architecture.
     """
