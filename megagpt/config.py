@@ -10,12 +10,9 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict
 from tyro.conf import arg
 
 from megagpt.errors import UserError
-
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def require(ok: bool, got: str, wanted: str, remedy: str) -> None:
@@ -27,26 +24,34 @@ def require(ok: bool, got: str, wanted: str, remedy: str) -> None:
 def _positive(section: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(value is None or value > 0, f"{section}.{name}={value}", "must be positive", f"set --{section}.{name.replace('_', '-')} to 1 or more" if isinstance(value, int) else "use a number above 0")
+        ok = value is None or (math.isfinite(value) and value > 0)
+        remedy = "use 1 or more" if isinstance(value, int) else "use a finite number above 0"
+        require(ok, f"{section}.{name}={value}", "must be positive", remedy)
+
+
+def _not_negative(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        ok = math.isfinite(value) and value >= 0
+        require(ok, f"{section}.{name}={value}", "must be finite and not negative", "0 turns it off")
 
 
 def _fraction(section: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(0.0 <= value < 1.0, f"{section}.{name}={value}", "must be at least 0 and below 1", "0.1 is GPT-2's dropout; 0 turns it off")
+        ok = 0.0 <= value < 1.0  # false for NaN too
+        require(ok, f"{section}.{name}={value}", "must be at least 0 and below 1", "use for example 0.1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture."""
 
-    __pydantic_config__ = _STRICT
-
-    n_layers: int = 4
+    n_layers: Annotated[int, arg(aliases=["--n-layers"])] = 4
     """Transformer blocks."""
-    d_model: int = 256
+    d_model: Annotated[int, arg(aliases=["--d-model"])] = 256
     """Width of the residual stream."""
-    n_heads: int = 4
+    n_heads: Annotated[int, arg(aliases=["--n-heads"])] = 4
     """Attention heads."""
     d_head: int | None = None
     """Width of one head; default d_model / n_heads."""
@@ -54,7 +59,7 @@ class ModelConfig:
     """Width of the MLP; default 4 * d_model."""
     seq_len: Annotated[int, arg(aliases=["--seq-len"])] = 256
     """Context length in tokens, and the length of a training sample."""
-    vocab_size: int | None = None
+    vocab_size: Annotated[int | None, arg(aliases=["--vocab-size"])] = None
     """Tokens of the vocabulary; default the tokenizer's. Padding for tp is added by itself."""
     position: Literal["learned", "none"] = "learned"
     """Position information: learned absolute embeddings (GPT-2), or none."""
@@ -71,10 +76,22 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """Epsilon of the LayerNorms."""
     init_std: float = 0.02
-    """Standard deviation of initial weights; residual projections get init_std / sqrt(2 * n_layers) (GPT-2)."""
+    """Standard deviation of initial weights; residual projections: init_std / sqrt(2 * n_layers) (GPT-2)."""
 
     def __post_init__(self) -> None:
-        _positive("model", self, "n_layers", "d_model", "n_heads", "d_head", "d_ff", "seq_len", "vocab_size", "norm_eps", "init_std")
+        _positive(
+            "model",
+            self,
+            "n_layers",
+            "d_model",
+            "n_heads",
+            "d_head",
+            "d_ff",
+            "seq_len",
+            "vocab_size",
+            "norm_eps",
+            "init_std",
+        )
         _fraction("model", self, "dropout_embedding", "dropout_attention", "dropout_residual")
         require(
             self.d_head is not None or self.d_model % self.n_heads == 0,
@@ -105,19 +122,17 @@ class ModelConfig:
 class ParallelConfig:
     """How the run is spread over processes. dp is what remains: world size / (tp * pp)."""
 
-    __pydantic_config__ = _STRICT
-
     tp: Annotated[int, arg(aliases=["--tp"])] = 1
     """Tensor parallel size: processes that share every layer."""
     pp: Annotated[int, arg(aliases=["--pp"])] = 1
     """Pipeline parallel size: stages of consecutive layers."""
-    partition: str = "flops"
+    partition: Annotated[str, arg(aliases=["--partition"])] = "flops"
     """How layers become stages: flops | parameters | uniform | explicit block counts such as 3,4,4,3."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], arg(aliases=["--zero-stage"])] = 1
     """DeepSpeed ZeRO: shard 1 optimizer states, 2 also gradients, 3 also parameters (2 and 3 need pp=1)."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory and step there (needs zero_stage >= 1 and pp=1)."""
-    recompute: bool = False
+    recompute: Annotated[bool, arg(aliases=["--recompute"])] = False
     """Recompute each block in the backward pass instead of storing its activations."""
 
     def __post_init__(self) -> None:
@@ -140,15 +155,15 @@ class ParallelConfig:
 class DataConfig:
     """What is read."""
 
-    __pydantic_config__ = _STRICT
-
     data_path: Annotated[tuple[str, ...], arg(aliases=["--data-path"])] = ()
-    """Prefix of an indexed dataset, or a blend "0.7 A 0.3 B". Default: the Python standard library as a corpus."""
+    """Prefix of an indexed dataset, or a blend: 0.7 A 0.3 B. Default: the Python standard library's text."""
     split: Annotated[str, arg(aliases=["--split"])] = "949,50,1"
     """Shares of documents for train, validation, test."""
     cache_dir: str | None = None
     """Where the default corpus, tokenizers and sample maps are kept; default $XDG_CACHE_HOME/megagpt."""
-    tokenizer: Annotated[Literal["gpt2", "sentencepiece", "hf", "bytes"] | None, arg(aliases=["--tokenizer"])] = None
+    tokenizer: Annotated[
+        Literal["gpt2", "sentencepiece", "hf", "bytes"] | None, arg(aliases=["--tokenizer"])
+    ] = None
     """Kind of the tokenizer; default: the one recorded beside the data."""
     tokenizer_model: Annotated[str | None, arg(aliases=["--tokenizer-model"])] = None
     """Model file of a sentencepiece or hf tokenizer."""
@@ -162,13 +177,11 @@ class DataConfig:
 class OptimConfig:
     """AdamW, its schedule, and clipping."""
 
-    __pydantic_config__ = _STRICT
-
     lr: Annotated[float, arg(aliases=["--lr"])] = 1e-3
     """Peak learning rate."""
     min_lr_fraction: float = 0.1
     """The cosine ends at this share of the peak."""
-    warmup_steps: int = 20
+    warmup_steps: Annotated[int, arg(aliases=["--warmup-steps"])] = 20
     """Steps of linear warm-up from 0."""
     decay_steps: int | None = None
     """Step at which the cosine ends; default train.train_steps."""
@@ -178,25 +191,26 @@ class OptimConfig:
     """Adam's second decay rate."""
     eps: float = 1e-8
     """Adam's epsilon."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, arg(aliases=["--weight-decay"])] = 0.1
     """Decoupled weight decay; none on biases and norms."""
-    clip: float = 1.0
+    clip: Annotated[float, arg(aliases=["--clip"])] = 1.0
     """Clip gradients to this global norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
         _positive("optim", self, "lr", "eps", "decay_steps")
         _fraction("optim", self, "beta1", "beta2")
-        for name in ("weight_decay", "clip", "warmup_steps", "min_lr_fraction"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, f"optim.{name}={value}", "must not be negative", "0 turns it off")
-        require(self.min_lr_fraction <= 1, f"optim.min_lr_fraction={self.min_lr_fraction}", "must be at most 1", "0.1 is usual")
+        _not_negative("optim", self, "weight_decay", "clip", "warmup_steps", "min_lr_fraction")
+        require(
+            self.min_lr_fraction <= 1,
+            f"optim.min_lr_fraction={self.min_lr_fraction}",
+            "must be at most 1",
+            "0.1 is usual",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Steps, batches, precision, seeds, and the engine's own file."""
-
-    __pydantic_config__ = _STRICT
 
     train_steps: Annotated[int, arg(aliases=["--train-steps"])] = 300
     """Optimizer steps of the whole run."""
@@ -213,14 +227,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive("train", self, "train_steps", "micro_batch_size", "global_batch_size")
-        require(0 <= self.seed < 2**32, f"train.seed={self.seed}", "must be between 0 and 2^32 - 1", "1234 is the default")
+        require(
+            0 <= self.seed < 2**32,
+            f"train.seed={self.seed}",
+            "must be between 0 and 2^32 - 1",
+            "1234 is the default",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """What is shown, measured and kept, and how often."""
-
-    __pydantic_config__ = _STRICT
 
     save: Annotated[str | None, arg(aliases=["--save"])] = None
     """Run folder: checkpoints, metrics.jsonl, TensorBoard, loss curve. Default: a new folder under runs/."""
@@ -239,14 +256,12 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         _positive("log", self, "save_interval", "log_interval", "eval_interval")
-        require(self.eval_steps >= 0, f"log.eval_steps={self.eval_steps}", "must not be negative", "0 turns validation off")
+        _not_negative("log", self, "eval_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DebugConfig:
     """Switches that help to find what is wrong."""
-
-    __pydantic_config__ = _STRICT
 
     overfit_one_batch: bool = False
     """Train on the first batch again and again: the loss must go to 0."""
@@ -260,8 +275,6 @@ class DebugConfig:
 class RunConfig:
     """A whole run."""
 
-    __pydantic_config__ = _STRICT
-
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -271,9 +284,9 @@ class RunConfig:
     debug: DebugConfig = field(default_factory=DebugConfig)
 
 
-def divisors(n: int) -> list[int]:
-    """All divisors of n, ascending: what an error message offers."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+def divisors(n: int, limit: int = 256) -> list[int]:
+    """The divisors of n up to limit, ascending: what an error message offers."""
+    return [d for d in range(1, min(n, limit) + 1) if n % d == 0]
 
 
 SECTIONS = tuple(f.name for f in fields(RunConfig))

@@ -1,0 +1,68 @@
+"""What must fit together before anything heavy starts: each check gives one message, with the remedy."""
+
+from __future__ import annotations
+
+from megagpt.config import RunConfig, divisors, require
+from megagpt.errors import UserError
+
+
+def check_world(config: RunConfig, world_size: int) -> int:
+    """The data parallel size: world_size / (tp * pp)."""
+    tp, pp = config.parallel.tp, config.parallel.pp
+    require(world_size >= 1, f"world size {world_size}", "is no number of processes", "use 1 or more")
+    cell = tp * pp
+    remedy = f"use a multiple of {cell} processes" + _other_layouts(config, world_size)
+    got = f"world size {world_size} with parallel.tp={tp}, parallel.pp={pp}"
+    require(world_size % cell == 0, got, f"is not a multiple of tp * pp = {cell}", remedy)
+    return world_size // cell
+
+
+def check_model(config: RunConfig) -> None:
+    """What tensor parallelism must divide, and whether the vocabulary is known."""
+    model, tp = config.model, config.parallel.tp
+    if model.vocab_size is None:
+        raise UserError(
+            "model.vocab_size is not known; give --vocab-size, or a tokenizer or dataset that records it"
+        )
+    for name, size in (("n_heads", model.n_heads), ("d_ff", model.ff_width)):
+        choices = ", ".join(map(str, divisors(size)))
+        require(size % tp == 0, f"parallel.tp={tp}", f"must divide {name}={size}", f"try {choices}")
+
+
+def check_precision(config: RunConfig) -> None:
+    """16-bit pipelines need the fp32 masters that ZeRO-1 keeps."""
+    parallel, precision = config.parallel, config.train.precision
+    if precision != "fp32" and parallel.zero_stage == 0 and parallel.pp > 1:
+        raise UserError(
+            f"train.precision={precision} with parallel.zero_stage=0 and parallel.pp={parallel.pp} cannot work: "
+            "pipelines in 16 bits need the fp32 masters of ZeRO 1; use --zero-stage 1 (free at dp=1)"
+        )
+
+
+def check_batch(config: RunConfig, dp: int) -> int:
+    """The number of micro-batches (gradient accumulation steps): global batch / (micro-batch * dp)."""
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    unit = micro * dp
+    below, above = batch // unit * unit, (batch // unit + 1) * unit
+    nearest = f"{below} or {above}" if below else str(above)
+    micros = [m for m in divisors(batch // dp) if m < micro] if batch % dp == 0 else []
+    require(
+        batch % unit == 0,
+        f"train.global_batch_size={batch} with micro_batch_size={micro}, dp={dp}",
+        f"is not a multiple of micro_batch_size * dp = {unit}",
+        f"use --global-batch-size {nearest}" + (f", or --micro-batch-size {micros[-1]}" if micros else ""),
+    )
+    return batch // unit
+
+
+def _other_layouts(config: RunConfig, world_size: int) -> str:
+    """Layouts that this world size allows, nearest first: ', or --tp 1 --pp 2'."""
+    parallel, model = config.parallel, config.model
+    fitting = [
+        (tp, pp)
+        for tp in divisors(world_size)
+        for pp in divisors(world_size // tp)
+        if model.n_heads % tp == 0 and model.ff_width % tp == 0 and pp <= model.n_layers
+    ]
+    near = sorted(fitting, key=lambda layout: abs(layout[0] - parallel.tp) + abs(layout[1] - parallel.pp))
+    return "".join(f", or --tp {tp} --pp {pp}" for tp, pp in near[:2])

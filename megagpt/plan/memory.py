@@ -1,0 +1,97 @@
+"""What one rank of a stage keeps in memory, by formula, to be compared with the measured peak.
+
+Parameters, gradients, optimizer: Rajbhandari et al. 2020 (ZeRO), section 3.
+Activations: Korthikanti et al. 2022, section 4. Their 34 s b h bytes a layer in 16 bits are here
+w (4 D + 4 I/t + 2 F/t) a token, 32 D with I = D, F = 4 D, t = 1, w = 2; the other 2 are the masks of residual
+dropout, which megagpt recomputes and does not store. Their 5 a s² b, the attention probabilities before and after
+dropout and a mask, are 2 w H T/t a token, only with attention dropout: flash attention keeps no probabilities.
+Not counted: the framework itself, communication and all-gather buffers, fragmentation, the data.
+
+Letters: D d_model, I n_heads * d_head, F d_ff, H n_heads, T seq_len, t tensor parallel size, w bytes of a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megagpt.config import ParallelConfig, RunConfig
+
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # bf16 gradients accumulate in fp32
+LOSS_BYTES = 12  # a logit at the peak: fp32 4 + 4 + 4, 16 bits 2 + 4 + 4 + 2 (logit, log p, p, its gradient)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank of a stage. host: optimizer states that offload keeps elsewhere, not in `total`."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def estimate_memory(
+    config: RunConfig,
+    dp: int,
+    *,
+    stage: int,
+    n_blocks: int,
+    params_local: int,
+    vocab_local: int,
+    in_flight: int,
+) -> Memory:
+    """Memory of one rank of stage number `stage`, which holds `n_blocks` blocks and `params_local` elements.
+
+    in_flight: micro-batches whose activations are kept at the peak (1F1B: pp - stage, at most all of them).
+    """
+    zero = config.parallel.zero_stage
+    precision = config.train.precision
+    states = params_local * _optimizer_bytes(config) // (dp if zero >= 1 else 1)
+    is_last = stage == config.parallel.pp - 1
+    tokens = config.train.micro_batch_size * config.model.seq_len
+    return Memory(
+        weights=params_local * WEIGHT_BYTES[precision] // (dp if zero >= 3 else 1),
+        gradients=params_local * GRADIENT_BYTES[precision] // (dp if zero >= 2 else 1),
+        optimizer=0 if config.parallel.offload_optimizer else states,
+        activations=tokens * _activation_bytes_per_token(config, n_blocks, in_flight, is_last),
+        logits=tokens * LOSS_BYTES * vocab_local if is_last else 0,
+        host=states if config.parallel.offload_optimizer else 0,
+    )
+
+
+def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:
+    """Micro-batches that a stage has run forward and not yet backward, at most (1F1B; Narayanan et al. 2021)."""
+    return min(parallel.pp - stage, micro_batches)
+
+
+def _optimizer_bytes(config: RunConfig) -> int:
+    """Of a parameter: two moments in fp32, and an fp32 master where weights are narrower or ZeRO splits them."""
+    has_master = config.train.precision != "fp32" or config.parallel.zero_stage >= 1
+    return 8 + 4 * has_master
+
+
+def _activation_bytes_per_token(config: RunConfig, n_blocks: int, in_flight: int, is_last: bool) -> int:
+    model, tp = config.model, config.parallel.tp
+    width = WEIGHT_BYTES[config.train.precision]
+    D, F, I = model.d_model, model.ff_width, model.n_heads * model.head_width  # noqa: E741
+    # Inputs of 2 norms and 2 column-parallel layers; q, k, v and the attention output; the MLP's hidden twice.
+    block = 4 * D + (4 * I + 2 * F) // tp
+    if model.dropout_attention > 0:  # plain attention: scaled q, probabilities before and after dropout
+        block += (I + 2 * model.n_heads * model.seq_len) // tp
+    if config.parallel.recompute:
+        kept, at_once = n_blocks * D, block  # each block's input, and the block that is being recomputed
+    else:
+        kept, at_once = n_blocks * block, 0
+    if is_last:
+        at_once += 2 * D  # input and output of the final norm
+    else:
+        kept += D  # the output that was sent on
+    return width * (kept * in_flight + at_once)

@@ -1,0 +1,132 @@
+"""(configuration, world size) → Plan: batch arithmetic, stages, padding, FLOPs, memory of a run. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from megagpt.config import RunConfig
+from megagpt.plan.checks import check_batch, check_model, check_precision, check_world
+from megagpt.plan.memory import Memory, estimate_memory, micro_batches_in_flight
+from megagpt.plan.partition import stage_bounds
+from megagpt.plan.sizes import LayerSize, layer_sizes, tied_copy, vocab_local
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers first_layer … last_layer (included) of the layer list: what the ranks of a pipeline stage hold.
+
+    params: elements of their logical tensors, a tied copy of the token matrix included.
+    params_local: what one rank holds, padding included. memory: estimate of that rank.
+    """
+
+    first_layer: int
+    last_layer: int
+    n_blocks: int
+    params: int
+    params_local: int
+    in_flight: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from a configuration and a number of processes.
+
+    micro_batches: of one data parallel rank in one step (gradient accumulation steps).
+    bounds: pp + 1 indices into the layer list [embedding, block 0 … , head].
+    params: elements of the model, each logical tensor once.
+    vocab_local: rows of the vocabulary that one rank holds, padding included.
+    flops_per_token: model FLOPs, forward and backward, see `model_flops_per_token`.
+    """
+
+    world_size: int
+    tp: int
+    pp: int
+    dp: int
+    micro_batches: int
+    batch_tokens: int
+    bounds: tuple[int, ...]
+    stages: tuple[Stage, ...]
+    params: int
+    vocab_local: int
+    flops_per_token: int
+
+    @property
+    def vocab_padded(self) -> int:
+        """Rows of the vocabulary over all ranks of the model axis, padding included."""
+        return self.vocab_local * self.tp
+
+    @property
+    def bubble_fraction(self) -> float:
+        """Share of a step that a stage waits: (pp - 1) / (micro_batches + pp - 1) (Huang et al. 2019, GPipe)."""
+        return (self.pp - 1) / (self.micro_batches + self.pp - 1)
+
+
+def make_plan(config: RunConfig, world_size: int) -> Plan:
+    """Derive the plan, checking everything that spans sections first; `config` is not changed.
+
+    Raises: UserError, one line with a remedy, where the configuration and the world size do not fit together.
+    """
+    check_model(config)
+    check_precision(config)
+    dp = check_world(config, world_size)
+    micro_batches = check_batch(config, dp)
+    model, parallel = config.model, config.parallel
+    layers = layer_sizes(model, parallel.tp)
+    bounds = stage_bounds(parallel.partition, layers, parallel.pp)
+    stages = tuple(
+        _stage(config, dp, micro_batches, number, first, layers[first:end])
+        for number, (first, end) in enumerate(pairwise(bounds))
+    )
+    return Plan(
+        world_size=world_size,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        dp=dp,
+        micro_batches=micro_batches,
+        batch_tokens=config.train.global_batch_size * model.seq_len,
+        bounds=bounds,
+        stages=stages,
+        params=sum(layer.params for layer in layers),
+        vocab_local=vocab_local(model.vocab, parallel.tp),
+        flops_per_token=model_flops_per_token(layers),
+    )
+
+
+def model_flops_per_token(layers: tuple[LayerSize, ...]) -> int:
+    """FLOPs of forward and backward for one token: 6 N + 12 L I T.
+
+    N: elements of the matrices that multiply each token: the output matrix counts, the look-ups do not.
+    L I T: layers × inner width × context. Attention counts in full, as is usual, though a causal one needs only half
+    (6 N + 6 L I T). Recomputing does not count. Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    """
+    return 3 * sum(layer.flops_per_token for layer in layers)
+
+
+def _stage(
+    config: RunConfig, dp: int, micro_batches: int, number: int, first: int, layers: tuple[LayerSize, ...]
+) -> Stage:
+    model, parallel = config.model, config.parallel
+    is_first, is_last = number == 0, number == parallel.pp - 1
+    copy, copy_local = tied_copy(model, parallel.tp) if is_last and not is_first else (0, 0)
+    params_local = sum(layer.params_local for layer in layers) + copy_local
+    n_blocks = len(layers) - is_first - is_last
+    in_flight = micro_batches_in_flight(parallel, number, micro_batches)
+    return Stage(
+        first_layer=first,
+        last_layer=first + len(layers) - 1,
+        n_blocks=n_blocks,
+        params=sum(layer.params for layer in layers) + copy,
+        params_local=params_local,
+        in_flight=in_flight,
+        memory=estimate_memory(
+            config,
+            dp,
+            stage=number,
+            n_blocks=n_blocks,
+            params_local=params_local,
+            vocab_local=vocab_local(model.vocab, parallel.tp),
+            in_flight=in_flight,
+        ),
+    )
