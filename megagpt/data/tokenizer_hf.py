@@ -51,11 +51,11 @@ class HfTokenizer:
         self.eod = self._find_eod(config)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids  # no offsets
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in found]
+        # One by one: the library would start a thread per core, and that in every worker process.
+        return [np.array(self.encode(text), np.int32) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)

@@ -1,0 +1,198 @@
+"""Turn text into token ids: JSON lines, text files or folders → P_text_document.bin, .idx and .json.
+
+examples:
+  python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
+      --tokenizer gpt2 --vocab-file vocab.json --merge-file merges.txt --append-eod
+  python tools/preprocess_data.py --input shards/*.jsonl.zst --output-prefix data/web \\
+      --tokenizer sentencepiece --tokenizer-model web.model --append-eod --workers 8
+  python tools/preprocess_data.py --input books/ --output-prefix data/books --tokenizer bytes --append-eod
+
+Then train with: deepspeed examples/pretrain_gpt.py --data-path data/corpus_text_document
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from megagpt.data.prepare import Progress, TokenizerFiles, prepare
+from megagpt.errors import run_cli
+
+TOKENIZER_NAMES = {
+    "gpt2": "gpt2",
+    "sentencepiece": "sentencepiece",
+    "hf": "hf",
+    "bytes": "bytes",
+    # Megatron-LM's names
+    "GPT2BPETokenizer": "gpt2",
+    "SentencePieceTokenizer": "sentencepiece",
+    "GPTSentencePieceTokenizer": "sentencepiece",
+    "Llama2Tokenizer": "sentencepiece",
+    "HuggingFaceTokenizer": "hf",
+    "ByteLevelTokenizer": "bytes",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    started = time.perf_counter()
+    with _progress(args.log_interval) as report:
+        metas = prepare(
+            args.input,
+            args.output_prefix,
+            TokenizerFiles(
+                kind=TOKENIZER_NAMES[args.tokenizer],
+                model=args.tokenizer_model,
+                vocab_file=args.vocab_file,
+                merge_file=args.merge_file,
+            ),
+            keys=args.json_keys,
+            append_eod=args.append_eod,
+            workers=args.workers,
+            input_format=args.input_format,
+            max_document_mb=args.max_document_mb,
+            overwrite=args.overwrite,
+            report=report,
+        )
+    seconds = time.perf_counter() - started
+    for key, meta in zip(args.json_keys, metas, strict=True):
+        print(
+            f"{args.output_prefix}_{key}_document: {meta.documents:,} documents, {meta.tokens:,} tokens, "
+            f"{meta.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s"
+        )
+    if not args.append_eod and metas[0].eod is not None:
+        print(
+            "note: documents run into one another in training; --append-eod would mark their ends",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    source = parser.add_argument_group("input")
+    source.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH",
+        help="files or folders, read in this order, any file also as .gz or .zst. Names in .jsonl, .json, "
+        ".ndjson are JSON lines: a line is a document. All else is plain text: a file is a document. "
+        "Folders are walked, sorted by path",
+    )  # fmt: skip
+    source.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys that hold text; each becomes its own dataset (default: text)",
+    )
+    source.add_argument(
+        "--input-format",
+        choices=["auto", "jsonl", "text"],
+        default="auto",
+        help="do not go by the names (default: auto)",
+    )
+    source.add_argument(
+        "--max-document-mb",
+        type=_positive,
+        default=512,
+        metavar="MB",
+        help="refuse longer documents, which bounds memory (default: 512)",
+    )
+    words = parser.add_argument_group("tokenizer")
+    words.add_argument(
+        "--tokenizer",
+        "--tokenizer-type",
+        required=True,
+        choices=TOKENIZER_NAMES,
+        metavar="KIND",
+        help=f"{', '.join(TOKENIZER_NAMES)} (the long names are Megatron-LM's)",
+    )
+    words.add_argument(
+        "--tokenizer-model", metavar="FILE", help="sentencepiece: X.model; hf: tokenizer.json or its folder"
+    )
+    words.add_argument("--vocab-file", metavar="FILE", help="gpt2: vocab.json")
+    words.add_argument("--merge-file", metavar="FILE", help="gpt2: merges.txt")
+    words.add_argument(
+        "--append-eod",
+        action="store_true",
+        help="end each document with the end-of-document token (wanted for GPT)",
+    )
+    target = parser.add_argument_group("output")
+    target.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="P",
+        help="writes P_KEY_document.bin, .idx, .json; they appear when complete",
+    )
+    target.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a dataset of that name, once the new one is complete",
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--workers",
+        type=_positive,
+        default=None,
+        metavar="N",
+        help="processes that encode; the output does not depend on it (default: one a core, fewer for small input)",
+    )
+    run.add_argument(
+        "--log-interval",
+        type=_positive,
+        default=10_000,
+        metavar="N",
+        help="documents between progress lines where there is no terminal (default: 10000)",
+    )
+    return parser.parse_args([_dashes(word) for word in argv])
+
+
+def _dashes(word: str) -> str:
+    """--json_keys is --json-keys."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, wanted 1 or more")
+    return value
+
+
+@contextmanager
+def _progress(log_interval: int) -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, else a line every log_interval documents; both on stderr."""
+    started = time.perf_counter()
+
+    def state(progress: Progress) -> str:
+        speed = progress.text_bytes / 1e6 / (time.perf_counter() - started)
+        return f"{progress.documents:,} documents  {progress.tokens:,} tokens  {speed:,.1f} MB/s"
+
+    if sys.stderr.isatty():
+        with Bar(BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()) as bar:
+            task = bar.add_task("reading")
+            yield lambda progress: bar.update(
+                task, total=progress.total_bytes, completed=progress.stored_bytes, description=state(progress)
+            )
+        return
+    shown = 0
+
+    def line(progress: Progress) -> None:
+        nonlocal shown
+        if progress.documents >= shown + log_interval:
+            shown = progress.documents
+            print(state(progress), file=sys.stderr, flush=True)
+
+    yield line
+
+
+if __name__ == "__main__":
+    run_cli(main)
