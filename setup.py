@@ -30,6 +30,7 @@ except ImportError as error:
     NO_TORCH = f"torch is not importable here ({error}); install it and use --no-build-isolation"
 
 INDEX_BUILDER = "csrc/index_builder.cpp"
+OPS = sorted(set(glob("csrc/*.cpp")) - {INDEX_BUILDER})
 FALLBACK = {"megagpt._index_builder": "NumPy code", "megagpt._C": "PyTorch reference code"}
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
@@ -43,7 +44,7 @@ def index_builder() -> Pybind11Extension:
 def op_library():
     """Every op of csrc/ in one library, with CUDA where that can be compiled."""
     headers = sorted(glob("csrc/*.h") + glob("csrc/*.cuh"))
-    sources = sorted(set(glob("csrc/*.cpp")) - {INDEX_BUILDER})
+    sources = list(OPS)
     kind, flags = cpp_extension.CppExtension, {"cxx": ["-O3", *OPENMP]}
     cuda_home = cpp_extension.CUDA_HOME  # None for a torch without CUDA
     if glob("csrc/*.cu") and cuda_home and shutil.which("nvcc", path=f"{cuda_home}/bin"):
@@ -53,9 +54,10 @@ def op_library():
     return kind("megagpt._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=OPENMP)
 
 
-def explain(name: str, why: str) -> None:
-    """Say what is missing and what runs instead; fail if the extensions are required."""
-    message = f"{name} is not built: {why}. {FALLBACK[name]} runs instead."
+def explain(names: list[str], why: str) -> None:
+    """Say in one line what is missing and what runs instead; fail if the extensions are required."""
+    fallback = " and ".join(FALLBACK[name] for name in names)
+    message = f"{' and '.join(names)} not built: {why}. Instead runs {fallback}."
     if os.environ.get("MEGAGPT_REQUIRE_EXT") == "1":
         sys.exit(f"error: {message} (MEGAGPT_REQUIRE_EXT=1 forbids that)")
     print(f"megagpt: {message}", file=sys.stderr, flush=True)
@@ -65,43 +67,51 @@ class Build(BaseBuild):
     """Builds each extension aside, moves it into place whole, and goes on without one that fails."""
 
     def run(self) -> None:
-        if NO_TORCH and Path("csrc/registry.cpp").exists():
-            explain("megagpt._C", NO_TORCH)
-        compiler = os.environ.get("CXX", "c++").split()[0]
-        if shutil.which(compiler) is None:
-            for ext in self.extensions:
-                self._leave_out(ext, f"no C++ compiler ({compiler}) on the PATH; install g++, or set CXX")
+        if NO_TORCH:
+            explain(["megagpt._C"], NO_TORCH)
+        tried = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+        compiler = next(filter(shutil.which, tried), None)
+        if compiler is None:
+            why = f"no C++ compiler on the PATH ({', '.join(tried)}); install g++ and run `make build`"
+            self._leave_out(self.extensions, why)
             self.extensions = []
+        else:
+            os.environ.setdefault("CXX", compiler)  # one and the same for compiling and for linking
         super().run()
 
     def build_extension(self, ext) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         build_lib, self.build_lib = self.build_lib, f"{self.build_temp}/staged"
         staged = Path(self.get_ext_fullpath(ext.name))
+        staged.unlink(missing_ok=True)  # half a library of a build that was killed would count as up to date
         try:
             super().build_extension(ext)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(staged, target)
         except Exception as error:  # ninja, distutils and the OS each have a class of their own for this
             target.unlink(missing_ok=True)
-            self._leave_out(ext, f"the compiler failed ({str(error).splitlines()[0]}; its output is above)")
+            reason = str(error).partition("\n")[0]
+            self._leave_out([ext], f"the compiler failed ({reason}; its output is above)")
         finally:
             self.build_lib = build_lib
 
     def copy_file(self, infile, outfile, *args, **kwargs):
         """The copy into the source tree, for --inplace: never half a library, never into a mapped one."""
-        copied = super().copy_file(infile, f"{outfile}.partial", *args, **kwargs)
-        os.replace(f"{outfile}.partial", outfile)
-        return (os.fspath(outfile), copied[1])
+        final = Path(outfile)
+        partial = final.with_name(f".{final.name}")
+        copied = super().copy_file(infile, partial, *args, **kwargs)
+        os.replace(partial, final)
+        return (outfile, copied[1])
 
-    def _leave_out(self, ext, why: str) -> None:
-        ext.optional = True  # setuptools then misses nothing
-        with suppress(FileNotFoundError):  # an older build must not stand in for the sources of today
-            Path(self.get_ext_filename(ext.name)).unlink()
-        explain(ext.name, why)
+    def _leave_out(self, left_out: list[Extension], why: str) -> None:
+        for ext in left_out:
+            ext.optional = True  # setuptools then misses nothing
+            with suppress(FileNotFoundError):  # an older build must not stand in for the sources of today
+                Path(self.get_ext_filename(ext.name)).unlink()
+        explain([ext.name for ext in left_out], why)
 
 
 extensions: list[Extension] = [index_builder()]
-if not NO_TORCH and Path("csrc/registry.cpp").exists():
+if not NO_TORCH:
     extensions.append(op_library())
 setup(ext_modules=extensions, cmdclass={"build_ext": Build})
