@@ -5,9 +5,8 @@ Shapes: B batch, T time, D model, V this rank's part of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,21 +74,24 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class Layer:
-    """One entry of the layer list: its canonical name, and how to build it (so that a stage builds only its own)."""
+    """One entry of the layer list: its canonical name, and what to build (so that a stage builds only its own)."""
 
     name: str
-    build: Callable[[], nn.Module]
+    kind: type[nn.Module]
+    arguments: tuple[Any, ...]
+
+    def build(self) -> nn.Module:
+        """The layer itself."""
+        return self.kind(*self.arguments)
 
 
 def layer_list(config: ModelConfig, axis: Axis, seed: int, recompute: bool = False) -> list[Layer]:
     """The whole model in order: embedding, blocks.0 …, head."""
-    blocks = [
-        Layer(f"blocks.{i}", partial(Block, config, i, axis, seed, recompute)) for i in range(config.n_layers)
-    ]
+    blocks = [Layer(f"blocks.{i}", Block, (config, i, axis, seed, recompute)) for i in range(config.n_layers)]
     return [
-        Layer("embedding", partial(Embedding, config, axis, seed)),
+        Layer("embedding", Embedding, (config, axis, seed)),
         *blocks,
-        Layer("head", partial(Head, config, axis, seed)),
+        Layer("head", Head, (config, axis, seed)),
     ]
 
 

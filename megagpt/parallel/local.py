@@ -6,6 +6,7 @@ case starts from a clean state (DeepSpeed keeps module-level state), and none pa
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
 import tempfile
@@ -79,7 +80,8 @@ def _rank_main(rank: int, size: int, folder: str, timeout_s: float, connection: 
         answer = (True, function(*args))
     except BaseException:
         answer = (False, traceback.format_exc())
-    connection.send(answer)
-    connection.poll(timeout_s)  # tensors travel as shared memory: stay until the parent has taken them and hangs up
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent stops listening when another rank fails
+        connection.send(answer)
+        connection.poll(timeout_s)  # tensors travel as shared memory: stay until the parent has taken them and hangs up
     if answer[0]:
         dist.destroy_process_group()

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megagpt.parallel.axis import SINGLE, Axis
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Built once in train.py; a layer receives only the axis that it uses."""
+    """Built once in train.py; a layer receives only the axis that it uses.
+
+    stage: torch's view of the ranks of this pipeline stage (axes data, model), for sharded checkpoints; None in a
+    program that never started torch.distributed.
+    """
 
     pipe: Axis
     data: Axis
     model: Axis
+    stage: DeviceMesh | None
 
     @property
     def rank(self) -> int:
@@ -38,32 +43,18 @@ class Mesh:
 
 def single_process_mesh() -> Mesh:
     """The mesh of a program that never started torch.distributed."""
-    return Mesh(pipe=SINGLE, data=SINGLE, model=SINGLE)
+    return Mesh(pipe=SINGLE, data=SINGLE, model=SINGLE, stage=None)
 
 
-def build_mesh(*, pp: int, dp: int, tp: int) -> Mesh:
-    """Create the process groups of every axis.
+def build_mesh(device_type: str, *, pp: int, dp: int, tp: int) -> Mesh:
+    """Create the process groups of every axis. device_type: "cpu" or "cuda".
 
     Comm: collective over all processes (torch.distributed must be initialised, world size pp * dp * tp).
     """
-    ranks = [[[(p * dp + d) * tp + m for m in range(tp)] for d in range(dp)] for p in range(pp)]
-    rank = dist.get_rank()
-    pipe, data, model = rank // (dp * tp), rank // tp % dp, rank % tp
-    return Mesh(
-        pipe=_axis([[ranks[p][d][m] for p in range(pp)] for d in range(dp) for m in range(tp)], pipe),
-        data=_axis([[ranks[p][d][m] for d in range(dp)] for p in range(pp) for m in range(tp)], data),
-        model=_axis([ranks[p][d] for p in range(pp) for d in range(dp)], model),
-    )
+    mesh = init_device_mesh(device_type, (pp, dp, tp), mesh_dim_names=("pipe", "data", "model"))
 
+    def axis(name: str) -> Axis:
+        group = mesh.get_group(name)
+        return Axis(group=group, rank=mesh.get_local_rank(name), size=group.size())
 
-def _axis(groups: list[list[int]], coordinate: int) -> Axis:
-    """All ranks create all groups in the same order (torch's rule); each keeps its own."""
-    size = len(groups[0])
-    if size == 1:
-        return SINGLE
-    mine = None
-    for ranks in groups:
-        group = dist.new_group(ranks)
-        if dist.get_rank() in ranks:
-            mine = group
-    return Axis(group=mine, rank=coordinate, size=size)
+    return Mesh(pipe=axis("pipe"), data=axis("data"), model=axis("model"), stage=mesh["data", "model"])

@@ -1,0 +1,166 @@
+"""One face for both of DeepSpeed's engines: train a step, evaluate, and nothing of which of them runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from megagpt.config import RunConfig
+from megagpt.data.loader import MicroBatch
+from megagpt.engine.optim import build_optimizer, learning_rate
+from megagpt.engine.settings import deepspeed_settings
+from megagpt.engine.stages import Named, build_module, global_grad_norm, named_parameters
+from megagpt.parallel.mesh import Mesh
+from megagpt.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave; the same on every rank. skipped: fp16 overflow, the weights did not move."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    loss_scale: float
+    skipped: bool
+    step_time_s: float
+
+
+class Engine:
+    """The model, its optimizer and DeepSpeed, spread over the mesh."""
+
+    def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
+        self.config, self.plan, self.mesh = config, plan, mesh
+        connect_deepspeed()
+        module = build_module(config, plan, mesh)
+        self.parameters: list[Named] = named_parameters(module)
+        self.base_optimizer, self.optimizer_name = build_optimizer(self.parameters, config.optim)
+        if config.parallel.zero_stage == 0:
+            self.base_optimizer.register_step_pre_hook(self._clip)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=self.base_optimizer,
+            config=deepspeed_settings(config, plan),
+            mpu=None if mesh.pipe.size > 1 else ModelParallelUnit(mesh),  # pipelines bring their own grid
+            dist_init_required=False,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.engine.device
+
+    def train_step(self, step: int, batches: Iterable[MicroBatch]) -> StepResult:
+        """One optimizer step over this rank's micro-batches of global step `step`.
+
+        Comm: the step's own (pipeline sends, gradient reductions), and one all-reduce of the loss.
+        """
+        start = time.perf_counter()
+        lr = learning_rate(step, self.config.optim, self.config.train.train_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        skipped_before = self.engine.skipped_steps
+        if isinstance(self.engine, PipelineEngine):
+            loss = self.engine.train_batch(self._as_pipeline_data(batches))
+        else:
+            loss = self._accumulate(batches)
+        return StepResult(
+            loss=float(loss),
+            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            lr=lr,
+            loss_scale=float(getattr(self.optimizer, "cur_scale", None) or getattr(self.optimizer, "loss_scale", 1.0)),
+            skipped=self.engine.skipped_steps > skipped_before,
+            step_time_s=time.perf_counter() - start,
+        )
+
+    def evaluate(self, batches: Iterable[MicroBatch], n_micro_batches: int) -> float:
+        """Mean loss, in nats per token, over this rank's n_micro_batches and all data-parallel ranks."""
+        if isinstance(self.engine, PipelineEngine):
+            data = self._as_pipeline_data(batches)
+            return float(self.engine.eval_batch(data, num_micro_batches=n_micro_batches))
+        self.engine.eval()
+        total = torch.zeros((), device=self.device)
+        with torch.no_grad():
+            for batch in batches:
+                total += self._loss(batch).float()
+        self.engine.train()
+        return float(self._mean_over_data(total / n_micro_batches))
+
+    def close(self) -> None:
+        """Tear down; without it some finished runs hang or abort at exit."""
+        self.engine.destroy()
+
+    def _accumulate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss = self._loss(batch)
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.detach().float()
+        return self._mean_over_data(total / self.plan.micro_batches)
+
+    def _loss(self, batch: MicroBatch) -> Tensor:
+        tokens_BT, labels_BT, ids_B = (t.to(self.device) for t in (batch.tokens_BT, batch.labels_BT, batch.sample_ids_B))
+        return self.engine(tokens_BT, ids_B, labels_BT)
+
+    def _mean_over_data(self, value: Tensor) -> Tensor:
+        if self.mesh.data.size > 1:
+            dist.all_reduce(value, group=self.mesh.data.group)
+        return value / self.mesh.data.size
+
+    @staticmethod
+    def _as_pipeline_data(batches: Iterable[MicroBatch]) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        for batch in batches:
+            yield (batch.tokens_BT, batch.sample_ids_B), batch.labels_BT
+
+    def _clip(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        """Before the step of ZeRO stage 0: clip by the true global norm, and tell DeepSpeed what it was."""
+        norm = global_grad_norm(self.parameters, self.mesh)
+        optimizer._global_grad_norm = norm  # type: ignore[attr-defined]  # where DeepSpeed looks for it
+        clip = self.config.optim.clip
+        if clip > 0:
+            scale = torch.clamp(clip / (norm + 1e-6), max=1.0)
+            grads = [n.parameter.grad for n in self.parameters if n.parameter.grad is not None]
+            torch._foreach_mul_(grads, scale)
+
+
+def connect_deepspeed() -> None:
+    """Let DeepSpeed use the process group that is there already.
+
+    On a CPU it would first compile a shared-memory op that only its inference uses: half a minute at the first start,
+    and a hang at every later one if that was interrupted. Its own table of usable ops is where that is declined.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+
+
+class ModelParallelUnit:
+    """Our mesh as DeepSpeed wants to see it where there are no pipeline stages (its `mpu`)."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.model, self.data = mesh.model, mesh.data
+
+    def get_model_parallel_rank(self) -> int:
+        return self.model.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.model.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.model.group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.data.group

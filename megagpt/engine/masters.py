@@ -1,0 +1,98 @@
+"""fp32 weights and Adam moments by parameter, whichever ZeRO stage holds them: read, and written back.
+
+Values are this rank's tensor-parallel part, without padding and unsharded over the data axis.
+"""
+
+from __future__ import annotations
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from megagpt.engine.engine import Engine
+from megagpt.engine.stages import Named
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def read(engine: Engine, named: Named, key: str) -> Tensor:
+    """The fp32 weight (key "weight") or a moment of one parameter.
+
+    Comm: with ZeRO, an all-reduce or all-gather over the data axis: every rank of it must call this.
+    """
+    parameter = named.parameter
+    if not _sharded_by_zero(parameter):
+        full = parameter.detach() if key == WEIGHT else engine.base_optimizer.state[parameter][key]
+    elif key == WEIGHT:
+        full = safe_get_full_fp32_param(parameter)
+    else:
+        full = safe_get_full_optimizer_state(parameter, key)
+    return named.part.unpadded(full.view(_local_shape(parameter))).contiguous()
+
+
+def write(engine: Engine, named: Named, key: str, value: Tensor) -> None:
+    """Set the fp32 weight (and the low-precision copy that the model computes with) or a moment. Comm: none."""
+    parameter = named.parameter
+    local = torch.zeros(_local_shape(parameter), dtype=torch.float32, device=value.device)
+    named.part.unpadded(local).copy_(value)
+    if hasattr(parameter, "ds_id"):
+        _write_zero_3(engine, parameter, key, local)
+    elif not _sharded_by_zero(parameter):
+        target = parameter.data if key == WEIGHT else engine.base_optimizer.state[parameter][key]
+        target.copy_(local)
+    elif key == WEIGHT:
+        safe_set_full_fp32_param(parameter, local)
+        parameter.data.copy_(local)
+    else:
+        safe_set_full_optimizer_state(parameter, local, key)
+
+
+def create_moments(engine: Engine) -> None:
+    """Make the moments exist before the first step, as zeros, so that a checkpoint can be loaded into them."""
+    for group in engine.base_optimizer.param_groups:
+        for flat in group["params"]:
+            if not engine.base_optimizer.state[flat]:
+                state = {key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS}
+                engine.base_optimizer.state[flat] = {"step": torch.zeros(()), **state}
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:  # ZeRO 1 and 2 connect moments to parameters at their first step; do it now
+        link()
+
+
+def set_adam_step(engine: Engine, step: int) -> None:
+    """Adam's own step count, which its bias correction needs."""
+    for state in engine.base_optimizer.state.values():
+        if isinstance(state["step"], Tensor):
+            state["step"].fill_(step)
+        else:
+            state["step"] = step
+
+
+def _sharded_by_zero(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _local_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape on this tensor-parallel rank; ZeRO-3 leaves an empty tensor and keeps the shape beside it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _write_zero_3(engine: Engine, parameter: nn.Parameter, key: str, local: Tensor) -> None:
+    # DeepSpeed's own setter narrows past the end where the data axis does not divide the size: pad, then slice.
+    shard = parameter.ds_tensor  # type: ignore[attr-defined]
+    padded = torch.zeros(shard.numel() * engine.mesh.data.size, dtype=torch.float32, device=local.device)
+    padded[: local.numel()].copy_(local.flatten())
+    mine = padded.narrow(0, shard.numel() * engine.mesh.data.rank, shard.numel())
+    if key == WEIGHT:
+        safe_set_local_fp32_param(parameter, mine)
+        shard.data.copy_(mine.view_as(shard))
+    else:
+        safe_set_local_optimizer_state(parameter, mine, key)

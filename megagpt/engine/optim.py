@@ -1,0 +1,46 @@
+"""AdamW over the parameters that decay and those that do not, and its learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import torch
+
+from megagpt.config import OptimConfig
+from megagpt.engine.stages import Named
+
+
+def learning_rate(step: int, config: OptimConfig, train_steps: int) -> float:
+    """Learning rate of step `step` (the first is 0): linear warm-up, then a cosine down to a fraction of the peak.
+
+    Source: Loshchilov & Hutter 2017 (cosine); Radford et al. 2018 (with warm-up).
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    decay_steps = config.decay_steps or train_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, decay_steps - config.warmup_steps))
+    floor = config.lr * config.min_lr_fraction
+    return floor + (config.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def build_optimizer(parameters: list[Named], config: OptimConfig) -> tuple[torch.optim.Optimizer, str]:
+    """AdamW with decoupled decay on matrices and none on biases and norms; also which implementation it is, and why.
+
+    The rate starts at 0 and is set before every step, so that nothing moves before the schedule says so.
+    """
+    matrices = [n.parameter for n in parameters if len(n.part.shape) >= 2]
+    vectors = [n.parameter for n in parameters if len(n.part.shape) < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    settings = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    on_gpu = parameters[0].parameter.is_cuda or torch.cuda.is_available()
+    # NVIDIA's apex has apex.optimizers; the package called apex on the registry is another project.
+    if on_gpu and importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers"):
+        from apex.optimizers import FusedAdam  # an extra that is built from source
+
+        return FusedAdam(groups, adam_w_mode=True, **settings), "apex FusedAdam"
+    reason = "apex is not installed" if on_gpu else "no GPU for apex"
+    return torch.optim.AdamW(groups, fused=True, **settings), f"torch AdamW, fused ({reason})"

@@ -1,0 +1,112 @@
+"""The layer list as what an engine trains: one module, or this process's pipeline stage; and its parameters by name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megagpt.config import RunConfig
+from megagpt.model.gpt import GPT, Head, layer_list
+from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.parameter import Part, part_of
+from megagpt.plan.plan import Plan
+
+TIED = "embedding.tokens"  # canonical name of the module that first and last stage share
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter under its canonical name. owned: this stage is the one that counts and saves it."""
+
+    name: str
+    parameter: nn.Parameter
+    owned: bool
+
+    @property
+    def part(self) -> Part:
+        """Its place in the logical tensor."""
+        return part_of(self.parameter)
+
+
+class GPTStage(PipelineModule):
+    """The layers of one pipeline stage, by DeepSpeed's pipeline module.
+
+    Differs from its base in two things: the bounds come from the plan, and of a tied layer only the shared weight
+    counts as a copy (the base would drop the final norm from the clip norm as well).
+    """
+
+    def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
+        self.plan_bounds = list(plan.bounds)
+        layers = layer_list(config.model, mesh.model, config.train.seed, config.parallel.recompute)
+        self.names = [layer.name for layer in layers]
+        specs = [LayerSpec(layer.kind, *layer.arguments) for layer in layers]
+        if config.model.tied_embeddings:
+            for end in (0, -1):
+                layer = layers[end]
+                specs[end] = TiedLayerSpec("tied", layer.kind, *layer.arguments, tied_weight_attr="tokens.weight")
+        topology = PipeModelDataParallelTopology(num_pp=mesh.pipe.size, num_mp=mesh.model.size, num_dp=mesh.data.size)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition; the plan's table says it better
+            super().__init__(specs, topology=topology, loss_fn=self._loss)
+        for named in named_parameters(self):
+            named.parameter.ds_pipe_replicated = not named.owned  # type: ignore[attr-defined]
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self.plan_bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def _loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+        head = self.forward_funcs[-1]
+        assert isinstance(head, Head)
+        return head.loss(logits_BTV, labels_BT)
+
+    def local_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """This stage's layers under their canonical names."""
+        yield from zip(self.names[self._local_start : self._local_stop], self.forward_funcs, strict=True)
+
+
+def build_module(config: RunConfig, plan: Plan, mesh: Mesh) -> GPT | GPTStage:
+    """What this process trains. Comm: with pipeline stages, collective (groups are made, the tied weight broadcast)."""
+    if mesh.pipe.size == 1:
+        return GPT(config.model, mesh.model, config.train.seed, config.parallel.recompute)
+    return GPTStage(config, plan, mesh)
+
+
+def named_parameters(module: nn.Module) -> list[Named]:
+    """The parameters of a GPT, or of a stage of it, under the names that the whole model has."""
+    if not isinstance(module, GPTStage):
+        return [Named(name, parameter, True) for name, parameter in module.named_parameters()]
+    found = []
+    for layer_name, layer in module.local_layers():
+        for name, parameter in layer.named_parameters():
+            name = f"{layer_name}.{name}"
+            if name == "head.tokens.weight" and module.tied_weight_attrs:
+                found.append(Named(f"{TIED}.weight", parameter, False))
+            else:
+                found.append(Named(name, parameter, True))
+    return found
+
+
+def global_grad_norm(parameters: list[Named], mesh: Mesh) -> Tensor:
+    """√ of the sum of squares over the whole model, each logical element counted once.
+
+    Comm: all-reduce of one number over the model axis and one over the pipe axis.
+    """
+    counted = [
+        n.parameter.grad.float()
+        for n in parameters
+        if n.parameter.grad is not None and n.owned and (n.part.dim is not None or mesh.model.rank == 0)
+    ]
+    total = torch.stack([torch.zeros((), device=parameters[0].parameter.device), *(g.square().sum() for g in counted)])
+    total = total.sum()
+    for axis in (mesh.model, mesh.pipe):
+        if axis.size > 1:
+            torch.distributed.all_reduce(total, group=axis.group)
+    return total.sqrt()
