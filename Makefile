@@ -48,9 +48,11 @@ bench-train: $(ready) ## Measure training, beside a plain PyTorch GPT-2 doing th
 	$(bin)/python tools/bench_train.py $(ARGS)
 
 lint: $(ready) ## Check style, format and types
-	$(bin)/ruff check .
-	$(bin)/ruff format --check .
-	$(bin)/pyright --pythonpath $(bin)/python
+	@failed=; set -x; \
+	$(bin)/ruff check . || failed=1; \
+	$(bin)/ruff format --check . || failed=1; \
+	$(bin)/pyright --pythonpath $(bin)/python || failed=1; \
+	{ set +x; } 2>/dev/null; [ -z "$$failed" ]
 
 format: $(ready) ## Mend what ruff can mend
 	$(bin)/ruff check --fix .
