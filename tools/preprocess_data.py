@@ -142,7 +142,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         type=_positive,
         default=None,
         metavar="N",
-        help="processes that encode; the output does not depend on it (default: one a core, fewer for small input)",
+        help="processes that encode; the output does not depend on it (default: one a core at most)",
     )
     run.add_argument(
         "--log-interval",
