@@ -1,9 +1,12 @@
 """GPTSamples against Megatron-core's GPTDataset: the three indices, and the tokens of the samples."""
 
+import struct
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from megagpt.data.indexed import IndexedDataset, IndexedWriter
+from megagpt.data.indexed import IndexedDataset
 from megagpt.data.samples import GPTSamples, split_bounds
 from megagpt.errors import UserError
 
@@ -14,11 +17,17 @@ class Tokenizer:
     vocab_size, eod, pad, unique_identifiers = 60_000, 59_999, 59_998, "test"
 
 
-def write(prefix, lengths, seed=0, dtype=np.uint16):
-    random = np.random.default_rng(seed)
-    with IndexedWriter(prefix, dtype) as writer:
-        for length in lengths:
-            writer.add_document(random.integers(0, 50_000, length))
+def write(prefix, lengths, seed=0, dtype=np.uint16, tokens=None):
+    """A dataset of sequences, empty ones too: our writer makes none, but those of others do."""
+    if tokens is None:
+        tokens = np.random.default_rng(seed).integers(0, 50_000, sum(lengths))
+    lengths = np.array(lengths, "<i4")
+    offsets = (np.cumsum(lengths, dtype="<i8") - lengths) * np.dtype(dtype).itemsize
+    code = {np.uint16: 8, np.int32: 4}[dtype]
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, code, len(lengths), len(lengths) + 1)
+    boundaries = np.arange(len(lengths) + 1, dtype="<i8")
+    Path(f"{prefix}.bin").write_bytes(tokens.astype(dtype).tobytes())
+    Path(f"{prefix}.idx").write_bytes(b"".join([header, lengths, offsets, boundaries]))
     return prefix
 
 
@@ -111,10 +120,8 @@ def test_documents_of_a_sample_are_its_tokens(tmp_path):
 
 def test_one_epoch_reads_every_token_once(tmp_path):
     lengths = [17, 0, 60, 4]
-    with IndexedWriter(tmp_path / "d", np.uint16) as writer:
-        for start, length in zip(np.cumsum([0, *lengths]), lengths, strict=False):
-            writer.add_document(np.arange(start, start + length))
-    samples = GPTSamples(IndexedDataset(tmp_path / "d"), documents=(0, 4), num_samples=8, seq_len=10, seed=1)
+    prefix = write(tmp_path / "d", lengths, tokens=np.arange(81))
+    samples = GPTSamples(IndexedDataset(prefix), documents=(0, 4), num_samples=8, seq_len=10, seed=1)
     inputs, labels = (
         np.concatenate([sample[part] for sample in samples]) for part in (slice(-1), slice(1, None))
     )
