@@ -42,10 +42,10 @@ plan: $(ready) ## Show stages, memory and batch arithmetic of a run without star
 	$(bin)/python tools/plan.py $(ARGS)
 
 bench: $(ready) ## Measure each op against its roofline
-	$(bin)/python tools/bench.py $(ARGS)
+	$(bin)/python benchmarks/ops.py $(ARGS)
 
 bench-train: $(ready) ## Measure training, beside a plain PyTorch GPT-2 doing the same step
-	$(bin)/python tools/bench_train.py $(ARGS)
+	$(bin)/python benchmarks/train.py $(ARGS)
 
 lint: $(ready) ## Check style, format and types
 	@failed=; set -x; \

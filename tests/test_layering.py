@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 # A module imports from lower layers and from itself. Within a layer of LAYERS, modules may know each other...
 LAYERS = (
-    {"errors", "config", "cli", "metrics", "metrics_file", "presets"},
+    {"errors", "config", "config_file", "cli", "metrics", "metrics_file", "presets"},
     {"plan"},
     {"ops", "parallel", "data"},
     {"model"},
@@ -26,16 +26,7 @@ LAYERS = (
 STRANGERS = {"ops", "parallel", "data"}  # ... except these.
 PROGRAMS = ("tools", "examples", "benchmarks")  # above every layer
 
-WITHOUT_TORCH = {
-    "errors",
-    "config",
-    "cli",
-    "metrics",
-    "metrics_file",
-    "presets",
-    "plan",
-    "plot",
-}  # and what they import of megagpt
+WITHOUT_TORCH = LAYERS[0] | LAYERS[1] | {"plot"}  # and what they import of megagpt
 HEAVY = {"torch", "deepspeed", "transformers", "megatron", "apex"}
 
 # Packages, and compiled modules, that only these files or folders import.
