@@ -34,7 +34,7 @@ def check_precision(config: RunConfig) -> None:
     parallel, precision = config.parallel, config.train.precision
     if precision != "fp32" and parallel.zero_stage == 0 and parallel.pp > 1:
         raise UserError(
-            f"train.precision={precision} with parallel.zero_stage=0 and parallel.pp={parallel.pp} cannot work: "
+            f"train.precision={precision} with parallel.zero_stage=0 and pp={parallel.pp} cannot work: "
             "pipelines in 16 bits need the fp32 masters of ZeRO 1; use --zero-stage 1 (free at dp=1)"
         )
 

@@ -67,8 +67,10 @@ def _merge(given: Mapping[str, Any], owned: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(given)
     for key, ours in owned.items():
         theirs = given.get(key)
-        both = isinstance(theirs, dict) and isinstance(ours, Mapping)
-        merged[key] = _merge(theirs, ours) if both else ours
+        if isinstance(theirs, dict) and isinstance(ours, Mapping):
+            merged[key] = _merge(theirs, ours)
+        else:
+            merged[key] = ours
     return merged
 
 
@@ -92,7 +94,7 @@ def _read_object(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check --deepspeed_config") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    except (json.JSONDecodeError, _BadJson) as error:
+    except (json.JSONDecodeError, _BadJsonError) as error:
         raise UserError(f"{path}: {error}; mend the JSON") from None
     except RecursionError:
         raise UserError(f"{path}: is nested too deep; mend the JSON") from None
@@ -101,7 +103,7 @@ def _read_object(path: str) -> dict[str, Any]:
     return value
 
 
-class _BadJson(ValueError):
+class _BadJsonError(ValueError):
     pass
 
 
@@ -109,9 +111,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise _BadJson(f"key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+        raise _BadJsonError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
     return result
 
 
 def _refuse_constant(name: str) -> None:
-    raise _BadJson(f"{name} is not a number that JSON has")
+    raise _BadJsonError(f"{name} is not a number that JSON has")

@@ -2,12 +2,14 @@
 
 Parameters, gradients, optimizer: Rajbhandari et al. 2020 (ZeRO), section 3.
 Activations: Korthikanti et al. 2022, section 4. Their 34 s b h bytes a layer in 16 bits are here
-w (4 D + 4 I/t + 2 F/t) a token, 32 D with I = D, F = 4 D, t = 1, w = 2; the other 2 are the masks of residual
-dropout, which megagpt recomputes and does not store. Their 5 a s² b, the attention probabilities before and after
-dropout and a mask, are 2 w H T/t a token, only with attention dropout: flash attention keeps no probabilities.
+w (4 D + 4 I/t + 2 F/t) a token, 32 D with I = D, F = 4 D, t = 1, w = 2; the other 2 are the masks of
+residual dropout, which megagpt recomputes and does not store. Their 5 a s² b, the attention probabilities
+before and after dropout and a mask, are 2 w H T/t a token, and only with attention dropout: flash attention
+keeps no probabilities.
 Not counted: the framework itself, communication and all-gather buffers, fragmentation, the data.
 
-Letters: D d_model, I n_heads * d_head, F d_ff, H n_heads, T seq_len, t tensor parallel size, w bytes of a number.
+Letters: D d_model, I n_heads * d_head, F d_ff, H n_heads, T seq_len, t tensor parallel size, w bytes of one
+number of the precision.
 """
 
 from __future__ import annotations
@@ -68,12 +70,12 @@ def estimate_memory(
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:
-    """Micro-batches that a stage has run forward and not yet backward, at most (1F1B; Narayanan et al. 2021)."""
+    """The most micro-batches run forward and not yet backward under 1F1B (Narayanan et al. 2021)."""
     return min(parallel.pp - stage, micro_batches)
 
 
 def _optimizer_bytes(config: RunConfig) -> int:
-    """Of a parameter: two moments in fp32, and an fp32 master where weights are narrower or ZeRO splits them."""
+    """Bytes a parameter: two fp32 moments, and an fp32 master if weights are narrower or ZeRO splits them."""
     has_master = config.train.precision != "fp32" or config.parallel.zero_stage >= 1
     return 8 + 4 * has_master
 
@@ -82,7 +84,7 @@ def _activation_bytes_per_token(config: RunConfig, n_blocks: int, in_flight: int
     model, tp = config.model, config.parallel.tp
     width = WEIGHT_BYTES[config.train.precision]
     D, F, I = model.d_model, model.ff_width, model.n_heads * model.head_width  # noqa: E741
-    # Inputs of 2 norms and 2 column-parallel layers; q, k, v and the attention output; the MLP's hidden twice.
+    # Inputs of 2 norms and 2 column-parallel layers; q, k, v, attention output; the MLP's hidden twice.
     block = 4 * D + (4 * I + 2 * F) // tp
     if model.dropout_attention > 0:  # plain attention: scaled q, probabilities before and after dropout
         block += (I + 2 * model.n_heads * model.seq_len) // tp

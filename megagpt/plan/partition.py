@@ -1,4 +1,4 @@
-"""Cut the layer list into pipeline stages: contiguous, a block each at least, the largest as small as can be."""
+"""Cut the layer list into pipeline stages: contiguous, a block each, the largest as small as can be."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def _counts(partition: str, layers: Sequence[LayerSize], pp: int) -> list[int]:
 def balance(weights: Sequence[int], pp: int, first: int = 0, last: int = 0) -> list[int]:
     """Sizes of contiguous groups, each at least 1, that minimise the largest group's weight.
 
-    first and last are weights added to the first and the last group. Of equal solutions, the one with the smaller
-    sum of squares is taken: 7 blocks over 3 stages become 2, 2, 3 and not 1, 3, 3.
+    first and last are weights added to the first and the last group. Of equal solutions, one with a small sum
+    of squares is taken: 7 blocks over 3 stages become 2, 2, 3 and not 1, 3, 3.
     """
     n = len(weights)
     total = list(accumulate(weights, initial=0))

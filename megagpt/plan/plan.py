@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def bubble_fraction(self) -> float:
-        """Share of a step that a stage waits: (pp - 1) / (micro_batches + pp - 1) (Huang et al. 2019, GPipe)."""
+        """Share of a step that a stage waits: (pp - 1) / (micro_batches + pp - 1) (Huang et al. 2019)."""
         return (self.pp - 1) / (self.micro_batches + self.pp - 1)
 
 
@@ -98,8 +98,8 @@ def model_flops_per_token(layers: tuple[LayerSize, ...]) -> int:
     """FLOPs of forward and backward for one token: 6 N + 12 L I T.
 
     N: elements of the matrices that multiply each token: the output matrix counts, the look-ups do not.
-    L I T: layers × inner width × context. Attention counts in full, as is usual, though a causal one needs only half
-    (6 N + 6 L I T). Recomputing does not count. Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    L I T: layers × inner width × context. Attention counts in full, as is usual, though a causal one needs
+    half of it (6 N + 6 L I T). Recomputing does not count. Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     return 3 * sum(layer.flops_per_token for layer in layers)
 

@@ -29,7 +29,7 @@ class LayerSize:
 
 
 def layer_sizes(model: ModelConfig, tp: int) -> tuple[LayerSize, ...]:
-    """The whole layer list; a tied head has no output matrix of its own (`tied_copy` is what a stage adds)."""
+    """The whole layer list; a tied head has no output matrix of its own (`tied_copy`: what a stage adds)."""
     blocks = tuple(_block(model, i, tp) for i in range(model.n_layers))
     return (_embedding(model, tp), *blocks, _head(model, tp))
 

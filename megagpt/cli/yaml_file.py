@@ -1,0 +1,183 @@
+"""YAML files of a run: read strictly, one line naming file and key for what is wrong; and written."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, get_origin, get_type_hints
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError, create_model
+
+from megagpt.config import SECTIONS, RunConfig
+from megagpt.errors import UserError
+
+Values = dict[str, dict[str, Any]]  # section -> key -> value: the part of a RunConfig that somebody set
+
+
+def read_config(values: Mapping[str, Any], where: str) -> RunConfig:
+    """A RunConfig from plain nested data, such as the configuration that a checkpoint carries.
+
+    where: what an error message names. Raises: UserError for unknown keys, wrong types and refused values.
+    """
+    checked = check_values(values, where)
+    return rebuild(unchecked_config([checked]), [(where, checked)])
+
+
+def read_yaml(path: Path) -> Values:
+    """What a YAML file sets, types checked. Raises: UserError, one line with the file and the place."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        loader = _Loader(text)
+        values = loader.get_single_data()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        place = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{place}: {error.problem}; mend the YAML") from None
+    except (yaml.YAMLError, ValueError) as error:  # unprintable characters; a date or an int out of range
+        raise UserError(f"{path}: {str(error).splitlines()[0]}; mend the YAML") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deep; a run has sections with keys, no more") from None
+    return check_values({} if values is None else values, str(path))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole resolved configuration as YAML, which `--config` reads back to an equal object."""
+    values = {
+        section: {key: list(v) if isinstance(v, tuple) else v for key, v in keys.items()}
+        for section, keys in dataclasses.asdict(config).items()
+    }
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def check_values(values: Any, where: str) -> Values:
+    """The same nested data, unknown keys and wrong types refused. Ranges are the dataclasses' business."""
+    try:
+        return _partial_model().model_validate(values).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        raise UserError(f"{where}: unknown key {key}{suggest(key, dotted_keys())}")
+    wanted = first["msg"].removeprefix("Input should be ")
+    if first["type"] == "model_type":
+        wanted = "keys with values" if key else f"sections ({', '.join(SECTIONS)})"
+    got = reprlib.repr(first["input"])
+    raise UserError(f"{where}: {key + ': ' if key else ''}got {got}, wanted {wanted}")
+
+
+def unchecked_config(sources: Iterable[Values]) -> RunConfig:
+    """The defaults with each source over the ones before, checks not run: a later one may mend a value.
+
+    `rebuild`, or whoever makes new sections of it, runs the checks.
+    """
+    sections = {name: copy.copy(getattr(RunConfig(), name)) for name in SECTIONS}
+    for values in sources:
+        for name, keys in values.items():
+            for key, value in keys.items():
+                object.__setattr__(sections[name], key, value)
+    return RunConfig(**sections)
+
+
+def rebuild(config: RunConfig, sources: Iterable[tuple[str, Values]]) -> RunConfig:
+    """The same configuration with every section's checks run; an error names the source of the value."""
+    try:
+        return RunConfig(**{name: dataclasses.replace(getattr(config, name)) for name in SECTIONS})
+    except UserError as error:
+        raise with_source(error, sources) from None
+
+
+def with_source(error: UserError, sources: Iterable[tuple[str, Values]]) -> UserError:
+    """Name in front of a check's message ("model.n_layers=-1 must …") the source that has this value."""
+    for where, values in reversed(list(sources)):
+        for section, keys in values.items():
+            for key, value in keys.items():
+                if str(error).startswith(f"{section}.{key}={value} "):
+                    return UserError(f"{where}: {error}")
+    return error
+
+
+def dotted_keys() -> list[str]:
+    """Every setting: model.n_layers, …"""
+    default = RunConfig()
+    return [f"{name}.{f.name}" for name in SECTIONS for f in dataclasses.fields(getattr(default, name))]
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    """'; did you mean model.n_layers?', the nearest of `known` by its whole or its last part."""
+    known = list(known)
+    near = get_close_matches(key, known, n=1, cutoff=0.7)
+    if not near:
+        by_leaf = {k.split(".")[-1]: k for k in known}
+        near = [by_leaf[leaf] for leaf in get_close_matches(key.split(".")[-1], by_leaf, n=1, cutoff=0.6)]
+    return f"; did you mean {near[0]}?" if near else "; see --help for what there is"
+
+
+def _partial_model() -> type[BaseModel]:
+    """RunConfig's keys and types for pydantic, every one optional, without the dataclasses' own checks."""
+    strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    sections: dict[str, Any] = {}
+    for name, section in get_type_hints(RunConfig).items():
+        hints = get_type_hints(section)
+        keys: dict[str, Any] = {
+            f.name: (_from_yaml(hints[f.name]), None) for f in dataclasses.fields(section)
+        }
+        sections[name] = (create_model(section.__name__, __config__=strict, **keys), None)
+    return create_model("RunConfig", __config__=strict, **sections)
+
+
+def _from_yaml(hint: Any) -> Any:
+    """YAML has lists and no tuples."""
+    if get_origin(hint) is tuple:
+        return Annotated[hint, Strict(False), BeforeValidator(_as_words)]
+    return hint
+
+
+def _as_words(value: Any) -> Any:
+    """`0.7 A 0.3 B`, or the list [0.7, A, 0.3, B], as the words that the command line would have given."""
+    if isinstance(value, str):
+        return value.split()
+    if isinstance(value, list):
+        return [str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in value]
+    return value
+
+
+# PyYAML follows YAML 1.1, where 3e-4 is a word; people mean a number. For both ways, so that words stay words.
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only. Keys are words and stand once; no aliases, which a small file can blow up with."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(
+                None, None, "aliases are not supported", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if not isinstance(key, str) or key in seen:
+                what = f"key {key} is there twice" if isinstance(key, str) else "a key must be a word"
+                raise yaml.constructor.ConstructorError(None, None, what, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
