@@ -150,7 +150,7 @@ def _as_words(value: Any) -> Any:
     return value
 
 
-# PyYAML follows YAML 1.1, where 3e-4 is a word; people mean a number. For both ways, so that words stay words.
+# PyYAML follows YAML 1.1, where 3e-4 is a word; people mean a number. The same for writing: words stay words.
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
 
 

@@ -1,0 +1,63 @@
+"""Which layout, and how much memory: show the plan of a run without starting it, and without torch.
+
+python tools/plan.py --preset gpt2-xl --world-size 64 --tp 5 --pp 4 --precision bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from typing import NoReturn
+
+from rich.console import Console
+
+from megagpt.cli import parse_run_config
+from megagpt.errors import UserError, run_cli
+from megagpt.plan.plan import make_plan
+from megagpt.plan.table import config_table, plan_table
+
+DESCRIPTION = """Show stages, memory and batch arithmetic of a run without starting it.
+
+  python tools/plan.py --preset gpt2-xl --world-size 64 --tp 5 --pp 4 --precision bf16
+
+It takes the flags of examples/pretrain_gpt.py, and
+
+  --world-size N   number of processes; default tp * pp
+
+  --preset NAME    start from a published model: {presets}
+  --config FILE    read a YAML file; may be given several times"""
+
+GPT2_VOCABULARY = 50257
+
+
+def main() -> int:
+    """Parse, plan, print."""
+    own, rest = _own_flags().parse_known_args()
+    config = parse_run_config(rest, prog="tools/plan.py", description=DESCRIPTION)
+    note = None
+    if config.model.vocab_size is None:
+        note = f"note: the vocabulary is taken as GPT-2's, {GPT2_VOCABULARY}; --vocab-size sets it"
+        config = replace(config, model=replace(config.model, vocab_size=GPT2_VOCABULARY))
+    plan = make_plan(config, own.world_size or config.parallel.tp * config.parallel.pp)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(config_table(config))
+    console.print(plan_table(config, plan))
+    if note:
+        console.print(note)
+    return 0
+
+
+class _OwnFlags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def _own_flags() -> argparse.ArgumentParser:
+    parser = _OwnFlags(add_help=False, allow_abbrev=False)
+    parser.add_argument("--world-size", "--world_size", type=int)
+    return parser
+
+
+if __name__ == "__main__":
+    run_cli(main)
