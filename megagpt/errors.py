@@ -7,15 +7,26 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user gave cannot work. The message says what was got, what was wanted, what to do."""
+    """Something the user gave cannot work. The message says what was got, what was wanted, what to do.
+
+    speaks: whether this process prints it. Of several ranks that fail together exactly one does.
+    """
+
+    def __init__(self, message: str, speaks: bool = True) -> None:
+        super().__init__(message)
+        self.speaks = speaks
 
 
-def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a command line tool: a `UserError` becomes `error: …` on stderr and exit code 2; Ctrl-C becomes 130."""
+def run_cli(main: Callable[[], int | None], speaks: bool = True) -> None:
+    """Run a command line tool: a `UserError` becomes `error: …` on stderr and exit code 2; Ctrl-C becomes 130.
+
+    speaks: False on ranks whose errors another rank prints as well.
+    """
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if error.speaks and (speaks or type(error) is not UserError):  # a subclass knows better who speaks
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

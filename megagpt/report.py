@@ -16,7 +16,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -115,6 +115,11 @@ class Reporter:
         """Print a line that stays, above the live one."""
         if self._enabled:
             self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Print a table, above the live line."""
+        if self._enabled:
+            self._console.print(renderable)
 
     def close(self) -> None:
         """End the live line and finish the files; messages still print."""

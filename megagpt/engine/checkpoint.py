@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from megagpt.config import RunConfig
 from megagpt.engine.engine import Engine
-from megagpt.engine.masters import MOMENTS, WEIGHT, create_moments, read, set_adam_step, write
+from megagpt.engine.masters import MOMENTS, WEIGHT, read, set_adam_step, write
 from megagpt.engine.stages import Named, named_parameters
 from megagpt.errors import UserError
 from megagpt.parallel.mesh import Mesh
@@ -86,7 +86,6 @@ def load(engine: Engine, folder: Path) -> State:
     """
     state = read_state(folder)
     check_architecture(engine.config, state, folder)
-    create_moments(engine)
     keys = [(named, key) for named in engine.parameters for key in (WEIGHT, *MOMENTS)]
     tensors = {_tensor_name(named, key): _empty(named, engine.mesh, engine.device) for named, key in keys}
     _read_tensors(tensors, folder)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megagpt.config import RunConfig
 from megagpt.data.loader import MicroBatch
+from megagpt.engine.masters import create_moments
 from megagpt.engine.optim import build_optimizer, learning_rate
 from megagpt.engine.settings import deepspeed_settings
 from megagpt.engine.stages import Named, build_module, global_grad_norm, named_parameters
@@ -51,6 +52,7 @@ class Engine:
             mpu=None if mesh.pipe.size > 1 else ModelParallelUnit(mesh),  # pipelines bring their own grid
             dist_init_required=False,
         )
+        create_moments(self)
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,9 @@ Values are this rank's tensor-parallel part, without padding and unsharded over 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -16,8 +19,10 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from megagpt.engine.engine import Engine
 from megagpt.engine.stages import Named
+
+if TYPE_CHECKING:
+    from megagpt.engine.engine import Engine
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -56,24 +61,39 @@ def write(engine: Engine, named: Named, key: str, value: Tensor) -> None:
 
 
 def create_moments(engine: Engine) -> None:
-    """Make the moments exist before the first step, as zeros, so that a checkpoint can be loaded into them."""
-    for group in engine.base_optimizer.param_groups:
-        for flat in group["params"]:
-            if not engine.base_optimizer.state[flat]:
-                state = {key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS}
-                engine.base_optimizer.state[flat] = {"step": torch.zeros(()), **state}
+    """Make the moments exist before the first step, as zeros.
+
+    So memory is taken at the start, a checkpoint can be loaded into them, and DeepSpeed's ZeRO 1 and 2, which connect
+    moments to parameters after the step of the first parameter group, find those of the other groups as well.
+    """
+    for flat in _flat_masters(engine):
+        state = {key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS}
+        if "step" not in engine.base_optimizer.param_groups[0]:  # apex counts in the group, torch by tensor
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        engine.base_optimizer.state[flat] = state
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:  # ZeRO 1 and 2 connect moments to parameters at their first step; do it now
+    if link is not None:
         link()
 
 
 def set_adam_step(engine: Engine, step: int) -> None:
     """Adam's own step count, which its bias correction needs."""
+    for group in engine.base_optimizer.param_groups:
+        if "step" in group:
+            group["step"] = step
     for state in engine.base_optimizer.state.values():
-        if isinstance(state["step"], Tensor):
+        if "step" in state:
             state["step"].fill_(step)
-        else:
-            state["step"] = step
+
+
+def _flat_masters(engine: Engine) -> Iterator[Tensor]:
+    """The tensors that Adam steps on: flat shards with ZeRO, the parameters themselves without."""
+    shards = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 shows them to Adam one by one
+    if shards is not None:
+        yield from shards
+    else:
+        for group in engine.base_optimizer.param_groups:
+            yield from group["params"]
 
 
 def _sharded_by_zero(parameter: nn.Parameter) -> bool:

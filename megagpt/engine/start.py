@@ -1,0 +1,52 @@
+"""Starting and ending torch.distributed, whoever launched this process: deepspeed, torchrun, Slurm, or nobody."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megagpt.errors import UserError
+from megagpt.parallel.mesh import Mesh, build_mesh
+from megagpt.plan.plan import Plan
+
+TIMEOUT = timedelta(minutes=10)  # of one collective
+
+
+@contextmanager
+def distributed(plan: Plan) -> Iterator[Mesh]:
+    """The mesh of this run, for as long as the block lasts.
+
+    Comm: collective over all processes.
+    """
+    _quiet()
+    on_gpu = torch.cuda.is_available()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if on_gpu else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    mesh = build_mesh("cuda" if on_gpu else "cpu", pp=plan.pp, dp=plan.dp, tp=plan.tp)
+    try:
+        yield mesh
+    except UserError:
+        dist.destroy_process_group()  # every rank is on its way out
+        raise
+    # Another exception leaves the group as it is: the other ranks may be waiting in it, and the launcher ends them.
+    dist.destroy_process_group()
+
+
+def _quiet() -> None:
+    """Drop what a user can neither read nor act on: details of the libraries beneath."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    warnings.filterwarnings("ignore", message=r".*c10d::.*autograd kernel was not registered.*")

@@ -1,0 +1,104 @@
+"""From the command line to running ranks: checks first, then text, then as many processes as the layout needs.
+
+Everything before the ranks start needs no torch, so that a wrong flag is answered in a moment and once.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import importlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megagpt.cli import parse_run_config
+from megagpt.config import RunConfig
+from megagpt.data.blend import parse_data_path
+from megagpt.data.corpus import default_cache_dir, default_corpus
+from megagpt.data.tokenizer import tokenizer_for
+from megagpt.errors import UserError, run_cli
+from megagpt.plan.plan import make_plan
+
+
+def pretrain(argv: Sequence[str]) -> None:
+    """The program behind examples/pretrain_gpt.py: exits with 0, or with 2 and one message."""
+    run_cli(lambda: _pretrain(argv), speaks=os.environ.get("RANK", "0") == "0")
+
+
+def _pretrain(argv: Sequence[str]) -> None:
+    config = parse_run_config(argv)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    needed = config.parallel.tp * config.parallel.pp
+    start_ranks = world_size == 1 and needed > 1 and not has_gpu()
+    # The vocabulary is not known yet and plays no part in these checks: any number does.
+    guess = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1)
+    make_plan(dataclasses.replace(config, model=guess), needed if start_ranks else world_size)
+    config = with_text(config)
+    if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
+    if start_ranks:
+        _become_launcher(needed, argv)
+    # torch and DeepSpeed load only now: the checks above answer at once, and DeepSpeed reads DS_ACCELERATOR.
+    importlib.import_module("megagpt.train").train(config)
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA driver; asking torch would cost seconds."""
+    return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+
+def with_text(config: RunConfig) -> RunConfig:
+    """The configuration with its data path and vocabulary filled in; makes the default corpus if it has to."""
+    data = config.data
+    if not data.data_path:
+        cache = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+        data = dataclasses.replace(data, data_path=(default_corpus(cache, announce),))
+    tokenizers = [tokenizer_for(data, prefix) for _, prefix in parse_data_path(data.data_path)]
+    sizes = {t.vocab_size for t in tokenizers if t is not None}
+    hashes = {t.sha256 for t in tokenizers if t is not None}
+    if len(hashes) > 1:
+        raise UserError(f"the datasets of {' '.join(data.data_path)} were made by different tokenizers; use one for all")
+    model = config.model
+    if model.vocab_size is None:
+        if not sizes:
+            raise UserError(
+                f"{data.data_path[-1]}: no tokenizer is recorded beside it and none is named; "
+                "give --tokenizer with its files, or --vocab-size"
+            )
+        model = dataclasses.replace(model, vocab_size=sizes.pop())
+    elif sizes and max(sizes) > model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {max(sizes)}; "
+            f"drop --vocab-size, or use at least {max(sizes)}"
+        )
+    return dataclasses.replace(config, data=data, model=model)
+
+
+def announce(text: str) -> None:
+    """Say something once, however many ranks there are: local rank 0 speaks for its machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def _become_launcher(n_ranks: int, argv: Sequence[str]) -> None:
+    """Replace this process by DeepSpeed's launcher of local processes, which starts this program n_ranks times."""
+    announce(f"no GPU here: starting {n_ranks} processes on the CPU (gloo), as this layout needs")
+    threads = max(1, (os.cpu_count() or 1) // n_ranks)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    ranks = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(n_ranks))}).encode()).decode()
+    command = [sys.executable, "-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank"]
+    command += [f"--world_info={ranks}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}"]
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    sys.stdout.flush()
+    os.execv(sys.executable, [*command, sys.argv[0], *argv])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,206 @@
+"""Training, read from top to bottom: start, steps, and what is left when they are done."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megagpt import metrics
+from megagpt.cli import to_yaml
+from megagpt.config import RunConfig
+from megagpt.data.blend import Samples, build_splits, parse_data_path
+from megagpt.data.loader import MicroBatch, micro_batches
+from megagpt.data.tokenizer import Tokenizer, tokenizer_for
+from megagpt.engine import checkpoint
+from megagpt.engine.checks import check_ranks, name_first_nan
+from megagpt.engine.engine import Engine
+from megagpt.engine.start import distributed
+from megagpt.errors import UserError
+from megagpt.ops.library import kernel_status
+from megagpt.parallel.agree import RankError, together
+from megagpt.parallel.mesh import Mesh
+from megagpt.plan.plan import Plan, make_plan
+from megagpt.plan.table import config_table, plan_table
+from megagpt.plot import plot_runs
+from megagpt.report import Reporter
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the loop needs, the same on every rank but for `mesh`."""
+
+    config: RunConfig
+    plan: Plan
+    mesh: Mesh
+    folder: Path
+    train_samples: Samples
+    valid_samples: Samples | None
+    tokenizer: Tokenizer | None
+    resume_from: Path | None
+
+
+def train(config: RunConfig) -> None:
+    """Train what the configuration says, on the processes that were started.
+
+    Raises UserError (a RankError once the ranks are connected, of which one rank speaks).
+    """
+    plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
+    with distributed(plan) as mesh:
+        run = _set_up(config, plan, mesh)
+        engine = Engine(config, plan, mesh)
+        done = checkpoint.load(engine, run.resume_from).step if run.resume_from else 0
+        if config.debug.detect_nan:
+            name_first_nan(engine.engine.module)
+        with _reporter(run, engine, done) as report:
+            _loop(run, engine, report, done)
+        if mesh.rank == 0:
+            plot_runs([run.folder], run.folder / "loss.png")
+            report.message(f"run folder: {run.folder} (loss curve: {run.folder / 'loss.png'})")
+        engine.close()
+
+
+def _loop(run: Run, engine: Engine, report: Reporter, done: int) -> None:
+    config = run.config
+    for step in range(done, config.train.train_steps):
+        result = engine.train_step(step, _batches(run, run.train_samples, 0 if config.debug.overfit_one_batch else step))
+        _require_finite(result.loss, step, run.mesh)
+        loss_scale = result.loss_scale if config.train.precision == "fp16" else None
+        report.step(
+            step + 1, result.loss, result.lr, result.grad_norm, result.step_time_s, loss_scale, skipped=result.skipped
+        )
+        if config.debug.check_ranks:
+            check_ranks(engine, step)
+        last = step + 1 == config.train.train_steps
+        if run.valid_samples and (last or (step + 1) % config.log.eval_interval == 0):
+            report.validation(step + 1, *_validate(run, engine, run.valid_samples))
+        if last or (config.log.save_interval and (step + 1) % config.log.save_interval == 0):
+            start = time.perf_counter()
+            folder = checkpoint.save(engine, run.folder, _state(run, step + 1, result.loss_scale))
+            report.message(f"step {step + 1} | saved {folder} in {time.perf_counter() - start:.1f} s")
+
+
+def _set_up(config: RunConfig, plan: Plan, mesh: Mesh) -> Run:
+    """Find the data, the checkpoint and the run folder: everything that can be missing, on any rank."""
+    resume_from = together(lambda: _find_checkpoint(config))
+    train_samples, valid_samples = together(lambda: _find_samples(config))
+    tokenizer = together(lambda: tokenizer_for(config.data, parse_data_path(config.data.data_path)[0][1]))
+    folder = [together(lambda: _make_run_folder(config) if mesh.rank == 0 else Path())]
+    dist.broadcast_object_list(folder, src=0)
+    return Run(config, plan, mesh, folder[0], train_samples, valid_samples, tokenizer, resume_from)
+
+
+def _find_checkpoint(config: RunConfig) -> Path | None:
+    if config.log.load is None:
+        return None
+    folder = checkpoint.find(config.log.load)
+    checkpoint.check_architecture(config, checkpoint.read_state(folder), folder)
+    return folder
+
+
+def _find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
+    batch = config.train.global_batch_size
+    counts = (config.train.train_steps * batch, config.log.eval_steps * batch, 0)
+    train_samples, valid_samples, _ = build_splits(
+        config.data.data_path, config.data.split, config.model.seq_len, config.train.seed, counts
+    )
+    if train_samples is None:
+        raise UserError(f"data.split={config.data.split} leaves nothing to train on; give it a first share above 0")
+    return train_samples, valid_samples
+
+
+def _make_run_folder(config: RunConfig) -> Path:
+    """--save, else the run that --load goes on with, else a new folder under runs/."""
+    folder = Path(config.log.save or config.log.load or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    if (folder / "state.json").exists():  # --load named one checkpoint of a run
+        folder = folder.parent.parent
+    if config.log.load is None and (folder / "checkpoints").exists():
+        raise UserError(f"{folder} holds a run already; go on with it by --load {folder}, or give another --save")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {folder} ({error.strerror}); give another --save") from error
+    return folder
+
+
+def _reporter(run: Run, engine: Engine, done: int) -> Reporter:
+    """What shows and records the run; on rank 0 it begins with the tables."""
+    config, plan = run.config, run.plan
+    device = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
+    report = Reporter(
+        run.folder,
+        train_steps=config.train.train_steps,
+        start_step=done,
+        batch_tokens=plan.batch_tokens,
+        flops_per_token=plan.flops_per_token,
+        peak_flops=metrics.peak_flops(device, config.train.precision),
+        n_processes=plan.world_size,
+        enabled=run.mesh.rank == 0,
+        wandb_project=config.log.wandb_project,
+        config=dataclasses.asdict(config),
+        log_interval=config.log.log_interval,
+    )
+    report.show(config_table(config))
+    report.show(plan_table(config, plan))
+    report.message(f"optimizer: {engine.optimizer_name} | dropout: {kernel_status('dropout', engine.device.type)}")
+    if run.resume_from:
+        report.message(f"going on from {run.resume_from} after {done} steps")
+    return report
+
+
+def _batches(run: Run, samples: Samples, step: int) -> Iterator[MicroBatch]:
+    return micro_batches(
+        samples,
+        step=step,
+        global_batch_size=run.config.train.global_batch_size,
+        micro_batch_size=run.config.train.micro_batch_size,
+        dp_rank=run.mesh.data.rank,
+        dp_size=run.mesh.data.size,
+    )
+
+
+def _validate(run: Run, engine: Engine, samples: Samples) -> tuple[float, float | None]:
+    """Mean loss over eval_steps global batches, always the same ones; and bits per byte of their text."""
+    eval_steps = run.config.log.eval_steps
+    batches = (batch for step in range(eval_steps) for batch in _batches(run, samples, step))
+    loss = engine.evaluate(batches, eval_steps * run.plan.micro_batches)
+    if run.tokenizer is None or run.mesh.rank != 0:
+        return loss, None
+    labels = np.concatenate([samples[i][1:] for i in range(eval_steps * run.config.train.global_batch_size)])
+    n_bytes = int(run.tokenizer.token_bytes()[labels].sum())
+    return loss, metrics.bits_per_byte(loss, len(labels), n_bytes)
+
+
+def _state(run: Run, step: int, loss_scale: float) -> checkpoint.State:
+    samples = step * run.config.train.global_batch_size
+    return checkpoint.State(
+        step=step,
+        samples=samples,
+        tokens=samples * run.config.model.seq_len,
+        loss_scale=loss_scale,
+        config=dataclasses.asdict(run.config),
+        data={
+            "data_path": list(run.config.data.data_path),
+            "seed": run.config.train.seed,
+            "tokenizer_sha256": run.tokenizer.sha256 if run.tokenizer else None,
+        },
+    )
+
+
+def _require_finite(loss: float, step: int, mesh: Mesh) -> None:
+    """The loss is the same on every rank, so that all of them stop here together."""
+    if not math.isfinite(loss):
+        raise RankError(
+            f"the loss of step {step + 1} is {loss}; lower --lr, lengthen --optim.warmup-steps, or look for the module "
+            "that made it with --debug.detect-nan",
+            speaks=mesh.rank == 0,
+        )
