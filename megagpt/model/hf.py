@@ -62,7 +62,7 @@ def to_hf_gpt2(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a `GPT2LMHeadModel` with this architecture. Ids of bos and eos are the tokenizer's to add.
+    """The config.json of a `GPT2LMHeadModel` with this architecture; bos and eos ids are the caller's to add.
 
     Raises UserError where GPT-2 has no place for the architecture.
     """

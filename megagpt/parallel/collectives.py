@@ -43,8 +43,8 @@ class _Copy(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        return all_reduce(grad.contiguous(), ctx.axis), None
+    def backward(ctx, *grads: Tensor):
+        return all_reduce(grads[0].contiguous(), ctx.axis), None
 
 
 class _Reduce(torch.autograd.Function):
@@ -53,8 +53,8 @@ class _Reduce(torch.autograd.Function):
         return all_reduce(x.contiguous(), axis)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, None
+    def backward(ctx, *grads: Tensor):
+        return grads[0], None
 
 
 class _Gather(torch.autograd.Function):
@@ -66,5 +66,5 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts, dim=-1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad.narrow(-1, ctx.axis.rank * ctx.width, ctx.width).contiguous(), None
+    def backward(ctx, *grads: Tensor):
+        return grads[0].narrow(-1, ctx.axis.rank * ctx.width, ctx.width).contiguous(), None

@@ -1,9 +1,11 @@
 """Cross-entropy over logits whose vocabulary is shared out: the logits are never gathered.
 
-Shapes: N tokens, V this rank's part of the vocabulary.
+Shapes: N tokens, V this rank's part of the vocabulary with its padding, L the part without (`part.length`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ def vocab_parallel_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, part: Pa
     """Negative log-likelihood of each label, in float32 (float64 for float64 logits).
 
     Shapes: logits_BTV (this rank's columns, padded), labels_BT int64 global ids → nll_BT, equal on all ranks.
-    part: which rows of the output matrix the columns are (`part_of(weight)`); columns from part.length on are padding.
+    part: which rows of the output matrix the columns are (`part_of(weight)`); further columns are padding.
     Comm: forward three all-reduces of N floats over the axis; backward none.
     Source: Shoeybi et al. 2019, section 3 (fused output and loss).
     """
@@ -27,34 +29,51 @@ def vocab_parallel_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, part: Pa
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """Keeps the logits and two numbers a token; probabilities are formed a few rows at a time and never kept."""
+
     @staticmethod
     def forward(ctx, logits_NV: Tensor, labels_N: Tensor, part: Part, axis: Axis) -> Tensor:
         wide = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
-        # log_softmax is one well-vectorised pass; it gives the local normaliser as well: logit - log p.
-        # Padding columns take no part: -inf before, 0 after. The logits are nobody else's, so this is done in place.
-        logits_NV[:, part.length :] = -torch.inf
-        log_p_NV = torch.log_softmax(logits_NV, dim=-1, dtype=wide)
+        logits_NL = logits_NV[:, : part.length]
+        local_top_N = logits_NV.new_full(
+            labels_N.shape, -torch.inf, dtype=wide
+        )  # what a rank without tokens has
+        local_total_N = torch.zeros_like(local_top_N)
+        if part.length:
+            for rows in _chunks(logits_NL):
+                local_top_N[rows] = logits_NL[rows].amax(-1).to(wide)
+                local_total_N[rows] = torch.sub(logits_NL[rows], local_top_N[rows, None]).exp_().sum(-1)
+        # Relative to the largest logit of all ranks: no overflow, and no digits lost where logits are large.
+        top_N = all_reduce(local_top_N, axis, dist.ReduceOp.MAX)
+        total_N = all_reduce(local_total_N * (local_top_N - top_N).exp(), axis)
         local_N = labels_N - part.start
-        elsewhere_N = (local_N < 0) | (local_N >= part.length)
-        index_N1 = local_N.masked_fill(elsewhere_N, 0).unsqueeze(-1)
-        log_p_label_N = log_p_NV.gather(1, index_N1).squeeze(-1)
-        shift_N = None
-        if axis.size == 1:
-            nll_N = -log_p_label_N
-        else:
-            local_lse_N = logits_NV[:, 0].to(wide) - log_p_NV[:, 0]
-            top_N = all_reduce(local_lse_N, axis, dist.ReduceOp.MAX)
-            lse_N = top_N + all_reduce((local_lse_N - top_N).exp(), axis).log()
-            shift_N = local_lse_N - lse_N  # log p over the whole vocabulary = local log p + shift
-            nll_N = -all_reduce((log_p_label_N + shift_N).masked_fill(elsewhere_N, 0.0), axis)
-        ctx.save_for_backward(log_p_NV, shift_N, index_N1, elsewhere_N)
-        ctx.dtype = logits_NV.dtype
+        here_N = (local_N >= 0) & (local_N < part.length)
+        index_N = local_N.masked_fill(~here_N, 0)
+        label_logit_N = logits_NV.gather(1, index_N[:, None]).squeeze(1) - top_N
+        nll_N = total_N.log() - all_reduce(label_logit_N.masked_fill(~here_N, 0.0), axis)
+        ctx.save_for_backward(logits_NV, top_N, total_N, here_N, index_N)
+        ctx.length = part.length
         return nll_N
 
     @staticmethod
-    def backward(ctx, grad_N: Tensor):
-        log_p_NV, shift_N, index_N1, elsewhere_N = ctx.saved_tensors
-        # d nll / d logits = p - onehot(label)
-        p_NV = (log_p_NV if shift_N is None else log_p_NV + shift_N.unsqueeze(-1)).exp()
-        p_NV.scatter_add_(1, index_N1, elsewhere_N.to(p_NV.dtype).sub(1.0).unsqueeze(-1))
-        return p_NV.mul_(grad_N.unsqueeze(-1)).to(ctx.dtype), None, None, None
+    def backward(ctx, *grads: Tensor):
+        (grad_N,) = grads
+        logits_NV, top_N, total_N, here_N, index_N = ctx.saved_tensors
+        logits_NL = logits_NV[:, : ctx.length]
+        d_logits_NV = torch.empty_like(logits_NV)
+        d_logits_NV[:, ctx.length :] = 0
+        # d nll / d logits = p - onehot(label), p = exp(logit - top) / total
+        scale_N, d_label_N = grad_N / total_N, (-grad_N).masked_fill(~here_N, 0.0)
+        for rows in _chunks(logits_NL):
+            p_NL = torch.sub(logits_NL[rows], top_N[rows, None]).exp_().mul_(scale_N[rows, None])
+            p_NL.scatter_add_(1, index_N[rows, None], d_label_N[rows, None])
+            d_logits_NV[rows, : ctx.length] = p_NL
+        return d_logits_NV, None, None, None
+
+
+def _chunks(logits_NL: Tensor) -> Iterator[slice]:
+    """Ranges of rows: small enough for a CPU's caches, large enough to keep a GPU busy."""
+    elements = 2**24 if logits_NL.is_cuda else 2**20
+    step = max(1, elements // max(1, logits_NL.shape[1]))
+    for begin in range(0, logits_NL.shape[0], step):
+        yield slice(begin, begin + step)
