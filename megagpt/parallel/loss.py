@@ -29,7 +29,7 @@ def vocab_parallel_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, part: Pa
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps the logits and two numbers a token; probabilities are formed a few rows at a time and never kept."""
+    """Keeps the logits and two numbers a token; probabilities: a few rows at a time, never kept."""
 
     @staticmethod
     def forward(ctx, logits_NV: Tensor, labels_N: Tensor, part: Part, axis: Axis) -> Tensor:
