@@ -205,8 +205,8 @@ def _unpack_zst(raw: BinaryIO) -> Iterator[bytes]:
             if frame.eof:
                 piece, is_open = frame.unused_data, False
                 frame = zstandard.ZstdDecompressor().decompressobj()
-            if chunk:
-                yield chunk
+            for start in range(0, len(chunk), BLOCK_BYTES):
+                yield chunk[start : start + BLOCK_BYTES]
     if is_open:
         raise EOFError("it ends within a frame")
 

@@ -68,9 +68,8 @@ class IndexedDataset:
         while len(data) < wanted:  # a signal, or more than 2 GiB: Linux returns at most that
             more = os.pread(self._fd, wanted - len(data), at + len(data))
             if not more:
-                raise UserError(
-                    f"{self.bin_path}: ends at byte {at + len(data)}, it was cut since it was opened; {REDO}"
-                )
+                size = os.fstat(self._fd).st_size
+                raise UserError(f"{self.bin_path}: ends at byte {size}, cut since it was opened; {REDO}")
             data += more
         return np.frombuffer(data, self.dtype)
 

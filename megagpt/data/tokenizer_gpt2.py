@@ -97,15 +97,13 @@ def _merges(vocab_file: Path, vocab: dict[str, int], path: Path, data: bytes) ->
 
 def _definition(vocab: dict[str, int], merges: list[tuple[str, str]]) -> str:
     """The same tokenizer in the format of tokenizer.json, which gigatoken reads."""
-    special = [
-        {"id": vocab[END_OF_TEXT], "content": END_OF_TEXT, "special": True, "normalized": False}
-        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-    ]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = {"id": vocab.get(END_OF_TEXT), "content": END_OF_TEXT, "special": True} | plain
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return json.dumps(
         {
             "version": "1.0",
-            "added_tokens": special if END_OF_TEXT in vocab else [],
+            "added_tokens": [special] if END_OF_TEXT in vocab else [],
             "normalizer": None,
             "pre_tokenizer": byte_level,
             "post_processor": None,
