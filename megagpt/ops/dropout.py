@@ -1,8 +1,8 @@
-"""Dropout that does not depend on the layout: the mask is a function of what an element is, not of who computes it.
+"""Dropout that does not depend on the layout: the mask follows from what an element is, not from who computes it.
 
 Element e of sample s at a dropout site of the model is kept iff word e % 4 of
-Philox4x32-10(counter = (e // 4, s), key = (seed, site)) is at least p * 2^32. Sample positions are unique over a run,
-so no step is needed; the mask is recomputed in the backward pass, never stored, and the same on every device.
+Philox4x32-10(counter = (e // 4, s), key = (seed, site)) is at least p * 2^32. Sample positions are unique over a
+run, so no step is needed; the mask is recomputed in the backward pass, never stored, and the same on every device.
 
 Source: Srivastava et al. 2014 (dropout); Salmon et al. 2011 (Philox).
 Shapes: B samples, * any, F elements of one sample, N blocks of four.
@@ -22,14 +22,21 @@ def dropout(x: Tensor, sample_ids_B: Tensor, *, p: float, seed: int, site: int, 
     """Zero elements of x with probability p and scale the rest by 1 / (1 - p).
 
     Shapes: x (B, *), sample_ids_B (B,) int64 → (B, *).
-    x[b] flattened is the part of sample b's logical tensor that begins at element `offset`: a shard of heads or of the
-    sequence passes its own offset and draws exactly its part of the whole mask.
+    x[b] flattened is the part of sample b's logical tensor that begins at element `offset`: a shard of heads or of
+    the sequence passes its own offset and draws exactly its part of the whole mask.
+    Raises ValueError unless 0 <= p < 1 and there is one id per sample.
     """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout: got p={p}, wanted 0 <= p < 1")
+    if sample_ids_B.shape != x.shape[:1]:
+        raise ValueError(
+            f"dropout: got x {tuple(x.shape)} and ids {tuple(sample_ids_B.shape)}, wanted an id per sample"
+        )
     return torch.ops.megagpt.dropout(x, sample_ids_B, p, seed, site, offset)
 
 
 def philox_reference(counter_lo: Tensor, counter_hi: Tensor, key: tuple[int, int]) -> list[Tensor]:
-    """Four uint32 words (as int64 tensors) of Philox4x32-10 for 64-bit counters (lo, hi), broadcast together."""
+    """Four words (int64 tensors) of Philox4x32-10 for counters of two 64-bit halves, broadcast together."""
     low = 0xFFFFFFFF
     c0, c1 = counter_lo & low, (counter_lo >> 32) & low
     c2, c3 = counter_hi & low, (counter_hi >> 32) & low
@@ -46,7 +53,9 @@ def _reference(x: Tensor, sample_ids: Tensor, p: float, seed: int, site: int, of
     first = offset // 4
     blocks_N = torch.arange(first, (offset + elements + 3) // 4, device=x.device)
     words = philox_reference(blocks_N[None], sample_ids[:, None], (seed, site))
-    words_BF = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, offset - 4 * first :][:, :elements]
+    words_BF = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, offset - 4 * first :][
+        :, :elements
+    ]
     keep = (words_BF >= int(p * 2**32)).view(x.shape)
     scale = torch.tensor(1.0 / (1.0 - p), dtype=torch.float32)  # as the kernels round it
     wide = x if x.dtype == torch.float64 else x.float()

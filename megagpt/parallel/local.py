@@ -1,7 +1,7 @@
 """Several ranks on one machine, from within a Python program: what tests, parity walks and benchmarks use.
 
-A fork server imports the heavy packages once; each call forks fresh ranks from it in a fraction of a second. So every
-case starts from a clean state (DeepSpeed keeps module-level state), and none pays for the imports again.
+A fork server imports the heavy packages once; each call forks fresh ranks from it in a fraction of a second.
+So every case starts from a clean state (DeepSpeed keeps module-level state), and none pays for the imports again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -26,14 +28,15 @@ def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any, timeout_s:
     """Call function(*args) on n_ranks gloo processes; returns what each rank returned, in rank order.
 
     function must be importable (not a lambda). With n_ranks = 1 torch.distributed is initialised as well.
-    Raises RuntimeError with the first failing rank's traceback, and TimeoutError when some rank has not answered.
+    Raises RuntimeError with the first failing rank's traceback, TimeoutError when some rank has not answered.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context = _context()
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe() for _ in range(n_ranks)]
         ranks = [
-            context.Process(target=_rank_main, args=(rank, n_ranks, folder, timeout_s, child_end, function, args))
+            context.Process(
+                target=_rank_main, args=(rank, n_ranks, folder, timeout_s, child_end, function, args)
+            )
             for rank, (_, child_end) in enumerate(pipes)
         ]
         try:
@@ -48,6 +51,18 @@ def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any, timeout_s:
                 if process.is_alive():
                     process.kill()
                 process.join()
+
+
+def warm_up() -> None:
+    """Start the fork server now: its imports then run beside what the caller does next."""
+    _context()
+    forkserver.ensure_running()
+
+
+def _context() -> ForkServerContext:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    return context
 
 
 def _collect(receivers: Sequence[Connection], ranks: Sequence[Any], timeout_s: float) -> list[Any]:
@@ -66,22 +81,30 @@ def _collect(receivers: Sequence[Connection], ranks: Sequence[Any], timeout_s: f
                     if not ok:
                         raise RuntimeError(f"rank {rank} failed:\n{results[rank]}")
             elif not receivers[sentinels[item]].poll():
-                raise RuntimeError(f"rank {sentinels[item]} died with exit code {ranks[sentinels[item]].exitcode}")
+                raise RuntimeError(
+                    f"rank {sentinels[item]} died with exit code {ranks[sentinels[item]].exitcode}"
+                )
     return [results[rank] for rank in range(len(ranks))]
 
 
-def _rank_main(rank: int, size: int, folder: str, timeout_s: float, connection: Connection, function: Any, args: Any) -> None:
+def _rank_main(
+    rank: int, size: int, folder: str, timeout_s: float, connection: Connection, function: Any, args: Any
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE=str(size))
     os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     try:
         store = dist.FileStore(os.path.join(folder, "store"), size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+        )
         answer = (True, function(*args))
     except BaseException:
         answer = (False, traceback.format_exc())
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent stops listening when another rank fails
+    # The parent stops listening when another rank fails.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection.send(answer)
-        connection.poll(timeout_s)  # tensors travel as shared memory: stay until the parent has taken them and hangs up
+        # Tensors travel as shared memory: stay until the parent has taken them and hangs up.
+        connection.poll(timeout_s)
     if answer[0]:
         dist.destroy_process_group()

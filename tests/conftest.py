@@ -1,0 +1,26 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megagpt.parallel.local import warm_up
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where some test runs ranks, let the fork server do its imports while the first tests run."""
+    if any(hasattr(getattr(item, "module", None), "run_ranks") for item in session.items):
+        warm_up()
+
+
+@pytest.fixture(autouse=True)
+def torch_settings() -> Iterator[None]:
+    """Each test starts from the same seed, and what it changes of torch's settings ends with it."""
+    n_threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(n_threads)
+    torch.set_default_dtype(dtype)
