@@ -161,9 +161,7 @@ class DataConfig:
     """Shares of documents for train, validation, test."""
     cache_dir: str | None = None
     """Where the default corpus, tokenizers and sample maps are kept; default $XDG_CACHE_HOME/megagpt."""
-    tokenizer: Annotated[
-        Literal["gpt2", "sentencepiece", "hf", "bytes"] | None, arg(aliases=["--tokenizer"])
-    ] = None
+    tokenizer: Annotated[Literal["gpt2", "sentencepiece", "hf", "bytes"] | None, arg(aliases=["--tokenizer"])] = None
     """Kind of the tokenizer; default: the one recorded beside the data."""
     tokenizer_model: Annotated[str | None, arg(aliases=["--tokenizer-model"])] = None
     """Model file of a sentencepiece or hf tokenizer."""

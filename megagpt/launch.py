@@ -61,7 +61,9 @@ def with_text(config: RunConfig) -> RunConfig:
     sizes = {t.vocab_size for t in tokenizers if t is not None}
     hashes = {t.sha256 for t in tokenizers if t is not None}
     if len(hashes) > 1:
-        raise UserError(f"the datasets of {' '.join(data.data_path)} were made by different tokenizers; use one for all")
+        raise UserError(
+            f"the datasets of {' '.join(data.data_path)} were made by different tokenizers; use one for all"
+        )
     model = config.model
     if model.vocab_size is None:
         if not sizes:

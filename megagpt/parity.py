@@ -19,7 +19,8 @@ from torch import Tensor
 from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.data.loader import micro_batches
 from megagpt.engine.engine import Engine, StepResult
-from megagpt.engine.masters import WEIGHT, read
+from megagpt.engine.masters import read
+from megagpt.engine.storage import WEIGHT
 from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh
 from megagpt.plan.plan import make_plan

@@ -44,9 +44,7 @@ def plot_runs(runs: Sequence[Path], out: Path, *, x_axis: XAxis = "step", log_x:
     try:
         figure.savefig(out)
     except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
-        raise UserError(
-            f"cannot write {out}: {error}; name another file ending in .png, .svg or .pdf"
-        ) from None
+        raise UserError(f"cannot write {out}: {error}; name another file ending in .png, .svg or .pdf") from None
 
 
 def draw_run(axes: Axes, rows: list[metrics_file.Row], x_axis: XAxis, colour, name: str | None) -> None:
@@ -79,9 +77,7 @@ def dress(axes: Axes, x_axis: XAxis, log_x: bool, title: str | None) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     handles, _ = axes.get_legend_handles_labels()
     if title is None:
-        handles.append(
-            Line2D([], [], color="0.3", linestyle="--", marker="o", markersize=4, label="validation")
-        )
+        handles.append(Line2D([], [], color="0.3", linestyle="--", marker="o", markersize=4, label="validation"))
     axes.legend(handles=handles, frameon=False)
 
 

@@ -212,9 +212,7 @@ def _make_folder(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot make the run folder {run_dir}: {error.strerror}; name another: --save"
-        ) from None
+        raise UserError(f"cannot make the run folder {run_dir}: {error.strerror}; name another: --save") from None
 
 
 def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:

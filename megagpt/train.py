@@ -20,7 +20,7 @@ from megagpt.config import RunConfig
 from megagpt.data.blend import Samples, build_splits, parse_data_path
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.data.tokenizer import Tokenizer, tokenizer_for
-from megagpt.engine import checkpoint
+from megagpt.engine import checkpoint, storage
 from megagpt.engine.checks import check_ranks, name_first_nan
 from megagpt.engine.engine import Engine
 from megagpt.engine.start import distributed
@@ -54,7 +54,7 @@ def train(config: RunConfig) -> None:
     Raises UserError (a RankError once the ranks are connected, of which one rank speaks).
     """
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with distributed(plan) as mesh:
+    with distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp) as mesh:
         run = _set_up(config, plan, mesh)
         engine = Engine(config, plan, mesh)
         done = checkpoint.load(engine, run.resume_from).step if run.resume_from else 0
@@ -71,7 +71,9 @@ def train(config: RunConfig) -> None:
 def _loop(run: Run, engine: Engine, report: Reporter, done: int) -> None:
     config = run.config
     for step in range(done, config.train.train_steps):
-        result = engine.train_step(step, _batches(run, run.train_samples, 0 if config.debug.overfit_one_batch else step))
+        result = engine.train_step(
+            step, _batches(run, run.train_samples, 0 if config.debug.overfit_one_batch else step)
+        )
         _require_finite(result.loss, step, run.mesh)
         loss_scale = result.loss_scale if config.train.precision == "fp16" else None
         report.step(
@@ -101,8 +103,8 @@ def _set_up(config: RunConfig, plan: Plan, mesh: Mesh) -> Run:
 def _find_checkpoint(config: RunConfig) -> Path | None:
     if config.log.load is None:
         return None
-    folder = checkpoint.find(config.log.load)
-    checkpoint.check_architecture(config, checkpoint.read_state(folder), folder)
+    folder = storage.find(config.log.load)
+    storage.check_architecture(config, storage.read_state(folder), folder)
     return folder
 
 
@@ -180,9 +182,9 @@ def _validate(run: Run, engine: Engine, samples: Samples) -> tuple[float, float 
     return loss, metrics.bits_per_byte(loss, len(labels), n_bytes)
 
 
-def _state(run: Run, step: int, loss_scale: float) -> checkpoint.State:
+def _state(run: Run, step: int, loss_scale: float) -> storage.State:
     samples = step * run.config.train.global_batch_size
-    return checkpoint.State(
+    return storage.State(
         step=step,
         samples=samples,
         tokens=samples * run.config.model.seq_len,

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagpt.engine.engine import Engine
-from megagpt.engine.masters import WEIGHT, read
+from megagpt.engine.masters import read
+from megagpt.engine.storage import WEIGHT
 from megagpt.errors import UserError
 from megagpt.parallel.agree import together
 from megagpt.parallel.axis import Axis

@@ -17,7 +17,7 @@ from megagpt.data.loader import MicroBatch
 from megagpt.engine.masters import create_moments
 from megagpt.engine.optim import build_optimizer, learning_rate
 from megagpt.engine.settings import deepspeed_settings
-from megagpt.engine.stages import Named, build_module, global_grad_norm, named_parameters
+from megagpt.engine.stages import build_module, global_grad_norm
 from megagpt.parallel.mesh import Mesh
 from megagpt.plan.plan import Plan
 
@@ -40,8 +40,7 @@ class Engine:
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
         self.config, self.plan, self.mesh = config, plan, mesh
         connect_deepspeed()
-        module = build_module(config, plan, mesh)
-        self.parameters: list[Named] = named_parameters(module)
+        module, self.parameters = build_module(config, plan, mesh)
         self.base_optimizer, self.optimizer_name = build_optimizer(self.parameters, config.optim)
         if config.parallel.zero_stage == 0:
             self.base_optimizer.register_step_pre_hook(self._clip)
@@ -109,7 +108,9 @@ class Engine:
         return self._mean_over_data(total / self.plan.micro_batches)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
-        tokens_BT, labels_BT, ids_B = (t.to(self.device) for t in (batch.tokens_BT, batch.labels_BT, batch.sample_ids_B))
+        tokens_BT, labels_BT, ids_B = (
+            t.to(self.device) for t in (batch.tokens_BT, batch.labels_BT, batch.sample_ids_B)
+        )
         return self.engine(tokens_BT, ids_B, labels_BT)
 
     def _mean_over_data(self, value: Tensor) -> Tensor:

@@ -19,13 +19,11 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from megagpt.engine.stages import Named
+from megagpt.engine.named import Named
+from megagpt.engine.storage import MOMENTS, WEIGHT
 
 if TYPE_CHECKING:
     from megagpt.engine.engine import Engine
-
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def read(engine: Engine, named: Named, key: str) -> Tensor:

@@ -8,7 +8,7 @@ import math
 import torch
 
 from megagpt.config import OptimConfig
-from megagpt.engine.stages import Named
+from megagpt.engine.named import Named
 
 
 def learning_rate(step: int, config: OptimConfig, train_steps: int) -> float:

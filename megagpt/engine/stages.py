@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from torch import Tensor, nn
+from torch import Tensor
 
 from megagpt.config import RunConfig
+from megagpt.engine.named import Named, named_parameters
 from megagpt.model.gpt import GPT, Head, layer_list
 from megagpt.parallel.mesh import Mesh
-from megagpt.parallel.parameter import Part, part_of
 from megagpt.plan.plan import Plan
 
 TIED = "embedding.tokens"  # canonical name of the module that first and last stage share
-
-
-@dataclass(frozen=True)
-class Named:
-    """A parameter under its canonical name. owned: this stage is the one that counts and saves it."""
-
-    name: str
-    parameter: nn.Parameter
-    owned: bool
-
-    @property
-    def part(self) -> Part:
-        """Its place in the logical tensor."""
-        return part_of(self.parameter)
 
 
 class GPTStage(PipelineModule):
@@ -54,7 +38,7 @@ class GPTStage(PipelineModule):
         topology = PipeModelDataParallelTopology(num_pp=mesh.pipe.size, num_mp=mesh.model.size, num_dp=mesh.data.size)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition; the plan's table says it better
             super().__init__(specs, topology=topology, loss_fn=self._loss)
-        for named in named_parameters(self):
+        for named in self.canonical_parameters():
             named.parameter.ds_pipe_replicated = not named.owned  # type: ignore[attr-defined]
 
     def _partition_layers(self, method: str = "") -> None:
@@ -67,31 +51,27 @@ class GPTStage(PipelineModule):
         assert isinstance(head, Head)
         return head.loss(logits_BTV, labels_BT)
 
-    def local_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """This stage's layers under their canonical names."""
-        yield from zip(self.names[self._local_start : self._local_stop], self.forward_funcs, strict=True)
+    def canonical_parameters(self) -> list[Named]:
+        """This stage's parameters under the names that the whole model has; the copy of a tied weight is not owned."""
+        found = []
+        for layer_name, layer in zip(self.names[self._local_start : self._local_stop], self.forward_funcs, strict=True):
+            for name, parameter in layer.named_parameters():
+                is_copy = layer_name == "head" and name == "tokens.weight" and bool(self.tied_weight_attrs)
+                full_name = f"{TIED}.weight" if is_copy else f"{layer_name}.{name}"
+                found.append(Named(full_name, parameter, owned=not is_copy))
+        return found
 
 
-def build_module(config: RunConfig, plan: Plan, mesh: Mesh) -> GPT | GPTStage:
-    """What this process trains. Comm: with pipeline stages, collective (groups are made, the tied weight broadcast)."""
+def build_module(config: RunConfig, plan: Plan, mesh: Mesh) -> tuple[GPT | GPTStage, list[Named]]:
+    """What this process trains, and its parameters by name.
+
+    Comm: with pipeline stages, collective (groups are made, the tied weight broadcast).
+    """
     if mesh.pipe.size == 1:
-        return GPT(config.model, mesh.model, config.train.seed, config.parallel.recompute)
-    return GPTStage(config, plan, mesh)
-
-
-def named_parameters(module: nn.Module) -> list[Named]:
-    """The parameters of a GPT, or of a stage of it, under the names that the whole model has."""
-    if not isinstance(module, GPTStage):
-        return [Named(name, parameter, True) for name, parameter in module.named_parameters()]
-    found = []
-    for layer_name, layer in module.local_layers():
-        for name, parameter in layer.named_parameters():
-            name = f"{layer_name}.{name}"
-            if name == "head.tokens.weight" and module.tied_weight_attrs:
-                found.append(Named(f"{TIED}.weight", parameter, False))
-            else:
-                found.append(Named(name, parameter, True))
-    return found
+        model = GPT(config.model, mesh.model, config.train.seed, config.parallel.recompute)
+        return model, named_parameters(model)
+    stage = GPTStage(config, plan, mesh)
+    return stage, stage.canonical_parameters()
 
 
 def global_grad_norm(parameters: list[Named], mesh: Mesh) -> Tensor:

@@ -14,14 +14,13 @@ import torch.distributed as dist
 
 from megagpt.errors import UserError
 from megagpt.parallel.mesh import Mesh, build_mesh
-from megagpt.plan.plan import Plan
 
 TIMEOUT = timedelta(minutes=10)  # of one collective
 
 
 @contextmanager
-def distributed(plan: Plan) -> Iterator[Mesh]:
-    """The mesh of this run, for as long as the block lasts.
+def distributed(*, pp: int, dp: int, tp: int) -> Iterator[Mesh]:
+    """The mesh of pp * dp * tp processes, for as long as the block lasts.
 
     Comm: collective over all processes.
     """
@@ -35,7 +34,7 @@ def distributed(plan: Plan) -> Iterator[Mesh]:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-    mesh = build_mesh("cuda" if on_gpu else "cpu", pp=plan.pp, dp=plan.dp, tp=plan.tp)
+    mesh = build_mesh("cuda" if on_gpu else "cpu", pp=pp, dp=dp, tp=tp)
     try:
         yield mesh
     except UserError:

@@ -53,9 +53,7 @@ def _reference(x: Tensor, sample_ids: Tensor, p: float, seed: int, site: int, of
     first = offset // 4
     blocks_N = torch.arange(first, (offset + elements + 3) // 4, device=x.device)
     words = philox_reference(blocks_N[None], sample_ids[:, None], (seed, site))
-    words_BF = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, offset - 4 * first :][
-        :, :elements
-    ]
+    words_BF = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, offset - 4 * first :][:, :elements]
     keep = (words_BF >= int(p * 2**32)).view(x.shape)
     scale = torch.tensor(1.0 / (1.0 - p), dtype=torch.float32)  # as the kernels round it
     wide = x if x.dtype == torch.float64 else x.float()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.parallel.axis import Axis
-from megagpt.parallel.collectives import copy_to, reduce_from
+from megagpt.parallel.collectives import copy_to, gather_from, reduce_from
 from megagpt.parallel.parameter import DEFAULT_DRAW, Draw, part_of, sharded
 
 ROW_MULTIPLE = 128  # local rows are padded to this: tensor cores and vector units want aligned matrices
@@ -42,3 +42,13 @@ def vocab_parallel_logits(x_BTD: Tensor, weight: nn.Parameter, axis: Axis) -> Te
     Comm: forward none; backward all-reduce of the input's gradient over the axis.
     """
     return F.linear(copy_to(x_BTD, axis), weight)
+
+
+def gather_logits(logits_BTV: Tensor, vocab_size: int, axis: Axis) -> Tensor:
+    """All scores, without padding, on every rank: for sampling, not for the loss.
+
+    Shapes: logits_BTV (this rank's columns, padded) → (B, T, vocab_size).  Comm: all-gather over the axis.
+    """
+    chunk = -(-vocab_size // axis.size)
+    whole_BTRV = gather_from(logits_BTV, axis).unflatten(-1, (axis.size, -1))
+    return whole_BTRV[..., :chunk].flatten(-2)[..., :vocab_size]

@@ -34,9 +34,7 @@ def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any, timeout_s:
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe() for _ in range(n_ranks)]
         ranks = [
-            context.Process(
-                target=_rank_main, args=(rank, n_ranks, folder, timeout_s, child_end, function, args)
-            )
+            context.Process(target=_rank_main, args=(rank, n_ranks, folder, timeout_s, child_end, function, args))
             for rank, (_, child_end) in enumerate(pipes)
         ]
         try:
@@ -81,9 +79,7 @@ def _collect(receivers: Sequence[Connection], ranks: Sequence[Any], timeout_s: f
                     if not ok:
                         raise RuntimeError(f"rank {rank} failed:\n{results[rank]}")
             elif not receivers[sentinels[item]].poll():
-                raise RuntimeError(
-                    f"rank {sentinels[item]} died with exit code {ranks[sentinels[item]].exitcode}"
-                )
+                raise RuntimeError(f"rank {sentinels[item]} died with exit code {ranks[sentinels[item]].exitcode}")
     return [results[rank] for rank in range(len(ranks))]
 
 
@@ -95,9 +91,7 @@ def _rank_main(
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     try:
         store = dist.FileStore(os.path.join(folder, "store"), size)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
-        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
         answer = (True, function(*args))
     except BaseException:
         answer = (False, traceback.format_exc())

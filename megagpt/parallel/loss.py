@@ -35,9 +35,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, logits_NV: Tensor, labels_N: Tensor, part: Part, axis: Axis) -> Tensor:
         wide = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
         logits_NL = logits_NV[:, : part.length]
-        local_top_N = logits_NV.new_full(
-            labels_N.shape, -torch.inf, dtype=wide
-        )  # what a rank without tokens has
+        local_top_N = logits_NV.new_full(labels_N.shape, -torch.inf, dtype=wide)  # what a rank without tokens has
         local_total_N = torch.zeros_like(local_top_N)
         if part.length:
             for rows in _chunks(logits_NL):

@@ -1,0 +1,54 @@
+"""A trained model by the name of its run: for evaluation and generation, without an engine and on any layout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megagpt.cli import read_config
+from megagpt.config import RunConfig
+from megagpt.data.blend import parse_data_path
+from megagpt.data.tokenizer import Tokenizer, tokenizer_for
+from megagpt.engine import storage
+from megagpt.engine.start import distributed
+from megagpt.model.gpt import GPT
+from megagpt.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in evaluation mode, and where it came from. The model is shared out over mesh.model."""
+
+    model: GPT
+    config: RunConfig
+    tokenizer: Tokenizer | None
+    folder: Path
+    step: int
+    mesh: Mesh
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.model.head.norm.weight.device
+
+
+@contextmanager
+def open_trained(path: str | Path) -> Iterator[Trained]:
+    """Load the latest checkpoint of a run folder, or a checkpoint folder.
+
+    Started as several processes (torchrun), they share the model by tensor parallelism; started as one, it holds all.
+    """
+    folder = storage.find(path)
+    state = storage.read_state(folder)
+    config = read_config(state.config, f"{folder}/state.json")
+    with distributed(pp=1, dp=1, tp=int(os.environ.get("WORLD_SIZE", "1"))) as mesh:
+        model = GPT(config.model, mesh.model)
+        storage.load_weights(model, mesh, folder)
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        tokenizer = tokenizer_for(config.data, parse_data_path(config.data.data_path)[0][1])
+        yield Trained(model, config, tokenizer, folder, state.step, mesh)
