@@ -18,13 +18,10 @@ from megagpt.plan.plan import make_plan
 from megagpt.plan.table import config_table, plan_table
 
 DESCRIPTION = """Show stages, memory and batch arithmetic of a run without starting it.
-
   python tools/plan.py --preset gpt2-xl --world-size 64 --tp 5 --pp 4 --precision bf16
 
 It takes the flags of examples/pretrain_gpt.py, and
-
   --world-size N   number of processes; default tp * pp
-
   --preset NAME    start from a published model: {presets}
   --config FILE    read a YAML file; may be given several times"""
 
@@ -39,7 +36,8 @@ def main() -> int:
     if config.model.vocab_size is None:
         note = f"note: the vocabulary is taken as GPT-2's, {GPT2_VOCABULARY}; --vocab-size sets it"
         config = replace(config, model=replace(config.model, vocab_size=GPT2_VOCABULARY))
-    plan = make_plan(config, own.world_size or config.parallel.tp * config.parallel.pp)
+    smallest = config.parallel.tp * config.parallel.pp
+    plan = make_plan(config, smallest if own.world_size is None else own.world_size)
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(config_table(config))
     console.print(plan_table(config, plan))

@@ -18,14 +18,12 @@ from megagpt.errors import UserError
 from megagpt.presets import preset_names, preset_path
 
 DESCRIPTION = """Train a GPT with tensor, pipeline and data parallelism.
-
   deepspeed examples/pretrain_gpt.py --tp 2 --pp 2           a small model on a corpus that every machine has
   deepspeed examples/pretrain_gpt.py --preset gpt2-small --data-path my_text_document --train-steps 20000
   deepspeed examples/pretrain_gpt.py --config run.yaml --lr 3e-4       a file, and what differs from it
 
 Every setting has a flag --section.name (--parallel.tp), the frequent ones a short one too (--tp). The same
 names make a YAML file: sections with keys. Later ones win: defaults, --preset, each --config, flags.
-
   --preset NAME    start from a published model: {presets}
   --config FILE    read a YAML file; may be given several times
 
@@ -51,9 +49,7 @@ FOREIGN = {
 }
 
 
-def parse_run_config(
-    argv: Sequence[str], *, prog: str | None = None, description: str = DESCRIPTION
-) -> RunConfig:
+def parse_run_config(argv: Sequence[str], *, prog: str | None = None, description: str = DESCRIPTION) -> RunConfig:
     """The configuration that the arguments (without the program's name) ask for.
 
     Raises: UserError, one line, for an unknown flag, key or preset, a wrong type and a refused value.
@@ -76,16 +72,12 @@ def all_flags() -> dict[str, list[str]]:
         hints = get_type_hints(section_type, include_extras=True)
         for field in dataclasses.fields(section_type):
             key = f"{section}.{field.name}"
-            aliases = [
-                a for extra in get_args(hints[field.name])[1:] for a in getattr(extra, "aliases", None) or ()
-            ]
+            aliases = [a for extra in get_args(hints[field.name])[1:] for a in getattr(extra, "aliases", None) or ()]
             flags[key] = [*aliases, f"--{key.replace('_', '-')}"]
     return flags
 
 
-def _parse_flags(
-    argv: list[str], sources: list[tuple[str, Values]], prog: str | None, description: str
-) -> RunConfig:
+def _parse_flags(argv: list[str], sources: list[tuple[str, Values]], prog: str | None, description: str) -> RunConfig:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):

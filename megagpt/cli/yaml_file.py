@@ -127,9 +127,7 @@ def _partial_model() -> type[BaseModel]:
     sections: dict[str, Any] = {}
     for name, section in get_type_hints(RunConfig).items():
         hints = get_type_hints(section)
-        keys: dict[str, Any] = {
-            f.name: (_from_yaml(hints[f.name]), None) for f in dataclasses.fields(section)
-        }
+        keys: dict[str, Any] = {f.name: (_from_yaml(hints[f.name]), None) for f in dataclasses.fields(section)}
         sections[name] = (create_model(section.__name__, __config__=strict, **keys), None)
     return create_model("RunConfig", __config__=strict, **sections)
 

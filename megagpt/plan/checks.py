@@ -21,9 +21,7 @@ def check_model(config: RunConfig) -> None:
     """What tensor parallelism must divide, and whether the vocabulary is known."""
     model, tp = config.model, config.parallel.tp
     if model.vocab_size is None:
-        raise UserError(
-            "model.vocab_size is not known; give --vocab-size, or a tokenizer or dataset that records it"
-        )
+        raise UserError("model.vocab_size is not known; give --vocab-size, or a tokenizer or dataset that records it")
     for name, size in (("n_heads", model.n_heads), ("d_ff", model.ff_width)):
         choices = ", ".join(map(str, divisors(size)))
         require(size % tp == 0, f"parallel.tp={tp}", f"must divide {name}={size}", f"try {choices}")

@@ -86,8 +86,8 @@ def _activation_bytes_per_token(config: RunConfig, n_blocks: int, in_flight: int
     D, F, I = model.d_model, model.ff_width, model.n_heads * model.head_width  # noqa: E741
     # Inputs of 2 norms and 2 column-parallel layers; q, k, v, attention output; the MLP's hidden twice.
     block = 4 * D + (4 * I + 2 * F) // tp
-    if model.dropout_attention > 0:  # plain attention: scaled q, probabilities before and after dropout
-        block += (I + 2 * model.n_heads * model.seq_len) // tp
+    if model.dropout_attention > 0:  # plain attention: probabilities before and after dropout
+        block += 2 * model.n_heads * model.seq_len // tp
     if config.parallel.recompute:
         kept, at_once = n_blocks * D, block  # each block's input, and the block that is being recomputed
     else:

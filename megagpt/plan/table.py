@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import fields
 
 from rich.box import SIMPLE, SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -41,13 +40,6 @@ def plan_table(config: RunConfig, plan: Plan) -> RenderableType:
     return Group(facts, "", _stages(config, plan))
 
 
-def render(*renderables: RenderableType, width: int = 100) -> str:
-    """The same as plain text: for files and tests."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(*renderables, sep="\n")
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
 def _settings(section: object, default: object) -> Text:
     """`name=value*  name=value …`; what is off by default and still is (None, False) is left out."""
     text = Text()
@@ -67,9 +59,7 @@ def _facts(config: RunConfig, plan: Plan) -> list[tuple[str, str]]:
     model, train = config.model, config.train
     zero = config.parallel.zero_stage
     layout = f"{plan.world_size} processes: pp {plan.pp}, dp {plan.dp}, tp {plan.tp}; ZeRO {zero}"
-    batch = (
-        f"{train.global_batch_size:,} sequences of {model.seq_len:,} = {plan.batch_tokens:,} tokens a step"
-    )
+    batch = f"{train.global_batch_size:,} sequences of {model.seq_len:,} = {plan.batch_tokens:,} tokens a step"
     factors = f"{train.micro_batch_size} (micro-batch) * {plan.micro_batches} * {plan.dp} (dp)"
     work = f"{_flop(plan.flops_per_token)} a token, {_flop(plan.flops_per_token * plan.batch_tokens)} a step"
     rows = f"{model.vocab:,} tokens, padded to {plan.vocab_padded:,}: {plan.vocab_local:,} rows a rank"
@@ -89,8 +79,7 @@ def _facts(config: RunConfig, plan: Plan) -> list[tuple[str, str]]:
 
 def _bubble(plan: Plan) -> str:
     text = (
-        f"{100 * plan.bubble_fraction:.0f} % of a step is bubble: "
-        f"{plan.pp} stages, {plan.micro_batches} micro-batches"
+        f"{100 * plan.bubble_fraction:.0f} % of a step is bubble: {plan.pp} stages, {plan.micro_batches} micro-batches"
     )
     if plan.micro_batches < plan.pp:
         text += "; it never fills: use a larger global batch, or smaller micro-batches"
@@ -100,7 +89,7 @@ def _bubble(plan: Plan) -> str:
 def _stages(config: RunConfig, plan: Plan) -> Table:
     title = f"estimated memory of one rank in MiB ({config.train.precision}"
     title += ", optimizer in host memory)" if config.parallel.offload_optimizer else ")"
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     for heading in ("stage", "ranks", "layers"):
         table.add_column(heading, no_wrap=True)
     for heading in ("params", "local", "weights", "grads", "optim", "activ", "logits", "total"):

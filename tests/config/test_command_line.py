@@ -1,0 +1,260 @@
+"""The command line and YAML files: who wins over whom, what is refused, what is written reads back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt.cli import parse_run_config, read_config, to_yaml
+from megagpt.cli.flags import FOREIGN, all_flags
+from megagpt.cli.yaml_file import dotted_keys
+from megagpt.config import DataConfig, LogConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megagpt.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def plan_tool(*argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "tools" / "plan.py"), *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_later_sources_win(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {n_layers: 6, seq_len: 512}\noptim: {lr: 3e-4}\n")
+    (tmp_path / "b.yaml").write_text("model: {n_layers: 8}\n")
+    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    config = parse_run_config(["--seq-len", "128", *files, "--preset", "gpt2-small"])
+    assert config.model.seq_len == 128  # flag over files, wherever it stands
+    assert config.model.n_layers == 8  # second file over first
+    assert config.optim.lr == 3e-4  # file over preset, though YAML 1.1 has 3e-4 as a word
+    assert config.model.d_model == 768  # preset over default
+    assert config.train.micro_batch_size == TrainConfig().micro_batch_size
+
+
+def test_sources_are_checked_once_merged(tmp_path):
+    """7 heads do not divide the default width: the flag that comes later mends it."""
+    (tmp_path / "run.yaml").write_text("model: {n_heads: 7}\n")
+    assert parse_run_config(["--config", str(tmp_path / "run.yaml"), "--d-model", "700"]).model.head_width == 100
+    with pytest.raises(UserError, match=r"model\.d_model=256 with model\.n_heads=7"):
+        parse_run_config(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_no_arguments_give_the_defaults():
+    assert parse_run_config([]) == RunConfig()
+
+
+def test_what_launchers_append_is_ignored():
+    config = parse_run_config(["--local_rank=3", "--deepspeed", "--tp", "2", "--deepspeed_config", "ds.json"])
+    assert config.parallel.tp == 2
+    assert config.train.deepspeed_config == "ds.json"
+
+
+def test_every_setting_has_flags_that_are_its_own():
+    flags = [flag for of_one in all_flags().values() for flag in of_one]
+    assert list(all_flags()) == dotted_keys()
+    assert len(flags) == len(set(flags))
+    for ours in FOREIGN.values():
+        assert ours.split()[0] in flags
+
+
+def test_hyphens_and_underscores_are_the_same():
+    assert parse_run_config(["--train_steps", "7"]) == parse_run_config(["--train-steps", "7"])
+
+
+def test_a_blend_in_a_file_is_the_blend_of_the_command_line(tmp_path):
+    (tmp_path / "list.yaml").write_text("data: {data_path: [0.7, A, 0.3, B]}\n")
+    (tmp_path / "text.yaml").write_text("data: {data_path: 0.7 A 0.3 B}\n")
+    typed = parse_run_config(["--data-path", "0.7", "A", "0.3", "B"])
+    assert typed.data.data_path == ("0.7", "A", "0.3", "B")
+    for name in ("list.yaml", "text.yaml"):
+        assert parse_run_config(["--config", str(tmp_path / name)]) == typed
+
+
+BAD_YAML = {
+    "unknown key": ("model: {n_layer: 4}", "unknown key model.n_layer; did you mean model.n_layers?"),
+    "key outside its section": ("n_layers: 4", "unknown key n_layers; did you mean model.n_layers?"),
+    "unknown section": ("modell: {n_layers: 4}", "unknown key modell"),
+    "python tag": (
+        "model: !!python/object/apply:os.system ['touch pwned']",
+        ":1: could not determine a construc",
+    ),
+    "NaN": ("optim: {lr: .nan}", "optim.lr: got nan, wanted a finite number"),
+    "infinity": ("optim: {lr: .inf}", "optim.lr: got inf, wanted a finite number"),
+    "negative": ("model:\n  n_layers: -4", "model.n_layers=-4 must be positive; use 1 or more"),
+    "negative decay": (
+        "optim: {weight_decay: -0.1}",
+        "optim.weight_decay=-0.1 must be finite and not negative",
+    ),
+    "dropout of 1": (
+        "model: {dropout_residual: 1.0}",
+        "model.dropout_residual=1.0 must be at least 0 and below 1",
+    ),
+    "text for a number": ("model: {n_layers: four}", "model.n_layers: got 'four', wanted a valid integer"),
+    "fraction for an integer": ("model: {n_layers: 4.5}", "model.n_layers: got 4.5, wanted a valid integer"),
+    "switch for a number": ("model: {n_layers: true}", "model.n_layers: got True, wanted a valid integer"),
+    "number for a switch": ("parallel: {recompute: 1}", "parallel.recompute: got 1, wanted a valid boolean"),
+    "no such choice": (
+        "train: {precision: fp8}",
+        "train.precision: got 'fp8', wanted 'fp32', 'bf16' or 'fp16'",
+    ),
+    "list for a section": ("model: [1, 2]", "model: got [1, 2], wanted keys with values"),
+    "list at the top": ("- 1", "got [1], wanted sections (model, parallel"),
+    "key twice": ("model:\n  n_layers: 4\n  n_layers: 5", ":3: key n_layers is there twice"),
+    "section twice": ("model: {n_layers: 4}\nmodel: {n_heads: 4}", ":2: key model is there twice"),
+    "alias": ("model: &a {n_layers: 4}\noptim: *a", ":2: aliases are not supported"),
+    "not YAML": ("model: {n_layers: 4", ":1: expected ',' or '}'"),
+    "two documents": ("model: {n_layers: 4}\n---\nmodel: {n_layers: 5}", "but found another document"),
+    "nested deep": ("[" * 100_000, "nested too deep"),
+    "NUL byte": ("model: {n_layers: 4}\0", "special characters are not allowed"),
+    "date out of range": ("model: {n_layers: 2020-99-99}", "month must be in 1..12"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_YAML)
+def test_bad_yaml_is_one_line_that_names_the_file(name, tmp_path, monkeypatch):
+    text, expected = BAD_YAML[name]
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        parse_run_config(["--config", str(file)])
+    message = str(caught.value)
+    assert expected in message
+    assert message.startswith(str(file))
+    assert "\n" not in message
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"data: {split: \xe9}")
+    for path, expected in [
+        ("none.yaml", "No such file"),
+        (".", "Is a directory"),
+        ("latin.yaml", "byte 14 is not"),
+    ]:
+        with pytest.raises(UserError, match=expected):
+            parse_run_config(["--config", str(tmp_path / path)])
+
+
+BAD_FLAGS = {
+    "unknown": (["--tpp", "2"], "unknown flag --tpp; did you mean --tp?"),
+    "unknown, dotted": (
+        ["--model.n-layer=3"],
+        "unknown flag --model.n-layer; did you mean --model.n-layers?",
+    ),
+    "of Megatron": (["--num-layers", "3"], "unknown flag --num-layers; here it is --n-layers"),
+    "no flag": (["--tp", "2", "2"], "got '2', which belongs to no flag"),
+    "not a number": (["--tp", "two"], "--tp/--parallel.tp: invalid literal"),
+    "no value": (["--tp"], "Missing value for argument '--tp/--parallel.tp'"),
+    "NaN": (["--lr", "nan"], "optim.lr=nan must be positive; use a finite number above 0"),
+    "infinity": (["--lr", "inf"], "optim.lr=inf must be positive"),
+    "negative": (["--n-layers", "-4"], "model.n_layers=-4 must be positive; use 1 or more"),
+    "NaN dropout": (["--model.dropout-residual", "nan"], "model.dropout_residual=nan must be at least 0"),
+    "no such choice": (["--precision", "fp8"], "invalid choice 'fp8'"),
+    "unknown preset": (
+        ["--preset", "gpt2-smal"],
+        "--preset gpt2-smal is not known; did you mean gpt2-small?",
+    ),
+    "heads": (
+        ["--n-heads", "3"],
+        "model.d_model=256 with model.n_heads=3 must divide evenly; try n_heads in [1, 2",
+    ),
+    "ZeRO 2 with a pipeline": (["--pp", "2", "--zero-stage", "2"], "use --zero-stage 1, or --pp 1"),
+    "no file": (["--config"], "argument --config: expected one argument"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags_are_one_line(name):
+    argv, expected = BAD_FLAGS[name]
+    with pytest.raises(UserError) as caught:
+        parse_run_config(argv)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--tpp", "2"], "error: unknown flag --tpp; did you mean --tp?"),
+        (["--config", "{tmp}/tag.yaml"], "could not determine a constructor"),
+        (["--lr", "nan"], "error: optim.lr=nan must be positive"),
+        (
+            ["--world-size", "6", "--tp", "2", "--pp", "2"],
+            "error: world size 6 with parallel.tp=2, parallel.pp=2",
+        ),
+        (["--world-size", "six"], "--world_size: invalid int value: 'six'; see --help"),
+    ],
+)
+def test_a_tool_exits_with_2_and_one_line(argv, expected, tmp_path):
+    (tmp_path / "tag.yaml").write_text("model: !!python/name:os.system")
+    done = plan_tool(*(a.format(tmp=tmp_path) for a in argv))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert expected in done.stderr
+
+
+def test_help_teaches_at_once():
+    start = time.monotonic()
+    done = plan_tool("--help")
+    elapsed_s = time.monotonic() - start
+    assert done.returncode == 0
+    assert elapsed_s < 10  # 0.3 s on an idle machine; importing torch alone would take longer than this on a busy one
+    for word in (
+        "--world-size N",
+        "--preset NAME",
+        "parallel options",
+        "--tp INT, --parallel.tp INT",
+        "Peak learning",
+    ):
+        assert word in done.stdout
+
+
+def test_the_command_line_imports_no_torch():
+    code = "import sys, megagpt.cli, megagpt.plan.table; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+rates = st.floats(1e-12, 1e6)
+configs = st.builds(
+    RunConfig,
+    model=st.builds(
+        lambda head, heads, **rest: ModelConfig(d_model=head * heads, n_heads=heads, **rest),
+        head=st.integers(1, 128),
+        heads=st.integers(1, 32),
+        n_layers=st.integers(1, 100),
+        vocab_size=st.none() | st.integers(1, 10**6),
+        tied_embeddings=st.booleans(),
+        position=st.sampled_from(["learned", "none"]),
+        dropout_residual=st.floats(0, 0.99),
+        norm_eps=rates,
+    ),
+    data=st.builds(DataConfig, data_path=st.lists(words, max_size=3).map(tuple), split=words),
+    optim=st.builds(OptimConfig, lr=rates, eps=rates, clip=st.floats(0, 1e6), decay_steps=st.none() | st.integers(1)),
+    log=st.builds(LogConfig, save=st.none() | words | st.sampled_from(["1e-4", "null", "0.7", "yes", "2020-01-01"])),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs)
+def test_what_is_written_reads_back_equal(tmp_path_factory, config):
+    file = tmp_path_factory.mktemp("yaml") / "run.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert parse_run_config(["--config", str(file)]) == config
+
+
+def test_read_config_takes_what_a_checkpoint_carries():
+    assert read_config({"model": {"n_layers": 2}}, "state.json") == RunConfig(model=replace(ModelConfig(), n_layers=2))
+    with pytest.raises(UserError, match=r"^state\.json: model\.n_layers=0 must be positive"):
+        read_config({"model": {"n_layers": 0}}, "state.json")
+    with pytest.raises(UserError, match=r"^state\.json: unknown key model\.heads"):
+        read_config({"model": {"heads": 0}}, "state.json")

@@ -1,0 +1,105 @@
+"""The memory formula against published ones, and activations against what autograd really saves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megagpt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megagpt.model.gpt import GPT
+from megagpt.parallel.axis import SINGLE
+from megagpt.plan.plan import make_plan
+
+SMALL = ModelConfig(n_layers=3, d_model=64, n_heads=4, seq_len=32, vocab_size=256)
+
+
+def run(model=SMALL, *, precision="fp32", micro=2, batch=16, **parallel) -> RunConfig:
+    train = TrainConfig(micro_batch_size=micro, global_batch_size=batch, precision=precision)
+    return RunConfig(model=model, parallel=ParallelConfig(**parallel), train=train)
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "bytes_a_parameter"),
+    # dp = 4. Rajbhandari et al. 2020, figure 1, with K = 12: 2 + 2 + K, 2 + 2 + K/4, 2 + (2 + K)/4, (4 + K)/4
+    [
+        ("fp16", 0, 16),
+        ("fp16", 1, 7),
+        ("fp16", 2, 5.5),
+        ("fp16", 3, 4),
+        ("bf16", 1, 9),  # gradients accumulate in fp32
+        ("fp32", 0, 16),  # no second copy of the weights
+        ("fp32", 1, 11),
+    ],
+)
+def test_model_states(precision, zero_stage, bytes_a_parameter):
+    plan = make_plan(run(precision=precision, zero_stage=zero_stage), world_size=4)
+    memory = plan.stages[0].memory
+    states = memory.weights + memory.gradients + memory.optimizer
+    assert states == pytest.approx(bytes_a_parameter * plan.stages[0].params_local, abs=4)
+
+
+def test_offload_moves_the_optimizer_to_the_host():
+    kept = make_plan(run(), 1).stages[0].memory
+    moved = make_plan(run(offload_optimizer=True), 1).stages[0].memory
+    assert (moved.optimizer, moved.host) == (0, kept.optimizer)
+    assert moved.total == kept.total - kept.optimizer
+
+
+def test_activations_are_korthikanti_s_without_the_stored_masks():
+    """Section 4.1: s b h (34 + 5 a s / h) bytes a layer in 16 bits; one byte less for each mask element."""
+    model = replace(SMALL, dropout_attention=0.1, n_layers=8)
+    s, b, h, a = model.seq_len, 2, model.d_model, model.n_heads
+
+    def of_blocks(n: int) -> int:
+        return make_plan(run(replace(model, n_layers=n), precision="bf16"), 1).stages[0].memory.activations
+
+    published = s * b * h * (34 + 5 * a * s / h)
+    masks = s * b * h * 2 + a * s * s * b
+    assert of_blocks(8) - of_blocks(7) == published - masks
+
+
+def test_recompute_keeps_one_input_a_block():
+    plain = make_plan(run(), 1).stages[0].memory.activations
+    model = replace(SMALL, n_layers=4)
+    kept = make_plan(run(recompute=True), 1).stages[0].memory.activations
+    one_more = make_plan(run(model, recompute=True), 1).stages[0].memory.activations
+    assert kept < plain
+    assert one_more - kept == 2 * SMALL.seq_len * SMALL.d_model * 4
+
+
+def test_earlier_stages_keep_more_micro_batches():
+    activations = [s.memory.activations for s in make_plan(run(pp=3), 3).stages]
+    assert activations[0] == pytest.approx(1.5 * activations[1])
+    assert activations[2] < activations[1]
+
+
+@pytest.mark.parametrize("dropout_attention", [0.0, 0.1])
+@pytest.mark.parametrize("model", [SMALL, replace(SMALL, d_ff=128, d_head=32)], ids=["usual", "own widths"])
+def test_activations_are_what_autograd_saves(model, dropout_attention):
+    """Distinct storages that the backward pass of a block holds on to, parameters aside."""
+    model = replace(model, dropout_attention=dropout_attention, dropout_residual=0.1)
+    saved = [saved_bytes(replace(model, n_layers=n)) for n in (2, 3)]
+    planned = [make_plan(run(replace(model, n_layers=n)), 1).stages[0].memory.activations for n in (2, 3)]
+    # Beside the formula: mean and deviation of two norms, attention's log-sum-exp and mask, sample ids.
+    small = 2 * 2 * (2 * 2 + model.n_heads) * model.seq_len * 4 + model.seq_len**2 + 1024
+    assert 0 <= (saved[1] - saved[0]) - (planned[1] - planned[0]) <= small
+
+
+def saved_bytes(model: ModelConfig) -> int:
+    gpt = GPT(model, SINGLE)
+    weights = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
+        return tensor
+
+    tokens_BT = torch.zeros(2, model.seq_len, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = gpt(tokens_BT, labels_BT=tokens_BT)
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())
