@@ -17,7 +17,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megagpt.errors import run_cli
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared"
 SAMPLE_TEXT = Path(json.__file__).read_text(encoding="utf-8")
 
 
@@ -84,10 +83,10 @@ def gpt2_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def hf_file(tmp_path_factory: pytest.TempPathFactory, gpt2_files: tuple[Path, Path]) -> Path:
+def hf_file(tmp_path_factory: pytest.TempPathFactory, reference_bpe: Tokenizer) -> Path:
     """The same BPE as a tokenizer.json."""
     path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
-    reference_bpe(*gpt2_files).save(str(path))
+    reference_bpe.save(str(path))
     return path
 
 
@@ -105,13 +104,34 @@ def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def reference_bpe(vocab_file: Path, merge_file: Path) -> Tokenizer:
+@pytest.fixture(scope="session")
+def reference_bpe(gpt2_files: tuple[Path, Path]) -> Tokenizer:
     """GPT-2's tokenizer as Hugging Face's library builds it."""
-    tokenizer = Tokenizer(models.BPE.from_file(str(vocab_file), str(merge_file)))
+    vocab_file, merge_file = map(str, gpt2_files)
+    tokenizer = Tokenizer(models.BPE.from_file(vocab_file, merge_file))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def sample_text() -> str:
+    """What the small tokenizers were trained on."""
+    return SAMPLE_TEXT
+
+
+@pytest.fixture
+def shared() -> Callable[[str], Path]:
+    """shared("gpt2_bpe/vocab.json"): real data beside the repository; the test is skipped where there is none."""
+
+    def find(name: str) -> Path:
+        path = ROOT.parent / "shared" / "data" / name
+        if not path.exists():
+            pytest.skip(f"{path} is not here")
+        return path
+
+    return find
 
 
 @pytest.fixture
