@@ -41,7 +41,7 @@ def evaluate(
     batch_size: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Read the split (Megatron's shares, such as "949,50,1") end to end in windows of seq_len, each token predicted once.
+    """Read the split (Megatron's shares, such as "949,50,1") end to end in windows of seq_len, each token once.
 
     progress is told, after each batch, the number of tokens done and of all.
     """

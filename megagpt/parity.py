@@ -89,7 +89,7 @@ STEPS = 20
 
 
 def parity_config(model: ModelConfig | None = None) -> RunConfig:
-    """A small model with everything on that could break the promise: three dropouts, clipping, decay, odd vocabulary."""
+    """A small model with all that could break the promise: three dropouts, clipping, decay, an odd vocabulary."""
     model = model or ModelConfig(
         n_layers=4, d_model=32, n_heads=4, seq_len=24, vocab_size=211,
         dropout_embedding=0.1, dropout_attention=0.1, dropout_residual=0.1,

@@ -59,7 +59,7 @@ def train(config: RunConfig) -> None:
         engine = Engine(config, plan, mesh)
         done = checkpoint.load(engine, run.resume_from).step if run.resume_from else 0
         if config.debug.detect_nan:
-            name_first_nan(engine.engine.module)
+            name_first_nan(engine.module)
         with _reporter(run, engine, done) as report:
             _loop(run, engine, report, done)
         if mesh.rank == 0:

@@ -62,9 +62,7 @@ def find_inputs(inputs: Sequence[str | Path], input_format: Format = "auto") -> 
             raise UserError(f"{item}: the folder has no files; give a folder with text or JSON lines in it")
         for path in found:
             if not _mode(path, stat.S_ISREG):
-                raise UserError(
-                    f"{path}: neither a regular file nor a folder; write the data to a file first"
-                )
+                raise UserError(f"{path}: neither a regular file nor a folder; write the data to a file first")
             files.append(InputFile(path, _is_json(path, input_format)))
     return files
 
@@ -79,9 +77,7 @@ def read_blocks(files: Sequence[InputFile], max_document_bytes: int) -> Iterator
         try:
             yield from cut(file, max_document_bytes)
         except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-            raise UserError(
-                f"{file.path}: damaged or cut off archive ({error}); fetch or pack it again"
-            ) from None
+            raise UserError(f"{file.path}: damaged or cut off archive ({error}); fetch or pack it again") from None
         except OSError as error:
             raise UserError(f"{file.path}: cannot be read ({error.strerror}); check the file") from None
 
@@ -109,13 +105,9 @@ def _record_texts(where: str, line: bytes, keys: Sequence[str]) -> tuple[str, ..
     values = []
     for key in keys:
         if key not in record:
-            raise UserError(
-                f"{where}: no key {key!r}, it has {_shorten(list(record))}; name the key with --json-keys"
-            )
+            raise UserError(f"{where}: no key {key!r}, it has {_shorten(list(record))}; name the key with --json-keys")
         if not isinstance(record[key], str):
-            raise UserError(
-                f"{where}: key {key!r} holds {_shorten(record[key])}, wanted a string; see --json-keys"
-            )
+            raise UserError(f"{where}: key {key!r} holds {_shorten(record[key])}, wanted a string; see --json-keys")
         if line.count(b'"%b"' % key.encode()) > 1 and _is_repeated(line, key):
             raise UserError(f"{where}: key {key!r} appears twice; keep one")
         values.append(record[key])
@@ -137,9 +129,7 @@ def _plain_text(block: Block) -> str:
     try:
         text = block.data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{block.file.path}: byte {error.start}: not UTF-8; convert it (iconv -t UTF-8)"
-        ) from None
+        raise UserError(f"{block.file.path}: byte {error.start}: not UTF-8; convert it (iconv -t UTF-8)") from None
     if (at := block.data.find(b"\x00")) >= 0:
         raise UserError(f"{block.file.path}: byte {at}: NUL, so not UTF-8 text; leave it out or convert it")
     return text
@@ -244,9 +234,7 @@ def _explain(line: bytes, error: orjson.JSONDecodeError) -> str:
 
 
 def _too_long(where: str, limit: int) -> UserError:
-    return UserError(
-        f"{where}: a document of more than {limit >> 20} MB; split it, or raise --max-document-mb"
-    )
+    return UserError(f"{where}: a document of more than {limit >> 20} MB; split it, or raise --max-document-mb")
 
 
 def _shorten(value: object) -> str:

@@ -67,9 +67,7 @@ def build_document_index(start: int, stop: int, epochs: Epochs, random: RandomSt
     return index
 
 
-def build_sample_index(
-    lengths: np.ndarray, document_index: np.ndarray, seq_len: int, n_samples: int
-) -> np.ndarray:
+def build_sample_index(lengths: np.ndarray, document_index: np.ndarray, seq_len: int, n_samples: int) -> np.ndarray:
     """Where each sample begins. **Shapes**: [n_samples + 1, 2] of (position in document_index, token offset).
 
     int32, or int64 where document_index is too long for that. `lengths`: int32, tokens of each document of

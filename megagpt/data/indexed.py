@@ -84,9 +84,7 @@ def verify(prefix: str | Path, vocab_size: int | None = None) -> None:
     **Raises** `UserError` at the first fault, with its place.
     """
     dataset, meta, digest = IndexedDataset(prefix), read_meta(prefix), hashlib.sha256()
-    limit = (
-        vocab_size if vocab_size is not None else meta.vocab_size if meta else np.iinfo(dataset.dtype).max + 1
-    )
+    limit = vocab_size if vocab_size is not None else meta.vocab_size if meta else np.iinfo(dataset.dtype).max + 1
     for start, tokens in dataset.chunks():
         digest.update(tokens.data)
         bad = np.flatnonzero((tokens < 0) | (tokens >= limit))
@@ -98,9 +96,7 @@ def verify(prefix: str | Path, vocab_size: int | None = None) -> None:
                 f"{sequence} is not below the vocabulary's {limit}; name the right tokenizer, or {REDO}"
             )
     if meta is not None and meta.bin_sha256 != digest.hexdigest():
-        raise UserError(
-            f"{dataset.bin_path}: its SHA-256 is not the one recorded in {meta_path(prefix)}; {REDO}"
-        )
+        raise UserError(f"{dataset.bin_path}: its SHA-256 is not the one recorded in {meta_path(prefix)}; {REDO}")
 
 
 class IndexedWriter:
@@ -158,9 +154,7 @@ class IndexedWriter:
                 file.flush()
                 os.fsync(file.fileno())
             if meta is not None:
-                meta = replace(
-                    meta, idx_sha256=_sha256(self._partial[2]), bin_sha256=self._digest.hexdigest()
-                )
+                meta = replace(meta, idx_sha256=_sha256(self._partial[2]), bin_sha256=self._digest.hexdigest())
                 with open(self._partial[1], "w", encoding="utf-8") as side:
                     side.write(meta_json(meta))
                     side.flush()
@@ -229,9 +223,7 @@ def _open_locked(path: Path) -> BinaryIO:
 def _refuse_existing(paths: list[Path]) -> None:
     for path in paths:
         if path.exists():
-            raise UserError(
-                f"{path}: exists already; give --overwrite to replace it, or another --output-prefix"
-            )
+            raise UserError(f"{path}: exists already; give --overwrite to replace it, or another --output-prefix")
 
 
 def _sha256(path: Path) -> str:

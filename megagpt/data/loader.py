@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megagpt.data.blend import Samples
 from megagpt.errors import UserError
+
+
+class TokenSamples(Protocol):
+    """Training samples: GPTSamples, a Blend of them, or anything that gives int64[seq_len + 1] for an index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class MicroBatch:
 
 
 def micro_batches(
-    samples: Samples, *, step: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
+    samples: TokenSamples, *, step: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> Iterator[MicroBatch]:
     """The micro-batches of one data-parallel rank in one step (counted from 0), in order.
 
@@ -53,6 +61,6 @@ def micro_batches(
     return (_micro_batch(samples, range(start, start + micro_batch_size)) for start in starts)
 
 
-def _micro_batch(samples: Samples, positions: range) -> MicroBatch:
+def _micro_batch(samples: TokenSamples, positions: range) -> MicroBatch:
     text = torch.from_numpy(np.stack([samples[position] for position in positions]))
     return MicroBatch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), torch.tensor(positions))

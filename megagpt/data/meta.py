@@ -48,13 +48,9 @@ def read_meta(prefix: str | Path) -> DatasetMeta | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: not readable as JSON ({error}); delete it and name the tokenizer instead"
-        ) from None
+        raise UserError(f"{path}: not readable as JSON ({error}); delete it and name the tokenizer instead") from None
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: got a {type(values).__name__}, wanted an object; delete it and name the tokenizer"
-        )
+        raise UserError(f"{path}: got a {type(values).__name__}, wanted an object; delete it and name the tokenizer")
     for f in fields(DatasetMeta):
         if f.name not in values or not _is_a(values[f.name], str(f.type)):
             raise UserError(

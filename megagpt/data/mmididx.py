@@ -30,9 +30,7 @@ def dtype_for(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
-def read_index(
-    path: Path, bin_path: Path, bin_size: int
-) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+def read_index(path: Path, bin_path: Path, bin_size: int) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """(dtype, lengths, pointers, document_indices) of an `.idx` in which every value has been checked."""
     fd = open_for_reading(path)
     with os.fdopen(fd, "rb") as file:
@@ -103,9 +101,7 @@ def _check_header(path: Path, header: bytes, size: int) -> tuple[np.dtype, int, 
         )
     if wanted < size:
         modes = (
-            ": sequence modes of a multimodal dataset, which a GPT cannot use"
-            if size - wanted == n_sequences
-            else ""
+            ": sequence modes of a multimodal dataset, which a GPT cannot use" if size - wanted == n_sequences else ""
         )
         raise UserError(f"{path}: byte {wanted}: {size - wanted} bytes too many{modes}; {REDO}")
     return np.dtype(DTYPES[code]), n_sequences, n_boundaries
@@ -118,9 +114,7 @@ def _check_lengths(path: Path, lengths: np.ndarray) -> None:
 def _check_boundaries(path: Path, at: int, boundaries: np.ndarray, n_sequences: int) -> None:
     if len(boundaries) == 0 or boundaries[0] != 0 or boundaries[-1] != n_sequences:
         got = f"{boundaries[0]} to {boundaries[-1]}" if len(boundaries) else "nothing"
-        raise UserError(
-            f"{path}: byte {at}: document boundaries run from {got}, wanted 0 to {n_sequences}; {REDO}"
-        )
+        raise UserError(f"{path}: byte {at}: document boundaries run from {got}, wanted 0 to {n_sequences}; {REDO}")
     _refuse(
         path, at + 8, 8, np.diff(boundaries) < 0,
         lambda i: f"document boundary {i + 1} is {boundaries[i + 1]}, below the one before, {boundaries[i]}",
@@ -140,9 +134,7 @@ def open_for_reading(path: Path) -> int:
     except FileNotFoundError:
         raise UserError(f"{path}: not there; give the prefix of a dataset, without .bin or .idx") from None
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise UserError(f"{path}: not a regular file; give the prefix of a dataset")

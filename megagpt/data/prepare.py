@@ -107,9 +107,7 @@ def prepare(
             _advance(progress, stored_bytes, results)
             report(progress)
         if not all(writer.n_tokens for writer in writers):
-            raise UserError(
-                f"{_name(files)}: no text in it; nothing was written, check --input and --json-keys"
-            )
+            raise UserError(f"{_name(files)}: no text in it; nothing was written, check --input and --json-keys")
         metas = [_meta(tokenizer, append_eod, w, n) for w, n in zip(writers, text_bytes, strict=True)]
         for writer, meta in zip(writers, metas, strict=True):
             writer.finish(meta)
@@ -119,9 +117,7 @@ def prepare(
 @lru_cache(maxsize=1)
 def _tokenizer(files: TokenizerFiles) -> Tokenizer:
     """Built once in each process."""
-    return build_tokenizer(
-        files.kind, model=files.model, vocab_file=files.vocab_file, merge_file=files.merge_file
-    )
+    return build_tokenizer(files.kind, model=files.model, vocab_file=files.vocab_file, merge_file=files.merge_file)
 
 
 def _encode(
@@ -147,9 +143,7 @@ def _encode_texts(tokenizer: Tokenizer, column: Sequence[str], append_eod: bool,
         if append_eod and len(ids):  # an empty document stays empty
             parts.append(end)
     lengths = np.array([len(ids) + (append_eod and len(ids) > 0) for ids in documents], np.int64)
-    tokens = (
-        np.concatenate([part.astype(dtype, copy=False) for part in parts]) if parts else np.zeros(0, dtype)
-    )
+    tokens = np.concatenate([part.astype(dtype, copy=False) for part in parts]) if parts else np.zeros(0, dtype)
     text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in column)
     return Encoded(tokens, lengths, text_bytes)
 
@@ -193,9 +187,7 @@ def _in_order(
             for _, stored, future in waiting:
                 yield stored, future.result()
         except BrokenProcessPool:
-            raise UserError(
-                "a worker process died, perhaps for want of memory; use fewer --workers"
-            ) from None
+            raise UserError("a worker process died, perhaps for want of memory; use fewer --workers") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -50,9 +50,7 @@ class GPTSamples:
         self.epochs = plan_epochs(n_tokens, num_samples, seq_len)
         random = RandomState(seed)  # the order of the draws is part of the format: documents first
         self.document_index = build_document_index(start, stop, self.epochs, random)
-        self.sample_index = build_sample_index(
-            dataset.lengths, self.document_index, seq_len, self.epochs.n_samples
-        )
+        self.sample_index = build_sample_index(dataset.lengths, self.document_index, seq_len, self.epochs.n_samples)
         self.shuffle_index = build_shuffle_index(self.epochs, random)
 
     def __len__(self) -> int:

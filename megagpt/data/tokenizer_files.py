@@ -28,9 +28,7 @@ def parse_json_object(path: Path, data: bytes) -> dict:
         result = dict(pairs)
         if len(result) < len(pairs):
             keys = [key for key, _ in pairs]
-            raise UserError(
-                f"{path}: key {next(k for k in keys if keys.count(k) > 1)!r} appears twice; {REDO}"
-            )
+            raise UserError(f"{path}: key {next(k for k in keys if keys.count(k) > 1)!r} appears twice; {REDO}")
         return result
 
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -44,6 +45,9 @@ class Engine:
         self.base_optimizer, self.optimizer_name = build_optimizer(self.parameters, config.optim)
         if config.parallel.zero_stage == 0:
             self.base_optimizer.register_step_pre_hook(self._clip)
+        self.module = module
+        self.engine: Any
+        self.optimizer: Any
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=self.base_optimizer,
@@ -51,6 +55,7 @@ class Engine:
             mpu=None if mesh.pipe.size > 1 else ModelParallelUnit(mesh),  # pipelines bring their own grid
             dist_init_required=False,
         )
+        self.has_stages = isinstance(self.engine, PipelineEngine)
         create_moments(self)
 
     @property
@@ -68,7 +73,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self.engine.skipped_steps
-        if isinstance(self.engine, PipelineEngine):
+        if self.has_stages:
             loss = self.engine.train_batch(self._as_pipeline_data(batches))
         else:
             loss = self._accumulate(batches)
@@ -83,7 +88,7 @@ class Engine:
 
     def evaluate(self, batches: Iterable[MicroBatch], n_micro_batches: int) -> float:
         """Mean loss, in nats per token, over this rank's n_micro_batches and all data-parallel ranks."""
-        if isinstance(self.engine, PipelineEngine):
+        if self.has_stages:
             data = self._as_pipeline_data(batches)
             return float(self.engine.eval_batch(data, num_micro_batches=n_micro_batches))
         self.engine.eval()

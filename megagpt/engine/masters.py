@@ -38,6 +38,7 @@ def read(engine: Engine, named: Named, key: str) -> Tensor:
         full = safe_get_full_fp32_param(parameter)
     else:
         full = safe_get_full_optimizer_state(parameter, key)
+    assert full is not None, f"DeepSpeed keeps no {key} of {named.name}"
     return named.part.unpadded(full.view(_local_shape(parameter))).contiguous()
 
 

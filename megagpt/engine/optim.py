@@ -39,7 +39,7 @@ def build_optimizer(parameters: list[Named], config: OptimConfig) -> tuple[torch
     on_gpu = parameters[0].parameter.is_cuda or torch.cuda.is_available()
     # NVIDIA's apex has apex.optimizers; the package called apex on the registry is another project.
     if on_gpu and importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers"):
-        from apex.optimizers import FusedAdam  # an extra that is built from source
+        from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]  # built from source
 
         return FusedAdam(groups, adam_w_mode=True, **settings), "apex FusedAdam"
     reason = "apex is not installed" if on_gpu else "no GPU for apex"

@@ -54,7 +54,9 @@ class Head(nn.Module):
     copy that the pipeline keeps equal (tied, several stages), or the head's own matrix (not tied).
     """
 
-    def __init__(self, config: ModelConfig, axis: Axis, seed: int, tokens: VocabParallelEmbedding | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, axis: Axis, seed: int, tokens: VocabParallelEmbedding | None = None
+    ) -> None:
         super().__init__()
         self.axis = axis
         self.norm = LayerNorm(config.d_model, config.norm_eps, NamedNormal(seed, "head.norm"))
@@ -107,9 +109,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i, axis, seed, recompute) for i in range(config.n_layers))
         self.head = Head(config, axis, seed, tokens=self.embedding.tokens if config.tied_embeddings else None)
 
-    def forward(
-        self, tokens_BT: Tensor, sample_ids_B: Tensor | None = None, labels_BT: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens_BT: Tensor, sample_ids_B: Tensor | None = None, labels_BT: Tensor | None = None) -> Tensor:
         if sample_ids_B is None:  # only dropout looks at them
             sample_ids_B = torch.zeros(len(tokens_BT), dtype=torch.int64, device=tokens_BT.device)
         x = self.embedding((tokens_BT, sample_ids_B))

@@ -35,16 +35,12 @@ def from_hf_gpt2(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     for rule, i in _expand(GPT2, config):
         name = rule.theirs.format(i)
         if name not in state:
-            raise UserError(
-                f"the weights have no {name}; wanted a GPT-2 of {config.n_layers} layers; check the config"
-            )
+            raise UserError(f"the weights have no {name}; wanted a GPT-2 of {config.n_layers} layers; check the config")
         tensor, shape = state.pop(name), rule.shape(config)
         _require_shape(name, tensor, shape)
         ours[rule.ours.format(i)] = rule.change.to_ours(tensor, config)
     if state:
-        raise UserError(
-            f"the weights hold {_few(state)}, not in a GPT-2 of {config.n_layers} layers; check the config"
-        )
+        raise UserError(f"the weights hold {_few(state)}, not in a GPT-2 of {config.n_layers} layers; check the config")
     return ours
 
 
@@ -67,9 +63,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     Raises UserError where GPT-2 has no place for the architecture.
     """
     if config.position != "learned":
-        raise UserError(
-            f"model.position={config.position} cannot be exported as GPT-2; it has position=learned"
-        )
+        raise UserError(f"model.position={config.position} cannot be exported as GPT-2; it has position=learned")
     if config.head_width * config.n_heads != config.d_model:
         raise UserError(
             f"model.d_head={config.head_width} cannot be exported as GPT-2; its d_head is d_model / n_heads, "
@@ -103,14 +97,10 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     """
     for key, wanted in _GPT2_ONLY.items():
         if theirs.get(key, wanted) != wanted:
-            raise UserError(
-                f"config.json has {key}={theirs[key]!r}, wanted {wanted!r}; this model cannot be converted"
-            )
+            raise UserError(f"config.json has {key}={theirs[key]!r}, wanted {wanted!r}; this model cannot be converted")
     activation = theirs.get("activation_function", "gelu_new")
     if activation not in _ACTIVATIONS:
-        raise UserError(
-            f"config.json has activation_function={activation!r}, wanted one of {', '.join(_ACTIVATIONS)}"
-        )
+        raise UserError(f"config.json has activation_function={activation!r}, wanted one of {', '.join(_ACTIVATIONS)}")
     return ModelConfig(
         n_layers=theirs.get("n_layer", 12),
         d_model=theirs.get("n_embd", 768),
@@ -179,9 +169,7 @@ def _rows_by_kind(x: Tensor, config: ModelConfig) -> Tensor:
 
 
 SAME = Change(lambda x, c: x, lambda x, c: x)
-CONV1D = Change(
-    lambda x, c: x.t().contiguous(), lambda x, c: x.t().contiguous()
-)  # their y = x W, ours y = x Wᵀ
+CONV1D = Change(lambda x, c: x.t().contiguous(), lambda x, c: x.t().contiguous())  # their y = x W, ours y = x Wᵀ
 QKV = Change(_rows_by_head, _rows_by_kind)
 QKV_CONV1D = Change(
     lambda x, c: _rows_by_head(x.t(), c).contiguous(), lambda x, c: _rows_by_kind(x, c).t().contiguous()
@@ -198,9 +186,7 @@ GPT2 = (
         lambda c: (c.d_model, 3 * c.d_model),
         QKV_CONV1D,
     ),
-    Rule(
-        "blocks.{}.attention.qkv.bias", "transformer.h.{}.attn.c_attn.bias", lambda c: (3 * c.d_model,), QKV
-    ),
+    Rule("blocks.{}.attention.qkv.bias", "transformer.h.{}.attn.c_attn.bias", lambda c: (3 * c.d_model,), QKV),
     Rule(
         "blocks.{}.attention.out.weight",
         "transformer.h.{}.attn.c_proj.weight",
@@ -255,16 +241,12 @@ def _expand(table: Iterable[Rule], config: ModelConfig) -> Iterator[tuple[Rule, 
 def _drop_tied_copy(state: dict[str, Tensor]) -> None:
     copy = state.pop("lm_head.weight", None)
     if copy is not None and not torch.equal(copy, state.get("transformer.wte.weight", copy)):
-        raise UserError(
-            "lm_head.weight differs from wte.weight, but the model ties them; use tied_embeddings=False"
-        )
+        raise UserError("lm_head.weight differs from wte.weight, but the model ties them; use tied_embeddings=False")
 
 
 def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
-        raise UserError(
-            f"{name} has shape {tuple(tensor.shape)}, wanted {shape}; check the model configuration"
-        )
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}, wanted {shape}; check the model configuration")
 
 
 def _few(names: Iterable[str]) -> str:

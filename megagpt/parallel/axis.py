@@ -11,7 +11,8 @@ from torch.distributed import ProcessGroup
 class Axis:
     """The processes that differ only in one mesh coordinate.
 
-    group: their process group; None where torch.distributed was never started. With size 1 all collectives are identities.
+    group: their process group; None where torch.distributed was never started.
+    With size 1 all collectives are identities.
     rank: this process's coordinate on the axis.  size: number of processes on it.
     """
 

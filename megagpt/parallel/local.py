@@ -51,15 +51,18 @@ def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any, timeout_s:
                 process.join()
 
 
-def warm_up() -> None:
-    """Start the fork server now: its imports then run beside what the caller does next."""
-    _context()
+def warm_up(*modules: str) -> None:
+    """Start the fork server now: its imports then run beside what the caller does next.
+
+    modules: what it imports for the ranks beside `PRELOAD`.
+    """
+    _context(*modules)
     forkserver.ensure_running()
 
 
-def _context() -> ForkServerContext:
+def _context(*modules: str) -> ForkServerContext:
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context.set_forkserver_preload([*PRELOAD, *modules])
     return context
 
 

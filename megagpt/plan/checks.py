@@ -28,12 +28,11 @@ def check_model(config: RunConfig) -> None:
 
 
 def check_precision(config: RunConfig) -> None:
-    """16-bit pipelines need the fp32 masters that ZeRO-1 keeps."""
-    parallel, precision = config.parallel, config.train.precision
-    if precision != "fp32" and parallel.zero_stage == 0 and parallel.pp > 1:
+    """16 bits need the fp32 masters that ZeRO-1 keeps: DeepSpeed has none, or cannot save them, at stage 0."""
+    if config.train.precision != "fp32" and config.parallel.zero_stage == 0:
         raise UserError(
-            f"train.precision={precision} with parallel.zero_stage=0 and pp={parallel.pp} cannot work: "
-            "pipelines in 16 bits need the fp32 masters of ZeRO 1; use --zero-stage 1 (free at dp=1)"
+            f"train.precision={config.train.precision} with parallel.zero_stage=0 cannot work: "
+            "16 bits need the fp32 masters of ZeRO 1; use --zero-stage 1 (free at dp=1)"
         )
 
 

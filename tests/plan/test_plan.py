@@ -142,7 +142,7 @@ REFUSED = {
         1,
         "model.vocab_size is not known; give --vocab-size",
     ),
-    "fp16 pipeline": (run(pp=2, zero_stage=0, precision="fp16"), 2, "use --zero-stage 1"),
+    "fp16": (run(zero_stage=0, precision="fp16"), 2, "use --zero-stage 1"),
     "bf16 pipeline": (run(pp=2, zero_stage=0, precision="bf16"), 2, "use --zero-stage 1"),
     "partition": (
         run(pp=2, partition="even"),
