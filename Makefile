@@ -18,6 +18,10 @@ install := $(bin)/python -m pip install -c constraints.txt
 export PATH := $(bin):$(PATH)
 # A job killed while it compiled leaves a lock behind: kept here, `rm -r .venv` removes it with the rest.
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
+# Without a GPU DeepSpeed warns, at every start, that it had to guess so; telling it saves the reader three lines.
+ifeq ($(wildcard /dev/nvidiactl),)
+export DS_ACCELERATOR := cpu
+endif
 # pyright would ask the network whether it is the newest.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -29,7 +33,7 @@ help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 
 train: $(ready) ## Train a small GPT on this machine, 2-way tensor and 2-way pipeline parallel; then let it write
-	$(bin)/deepspeed examples/pretrain_gpt.py $(TRAIN) --save $(RUN) $(ARGS)
+	$(bin)/deepspeed --quiet examples/pretrain_gpt.py $(TRAIN) --save $(RUN) $(ARGS)
 	$(bin)/python examples/generate.py --load $(RUN)
 
 test: $(ready) ## Run the tests

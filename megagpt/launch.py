@@ -92,7 +92,7 @@ def _become_launcher(n_ranks: int, argv: Sequence[str]) -> None:
     threads = max(1, (os.cpu_count() or 1) // n_ranks)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     ranks = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(n_ranks))}).encode()).decode()
-    command = [sys.executable, "-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank"]
+    command = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=critical", "--no_local_rank"]
     command += [f"--world_info={ranks}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}"]
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)

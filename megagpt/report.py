@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import math
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -25,6 +26,7 @@ from megagpt.errors import UserError
 
 WINDOW_STEPS = 20
 PLAIN_INTERVAL_S = 2.0
+PLAIN_WIDTH = 100  # of tables, where there is no terminal to ask
 
 
 class Reporter:
@@ -64,7 +66,7 @@ class Reporter:
         self._step_times_s: deque[float] = deque(maxlen=WINDOW_STEPS)
         self._skipped = 0
         self._last_line_s = -math.inf
-        self._console = console or Console()
+        self._console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
         _make_folder(run_dir)
         self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,10 +58,15 @@ def train(config: RunConfig) -> None:
     with distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp) as mesh:
         run = _set_up(config, plan, mesh)
         engine = Engine(config, plan, mesh)
-        done = checkpoint.load(engine, run.resume_from).step if run.resume_from else 0
+        resumed = checkpoint.load(engine, run.resume_from) if run.resume_from else None
+        done = resumed.step if resumed else 0
         if config.debug.detect_nan:
             name_first_nan(engine.module)
         with _reporter(run, engine, done) as report:
+            if resumed:
+                report.message(f"going on from {run.resume_from} after {done} steps")
+                if resumed.data != _data_identity(run):
+                    report.message("note: its text was another one, or had another tokenizer: --data-path differs")
             _loop(run, engine, report, done)
         if mesh.rank == 0:
             plot_runs([run.folder], run.folder / "loss.png")
@@ -104,7 +110,10 @@ def _find_checkpoint(config: RunConfig) -> Path | None:
     if config.log.load is None:
         return None
     folder = storage.find(config.log.load)
-    storage.check_architecture(config, storage.read_state(folder), folder)
+    state = storage.read_state(folder)
+    storage.check_resumable(config, state, folder)
+    if state.step >= config.train.train_steps:
+        raise UserError(f"{folder} has done {state.step} steps already; go on with a larger --train-steps")
     return folder
 
 
@@ -154,8 +163,6 @@ def _reporter(run: Run, engine: Engine, done: int) -> Reporter:
     report.show(config_table(config))
     report.show(plan_table(config, plan))
     report.message(f"optimizer: {engine.optimizer_name} | dropout: {kernel_status('dropout', engine.device.type)}")
-    if run.resume_from:
-        report.message(f"going on from {run.resume_from} after {done} steps")
     return report
 
 
@@ -190,12 +197,17 @@ def _state(run: Run, step: int, loss_scale: float) -> storage.State:
         tokens=samples * run.config.model.seq_len,
         loss_scale=loss_scale,
         config=dataclasses.asdict(run.config),
-        data={
-            "data_path": list(run.config.data.data_path),
-            "seed": run.config.train.seed,
-            "tokenizer_sha256": run.tokenizer.sha256 if run.tokenizer else None,
-        },
+        data=_data_identity(run),
     )
+
+
+def _data_identity(run: Run) -> dict[str, Any]:
+    """Which text this run reads, and by which tokenizer."""
+    return {
+        "data_path": list(run.config.data.data_path),
+        "split": run.config.data.split,
+        "tokenizer_sha256": run.tokenizer.sha256 if run.tokenizer else None,
+    }
 
 
 def _require_finite(loss: float, step: int, mesh: Mesh) -> None:

@@ -72,7 +72,7 @@ def prepare(
     append_eod: bool = False,
     workers: int | None = None,
     input_format: Format = "auto",
-    max_document_mb: int = 512,
+    max_document_mb: int = 64,
     overwrite: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> list[DatasetMeta]:

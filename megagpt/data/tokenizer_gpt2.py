@@ -1,7 +1,7 @@
 """GPT-2's byte-level BPE from `vocab.json` and `merges.txt`, encoded by gigatoken.
 
-On one core it is about ten times as fast as Hugging Face's library at first sight of a text and more than
-thirty times once its cache is warm, with the same ids (benchmarks/preprocess.py, tests/data/test_tokenizer.py).
+On one core it is ten times as fast as Hugging Face's library at first sight of a text, or more, and twenty times
+once its cache is warm, with the same ids (benchmarks/preprocess.py, tests/data/test_tokenizer.py).
 """
 
 from __future__ import annotations

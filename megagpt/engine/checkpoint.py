@@ -16,7 +16,7 @@ from megagpt.engine.storage import (
     WEIGHT,
     State,
     as_logical,
-    check_architecture,
+    check_resumable,
     empty_part,
     local_part,
     read_state,
@@ -62,7 +62,7 @@ def load(engine: Engine, folder: Path) -> State:
     Comm: collective over all ranks.  Raises UserError where the architectures differ.
     """
     state = read_state(folder)
-    check_architecture(engine.config, state, folder)
+    check_resumable(engine.config, state, folder)
     keys = [(named, key) for named in engine.parameters for key in (WEIGHT, *MOMENTS)]
     tensors = {tensor_name(named, key): empty_part(named, engine.mesh, engine.device) for named, key in keys}
     read_tensors(tensors, folder)

@@ -84,14 +84,22 @@ def read_state(folder: Path) -> State:
         raise UserError(f"{path}: not a checkpoint's state ({error}); load another checkpoint") from error
 
 
-def check_architecture(config: RunConfig, state: State, folder: Path) -> None:
-    """The checkpoint must hold the model that this run builds; dropout may differ."""
-    for name, ours in dataclasses.asdict(config.model).items():
-        theirs = state.config["model"].get(name)
-        if theirs != ours and not name.startswith("dropout_"):
+def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
+    """What a run that goes on must keep: the architecture, and what the order of the samples follows from.
+
+    Dropout, layout, precision, learning rate and the number of steps may change.
+    """
+    fixed = {f"model.{name}": value for name, value in dataclasses.asdict(config.model).items()}
+    fixed = {name: value for name, value in fixed.items() if "dropout" not in name}
+    fixed["train.global_batch_size"] = config.train.global_batch_size
+    fixed["train.seed"] = config.train.seed
+    for name, ours in fixed.items():
+        section, key = name.split(".")
+        theirs = state.config.get(section, {}).get(key)
+        if theirs != ours:
             raise UserError(
-                f"{folder} holds a model with model.{name}={theirs}, this run wants {ours}; "
-                f"use --model.{name.replace('_', '-')} {theirs}, or train from scratch without --load"
+                f"{folder} was trained with {name}={theirs}, this run wants {ours}; "
+                f"take the settings of that run: --config {folder.parent.parent / 'config.yaml'}"
             )
 
 

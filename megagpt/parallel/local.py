@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -30,7 +29,8 @@ def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any, timeout_s:
     function must be importable (not a lambda). With n_ranks = 1 torch.distributed is initialised as well.
     Raises RuntimeError with the first failing rank's traceback, TimeoutError when some rank has not answered.
     """
-    context = _context()
+    warm_up()
+    context = mp.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe() for _ in range(n_ranks)]
         ranks = [
@@ -56,14 +56,16 @@ def warm_up(*modules: str) -> None:
 
     modules: what it imports for the ranks beside `PRELOAD`.
     """
-    _context(*modules)
-    forkserver.ensure_running()
-
-
-def _context(*modules: str) -> ForkServerContext:
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, *modules])
-    return context
+    mp.get_context("forkserver").set_forkserver_preload([*PRELOAD, *modules])
+    before = os.environ.get("DS_ACCELERATOR")
+    # DeepSpeed looks once, while it is imported, and a GPU would not survive the forks.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["DS_ACCELERATOR"]
+        if before is not None:
+            os.environ["DS_ACCELERATOR"] = before
 
 
 def _collect(receivers: Sequence[Connection], ranks: Sequence[Any], timeout_s: float) -> list[Any]:
@@ -90,7 +92,7 @@ def _rank_main(
     rank: int, size: int, folder: str, timeout_s: float, connection: Connection, function: Any, args: Any
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE=str(size))
-    os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     try:
         store = dist.FileStore(os.path.join(folder, "store"), size)

@@ -37,10 +37,9 @@ class _CrossEntropy(torch.autograd.Function):
         logits_NL = logits_NV[:, : part.length]
         local_top_N = logits_NV.new_full(labels_N.shape, -torch.inf, dtype=wide)  # what a rank without tokens has
         local_total_N = torch.zeros_like(local_top_N)
-        if part.length:
-            for rows in _chunks(logits_NL):
-                local_top_N[rows] = logits_NL[rows].amax(-1).to(wide)
-                local_total_N[rows] = torch.sub(logits_NL[rows], local_top_N[rows, None]).exp_().sum(-1)
+        for rows in _chunks(logits_NL):
+            local_top_N[rows] = logits_NL[rows].amax(-1).to(wide)
+            local_total_N[rows] = torch.sub(logits_NL[rows], local_top_N[rows, None]).exp_().sum(-1)
         # Relative to the largest logit of all ranks: no overflow, and no digits lost where logits are large.
         top_N = all_reduce(local_top_N, axis, dist.ReduceOp.MAX)
         total_N = all_reduce(local_total_N * (local_top_N - top_N).exp(), axis)
@@ -70,8 +69,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _chunks(logits_NL: Tensor) -> Iterator[slice]:
-    """Ranges of rows: small enough for a CPU's caches, large enough to keep a GPU busy."""
-    elements = 2**24 if logits_NL.is_cuda else 2**20
-    step = max(1, elements // max(1, logits_NL.shape[1]))
-    for begin in range(0, logits_NL.shape[0], step):
-        yield slice(begin, begin + step)
+    """Ranges of rows, none where L = 0: small enough for a CPU's caches, large enough to keep a GPU busy."""
+    n_rows, width = logits_NL.shape
+    if width:
+        step = max(1, (2**24 if logits_NL.is_cuda else 2**20) // width)
+        for begin in range(0, n_rows, step):
+            yield slice(begin, begin + step)
