@@ -101,9 +101,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     source.add_argument(
         "--max-document-mb",
         type=_positive,
-        default=512,
+        default=64,
         metavar="MB",
-        help="refuse longer documents, which bounds memory (default: 512)",
+        help="refuse longer documents, which bounds memory: a worker may need 100 times that with hf, "
+        "30 times with sentencepiece (default: 64)",
     )
     words = parser.add_argument_group("tokenizer")
     words.add_argument(
