@@ -20,13 +20,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOAD = ("torch", "deepspeed", "megagpt.train")
+# The last one, and with it torch's compiler, DeepSpeed imports at each start of ZeRO: 4 s a rank, if not done here.
+PRELOAD = ("torch", "deepspeed", "megagpt.train", "deepspeed.runtime.zero.muon.muon_optimizer")
 
 
-def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], n_ranks: int, *args: Any, timeout_s: float = 120.0, n_threads: int = 1
+) -> list[Any]:
     """Call function(*args) on n_ranks gloo processes; returns what each rank returned, in rank order.
 
     function must be importable (not a lambda). With n_ranks = 1 torch.distributed is initialised as well.
+    n_threads: of each rank. With small tensors more than one gains nothing, and on a busy machine costs 10 times more.
     Raises RuntimeError with the first failing rank's traceback, TimeoutError when some rank has not answered.
     """
     warm_up()
@@ -34,7 +38,9 @@ def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any, timeout_s:
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe() for _ in range(n_ranks)]
         ranks = [
-            context.Process(target=_rank_main, args=(rank, n_ranks, folder, timeout_s, child_end, function, args))
+            context.Process(
+                target=_rank_main, args=(rank, n_ranks, n_threads, folder, timeout_s, child_end, function, args)
+            )
             for rank, (_, child_end) in enumerate(pipes)
         ]
         try:
@@ -89,11 +95,18 @@ def _collect(receivers: Sequence[Connection], ranks: Sequence[Any], timeout_s: f
 
 
 def _rank_main(
-    rank: int, size: int, folder: str, timeout_s: float, connection: Connection, function: Any, args: Any
+    rank: int,
+    size: int,
+    n_threads: int,
+    folder: str,
+    timeout_s: float,
+    connection: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    torch.set_num_threads(n_threads)
     try:
         store = dist.FileStore(os.path.join(folder, "store"), size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
