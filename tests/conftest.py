@@ -13,7 +13,7 @@ from megagpt.parallel.local import warm_up
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Where some test runs ranks, let the fork server do its imports while the first tests run."""
     if any(hasattr(getattr(item, "module", None), "run_ranks") for item in session.items):
-        warm_up()
+        warm_up("pytest")
 
 
 @pytest.fixture(autouse=True)

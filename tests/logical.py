@@ -1,0 +1,43 @@
+"""Logical tensors from what the ranks of a model axis hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.parallel.parameter import Part, part_of
+
+Parts = dict[str, tuple[Part, Tensor]]
+
+
+def gradient_parts(parameters: Iterable[tuple[str, nn.Parameter]]) -> Parts:
+    """This rank's part of each gradient, without padding; what it holds beyond that must be zero."""
+    parts = {}
+    for name, parameter in parameters:
+        part, grad = part_of(parameter), parameter.grad
+        assert grad is not None, f"{name} has no gradient"
+        meant = part.unpadded(grad)
+        assert grad.count_nonzero() == meant.count_nonzero(), f"{name}: padding has a gradient"
+        parts[name] = (part, meant)
+    return parts
+
+
+def assemble(ranks: Iterable[Mapping[str, tuple[Part, Tensor]]]) -> dict[str, Tensor]:
+    """The logical tensors, by name. A replicated one must be bitwise equal on all ranks; shards must fill the rest."""
+    whole: dict[str, Tensor] = {}
+    filled: dict[str, int] = {}
+    for parts in ranks:
+        for name, (part, local) in parts.items():
+            if name not in whole:
+                whole[name] = torch.full(part.shape, torch.nan, dtype=local.dtype)
+                filled[name] = 0
+            elif part.dim is None:
+                assert torch.equal(whole[name], local), f"{name} differs between ranks"
+                continue
+            part.take(whole[name]).copy_(local)
+            filled[name] += local.numel()
+    for name, tensor in whole.items():
+        assert filled[name] == tensor.numel(), f"{name}: {filled[name]} of {tensor.numel()} elements"
+    return whole
