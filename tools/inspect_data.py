@@ -99,9 +99,7 @@ def _show_sample(dataset: IndexedDataset, args: argparse.Namespace, tokenizer: T
         dataset, documents=documents, num_samples=args.num_samples, seq_len=args.seq_len, seed=args.seed
     )
     if not 0 <= args.sample < len(samples):
-        raise UserError(
-            f"--sample {args.sample}: there are samples 0 to {len(samples) - 1}; see --num-samples"
-        )
+        raise UserError(f"--sample {args.sample}: there are samples 0 to {len(samples) - 1}; see --num-samples")
     for document, offset, length in samples.documents_of(args.sample):
         print(f"── sample {args.sample}: tokens {offset:,} to {offset + length - 1:,} of sequence {document}")
         print(_text(dataset.get(document, offset, length), tokenizer))
@@ -142,16 +140,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("prefix", help="prefix of the dataset, without .bin or .idx")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--document", type=int, metavar="N", help="decode document N")
-    what.add_argument(
-        "--sample", type=int, metavar="N", help="decode training sample N, naming its documents"
-    )
+    what.add_argument("--sample", type=int, metavar="N", help="decode training sample N, naming its documents")
     what.add_argument("--verify", action="store_true", help="check the index, every token, and the hashes")
     order = parser.add_argument_group("the order of samples, as in training")
     order.add_argument("--seq-len", type=int, default=256, help="tokens a sample (default: 256)")
     order.add_argument("--seed", type=int, default=1234, help="seed of the run (default: 1234)")
-    order.add_argument(
-        "--split", default="949,50,1", help="shares of train, validation, test (default: 949,50,1)"
-    )
+    order.add_argument("--split", default="949,50,1", help="shares of train, validation, test (default: 949,50,1)")
     order.add_argument("--num-samples", type=int, default=1, help="samples of the run (default: one epoch)")
     words = parser.add_argument_group("the tokenizer, where the .json does not name it")
     words.add_argument("--tokenizer", choices=KINDS)

@@ -196,9 +196,7 @@ def test_tokenizer_files_that_are_missing(source: Path, tmp_path: Path, preproce
     """16."""
     missing = tmp_path / "none"
     for kind in ("hf", "sentencepiece"):
-        preprocess(source, tokenizer=(kind, "--tokenizer-model", missing)).refused(
-            str(missing), "No such file"
-        )
+        preprocess(source, tokenizer=(kind, "--tokenizer-model", missing)).refused(str(missing), "No such file")
         preprocess(source, tokenizer=(kind,)).refused("--tokenizer-model")
     preprocess(source, tokenizer=("gpt2", "--vocab-file", gpt2_files[0])).refused("--merge-file")
     preprocess(source, tokenizer=_gpt2(missing, gpt2_files[1])).refused(str(missing))
@@ -234,9 +232,7 @@ def _with(path: Path, change: Callable[[dict], None], target: Path) -> Path:
         (lambda v: v.pop("a"), ["'a'"]),  # a byte without a token
     ],
 )
-def test_ids_of_a_vocabulary(
-    change, words, source: Path, tmp_path: Path, preprocess, gpt2_files, hf_file
-) -> None:
+def test_ids_of_a_vocabulary(change, words, source: Path, tmp_path: Path, preprocess, gpt2_files, hf_file) -> None:
     vocab = _with(gpt2_files[0], change, tmp_path / "vocab.json")
     preprocess(source, tokenizer=_gpt2(vocab, gpt2_files[1])).refused(str(vocab), *words)
     if len(words) == 2:
@@ -273,9 +269,7 @@ def test_remote_code_is_never_run(source: Path, tmp_path: Path, preprocess, hf_f
     (folder / "tokenizer.json").write_bytes(hf_file.read_bytes())
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    preprocess(source, tokenizer=("hf", "--tokenizer-model", folder)).refused(
-        "tokenizer_config.json", "'auto_map'"
-    )
+    preprocess(source, tokenizer=("hf", "--tokenizer-model", folder)).refused("tokenizer_config.json", "'auto_map'")
     preprocess(source, tokenizer=("hf", "--tokenizer-model", folder / "tokenizer.json")).succeeded()
     assert not (tmp_path / "ran").exists()
 
@@ -344,13 +338,9 @@ def test_token_beyond_the_vocabulary(dataset_prefix: str, run_tool) -> None:
     tokens = np.fromfile(path, np.uint16)
     tokens[7] = 300
     tokens.tofile(path)
-    run_tool("inspect_data", dataset_prefix, "--verify").refused(
-        str(path), "byte 14", "token 300", "sequence 1", "257"
-    )
+    run_tool("inspect_data", dataset_prefix, "--verify").refused(str(path), "byte 14", "token 300", "sequence 1", "257")
     Path(f"{dataset_prefix}.json").unlink()
-    run_tool(
-        "inspect_data", dataset_prefix, "--verify"
-    ).succeeded()  # nothing says how large the vocabulary is
+    run_tool("inspect_data", dataset_prefix, "--verify").succeeded()  # nothing says how large the vocabulary is
     run_tool("inspect_data", dataset_prefix, "--verify", "--vocab-size", 300).refused("byte 14", "token 300")
 
 
