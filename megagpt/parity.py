@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +22,9 @@ from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, 
 from megagpt.data.loader import micro_batches
 from megagpt.engine.engine import Engine, StepResult
 from megagpt.engine.masters import read
-from megagpt.engine.storage import WEIGHT
+from megagpt.engine.optim import learning_rate
+from megagpt.engine.start import quiet
+from megagpt.engine.storage import MOMENTS, WEIGHT
 from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh
 from megagpt.plan.plan import make_plan
@@ -50,10 +54,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: per step loss and gradient norm (relative comparison), and the logical weights by name."""
+    """What a run leaves.
+
+    losses, grad_norms: per step. gradients: of the first step, before clipping. weights: the last ones, in fp32.
+    Tensors are logical ones by canonical name, in the order of the model.
+    """
 
     losses: list[float]
     grad_norms: list[float]
+    gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
 
 
@@ -63,6 +72,7 @@ class Bounds:
 
     loss, grad_norm: relative, at any step. Summation orders differ between layouts, each changing a float32 sum by some
     1e-7; 20 steps of training amplify that a little.
+    gradient: share of the tensor's largest element.
     weight: absolute, as a share of the distance that Adam can move a weight (sum of learning rates). Where a gradient
     is zero but for round-off (the key biases: softmax ignores them), Adam divides noise by noise, so that a bound at
     round-off level would not hold for those even between two correct runs; eps = 1e-6 keeps such noise small.
@@ -70,18 +80,41 @@ class Bounds:
 
     loss: float = 1e-5
     grad_norm: float = 1e-4
+    gradient: float = 1e-5
     weight: float = 1e-3
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest differences of a run from the reference, and the first tensor beyond the bound, if any."""
+    """Largest differences of a run from the reference, as `Bounds` measures them.
+
+    first_bad_tensor: in the order of the model, first those whose gradients, then those whose weights differ.
+    """
 
     loss: float
     grad_norm: float
+    gradient: float
     weight: float
     first_bad_tensor: str | None
     ok: bool
+
+
+class Piece(NamedTuple):
+    """A rank's part of a logical tensor. dim: along which it is cut (None: whole); place: its number along dim."""
+
+    name: str
+    dim: int | None
+    place: int
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank saw, and the pieces that it speaks for."""
+
+    steps: list[StepResult]
+    gradients: list[Piece]
+    weights: list[Piece]
 
 
 REFERENCE = Layout(micro_batch_size=8)
@@ -89,14 +122,17 @@ STEPS = 20
 
 
 def parity_config(model: ModelConfig | None = None) -> RunConfig:
-    """A small model with all that could break the promise: three dropouts, clipping, decay, an odd vocabulary."""
+    """A small model with everything on that could break the promise: three dropouts, clipping, decay, odd vocabulary.
+
+    Its loss falls to less than half within the steps, and clipping is active in each of them.
+    """
     model = model or ModelConfig(
         n_layers=4, d_model=32, n_heads=4, seq_len=24, vocab_size=211,
         dropout_embedding=0.1, dropout_attention=0.1, dropout_residual=0.1,
     )  # fmt: skip
     return RunConfig(
         model=model,
-        optim=OptimConfig(lr=3e-3, warmup_steps=5, clip=0.3, eps=1e-6),
+        optim=OptimConfig(lr=1e-2, warmup_steps=5, clip=0.3, eps=1e-6),
         train=TrainConfig(train_steps=STEPS, global_batch_size=8, micro_batch_size=8),
     )
 
@@ -116,8 +152,14 @@ def all_layouts(max_processes: int = 8) -> list[Layout]:
 
 
 def run_layout(config: RunConfig, layout: Layout, timeout_s: float = 240.0) -> Outcome:
-    """Train config's steps on a layout, on processes of this machine; what rank 0 saw, and the gathered weights."""
-    config = dataclasses.replace(
+    """Train config's steps on a layout, on processes of this machine."""
+    spread = spread_out(config, layout)
+    return outcome_of(run_ranks(train_on_rank, layout.world_size, spread, layout.dp, timeout_s=timeout_s))
+
+
+def spread_out(config: RunConfig, layout: Layout) -> RunConfig:
+    """The same run, for another layout."""
+    return dataclasses.replace(
         config,
         parallel=ParallelConfig(
             tp=layout.tp,
@@ -128,62 +170,19 @@ def run_layout(config: RunConfig, layout: Layout, timeout_s: float = 240.0) -> O
         ),
         train=dataclasses.replace(config.train, micro_batch_size=layout.micro_batch_size),
     )
-    ranks = run_ranks(_train, layout.world_size, config, layout.dp, timeout_s=timeout_s)
-    steps: list[StepResult] = ranks[0][0]
-    for other, _ in ranks:
-        if [(s.loss, s.grad_norm) for s in other] != [(s.loss, s.grad_norm) for s in steps]:
-            raise AssertionError(f"{layout}: ranks report different losses or gradient norms")
-    return Outcome([s.loss for s in steps], [s.grad_norm for s in steps], _merge([parts for _, parts in ranks]))
 
 
-def compare(outcome: Outcome, reference: Outcome, config: RunConfig, bounds: Bounds | None = None) -> Difference:
-    """Largest differences between two runs, against the bounds."""
-    bounds = bounds or Bounds()
-    loss = _relative(outcome.losses, reference.losses)
-    norm = _relative(outcome.grad_norms, reference.grad_norms)
-    reach = config.optim.lr * len(reference.losses)
-    if outcome.weights.keys() != reference.weights.keys():
-        raise AssertionError(f"tensors differ: {sorted(outcome.weights.keys() ^ reference.weights.keys())[:5]}")
-    worst, first_bad = 0.0, None
-    for name, expected in reference.weights.items():
-        difference = float((outcome.weights[name] - expected).abs().max()) / reach
-        worst = max(worst, difference)
-        if first_bad is None and not difference <= bounds.weight:
-            first_bad = name
-    ok = loss <= bounds.loss and norm <= bounds.grad_norm and first_bad is None
-    return Difference(loss, norm, worst, first_bad, ok)
+def train_on_rank(config: RunConfig, dp: int) -> RankReport:
+    """Train on one of the ranks that `run_ranks` started.
 
-
-def walk(config: RunConfig, layouts: list[Layout]) -> Iterator[tuple[Layout, Difference]]:
-    """Run the reference, then each layout, and yield its difference."""
-    reference = run_layout(config, REFERENCE)
-    if not max(reference.grad_norms) > config.optim.clip:
-        raise AssertionError("clipping was never active: the walk would prove nothing about it")
-    for layout in layouts:
-        yield layout, compare(run_layout(config, layout), reference, config)
-
-
-class _Tokens:
-    """Sample i is a function of i alone."""
-
-    def __init__(self, vocab_size: int, seq_len: int) -> None:
-        self.vocab_size, self.seq_len = vocab_size, seq_len
-
-    def __len__(self) -> int:
-        return 1 << 30
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        # a repeating pattern per sample, so that there is something to learn and losses move
-        pattern = np.random.default_rng(i).integers(0, self.vocab_size, size=7)
-        return np.resize(pattern, self.seq_len + 1).astype(np.int64)
-
-
-def _train(config: RunConfig, dp: int) -> tuple[list[StepResult], list[tuple[str, int | None, int, Tensor]]]:
+    Comm: collective over all ranks.
+    """
+    quiet()
     mesh = build_mesh("cpu", pp=config.parallel.pp, dp=dp, tp=config.parallel.tp)
-    plan = make_plan(config, dist.get_world_size())
-    engine = Engine(config, plan, mesh)
-    samples = _Tokens(config.model.vocab, config.model.seq_len)
-    steps = []
+    engine = Engine(config, make_plan(config, dist.get_world_size()), mesh)
+    samples = _Patterns(config.model.vocab, config.model.seq_len)
+    steps: list[StepResult] = []
+    gradients: list[Piece] = []
     for step in range(config.train.train_steps):
         batches = micro_batches(
             samples,
@@ -194,27 +193,114 @@ def _train(config: RunConfig, dp: int) -> tuple[list[StepResult], list[tuple[str
             dp_size=mesh.data.size,
         )
         steps.append(engine.train_step(step, batches))
-    parts = []
-    for named in engine.parameters:
-        value = read(engine, named, WEIGHT).cpu().clone()
-        if named.owned and mesh.data.rank == 0 and (named.part.dim is not None or mesh.model.rank == 0):
-            parts.append((named.name, named.part.dim, mesh.model.rank, value))
+        if step == 0:
+            # Adam's first moment began at zero: it is the clipped gradient, but for a factor.
+            clipped = min(1.0, config.optim.clip / (steps[0].grad_norm + 1e-6)) if config.optim.clip else 1.0
+            factor = clipped * (1 - config.optim.beta1)
+            gradients = [piece._replace(values=piece.values / factor) for piece in pieces_of(engine, MOMENTS[0])]
+    weights = pieces_of(engine, WEIGHT)
     engine.close()
-    return steps, parts
+    return RankReport(steps, gradients, weights)
 
 
-def _merge(ranks: list[list[tuple[str, int | None, int, Tensor]]]) -> dict[str, Tensor]:
-    """Put the parts of all ranks together into logical tensors, in the order of the model."""
-    found: dict[str, dict[int, tuple[int | None, Tensor]]] = {}
-    for parts in ranks:
-        for name, dim, index, value in parts:
-            found.setdefault(name, {})[index] = (dim, value)
+def outcome_of(ranks: list[RankReport]) -> Outcome:
+    """Put together what the ranks report; they must agree in every loss and norm."""
+    steps = ranks[0].steps
+    for index, rank in enumerate(ranks):
+        if [(s.loss, s.grad_norm) for s in rank.steps] != [(s.loss, s.grad_norm) for s in steps]:
+            raise AssertionError(f"ranks 0 and {index} report different losses or gradient norms")
+    return Outcome(
+        losses=[s.loss for s in steps],
+        grad_norms=[s.grad_norm for s in steps],
+        gradients=merge([rank.gradients for rank in ranks]),
+        weights=merge([rank.weights for rank in ranks]),
+    )
+
+
+def pieces_of(engine: Engine, key: str) -> list[Piece]:
+    """This rank's pieces of all weights (or a moment), unless another rank has the same.
+
+    Comm: collective over all ranks.
+    """
+    mesh, pieces = engine.mesh, []
+    for named in engine.parameters:
+        values = read(engine, named, key).cpu().clone()
+        if named.owned and mesh.data.rank == 0 and (named.part.dim is not None or mesh.model.rank == 0):
+            pieces.append(Piece(named.name, named.part.dim, mesh.model.rank, values))
+    return pieces
+
+
+def merge(ranks: list[list[Piece]]) -> dict[str, Tensor]:
+    """The logical tensors that the pieces of all ranks make, in the order of the model."""
+    found: dict[str, list[Piece]] = {}
+    for piece in itertools.chain(*ranks):
+        found.setdefault(piece.name, []).append(piece)
     merged = {}
-    for name, parts_by_index in found.items():
-        pieces = [parts_by_index[i][1] for i in sorted(parts_by_index)]
-        dim = parts_by_index[0][0]
-        merged[name] = pieces[0] if dim is None else torch.cat(pieces, dim)
+    for name, pieces in found.items():
+        pieces.sort(key=lambda piece: piece.place)
+        dim = pieces[0].dim
+        merged[name] = pieces[0].values if dim is None else torch.cat([piece.values for piece in pieces], dim)
     return merged
+
+
+def compare(outcome: Outcome, reference: Outcome, config: RunConfig, bounds: Bounds | None = None) -> Difference:
+    """Largest differences between two runs, against the bounds."""
+    bounds = bounds or Bounds()
+    loss = _relative(outcome.losses, reference.losses)
+    norm = _relative(outcome.grad_norms, reference.grad_norms)
+    reach = sum(learning_rate(step, config.optim, config.train.train_steps) for step in range(len(reference.losses)))
+    gradients = _distances(outcome.gradients, reference.gradients, lambda expected: float(expected.abs().max()))
+    weights = _distances(outcome.weights, reference.weights, lambda _: reach)
+    bad = [name for name, far in gradients.items() if not far <= bounds.gradient]
+    bad += [name for name, far in weights.items() if not far <= bounds.weight]
+    ok = loss <= bounds.loss and norm <= bounds.grad_norm and not bad
+    return Difference(
+        loss, norm, max(gradients.values()), max(weights.values()), first_bad_tensor=bad[0] if bad else None, ok=ok
+    )
+
+
+def walk(config: RunConfig, layouts: list[Layout]) -> Iterator[tuple[Layout, Difference, float]]:
+    """Run the reference, then each layout, and yield its difference and the seconds that it took."""
+    reference = run_layout(config, REFERENCE)
+    require_lively(reference, config)
+    for layout in layouts:
+        start = time.perf_counter()
+        outcome = run_layout(config, layout)
+        yield layout, compare(outcome, reference, config), time.perf_counter() - start
+
+
+def require_lively(reference: Outcome, config: RunConfig) -> None:
+    """Runs that hardly train, or never clip, would agree whatever is wrong."""
+    if not reference.losses[-1] < 0.6 * reference.losses[0]:
+        raise AssertionError(f"the loss only went from {reference.losses[0]:.3f} to {reference.losses[-1]:.3f}")
+    if not min(reference.grad_norms) > config.optim.clip > 0:
+        raise AssertionError(f"clipping was not always active: gradient norms fell to {min(reference.grad_norms):.3f}")
+
+
+class _Patterns:
+    """Sample i is a function of i alone: a random pattern of a few letters, again and again.
+
+    The letters lie all over the vocabulary, so that every rank of the model axis holds some.
+    """
+
+    def __init__(self, vocab_size: int, seq_len: int) -> None:
+        self.letters, self.seq_len = np.linspace(0, vocab_size - 1, 8).astype(np.int64), seq_len
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        pattern = np.random.default_rng(i).choice(self.letters, size=7)
+        return np.resize(pattern, self.seq_len + 1)
+
+
+def _distances(
+    tensors: dict[str, Tensor], expected: dict[str, Tensor], scale: Callable[[Tensor], float]
+) -> dict[str, float]:
+    """By name: the largest difference of any element, as a share of the expected tensor's scale."""
+    if tensors.keys() != expected.keys():
+        raise AssertionError(f"tensors differ: {sorted(tensors.keys() ^ expected.keys())[:5]}")
+    return {name: float((tensors[name] - e).abs().max()) / scale(e) for name, e in expected.items()}
 
 
 def _relative(values: list[float], expected: list[float]) -> float:

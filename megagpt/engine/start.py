@@ -24,7 +24,7 @@ def distributed(*, pp: int, dp: int, tp: int) -> Iterator[Mesh]:
 
     Comm: collective over all processes.
     """
-    _quiet()
+    quiet()
     on_gpu = torch.cuda.is_available()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     if on_gpu:
@@ -44,7 +44,7 @@ def distributed(*, pp: int, dp: int, tp: int) -> Iterator[Mesh]:
     dist.destroy_process_group()
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Drop what a user can neither read nor act on: details of the libraries beneath."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")

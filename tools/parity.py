@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""One run, any layout: train the same steps in every layout, and show how far each lies from one process.
+
+python tools/parity.py --layouts "tp=2 pp=2, zero=3" --json parity.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megagpt.errors import UserError, run_cli
+
+DESCRIPTION = """Train 20 steps of a small GPT in every layout that fits on 1 to 8 processes (gloo, on the CPU), and
+compare losses, gradient norms, gradients of the first step and final weights with those of one process without ZeRO.
+The figures are the largest differences: relative; of gradients, as a share of the tensor's largest element;
+of weights, as a share of the way that Adam can go in these steps. The bounds, with reasons: megagpt/parity.py."""
+
+HEADER = f"{'layout':<48}{'loss':>9}{'norm':>9}{'gradient':>10}{'weights':>9}{'time':>8}"
+
+
+def main() -> int:
+    """Walk, print a line per layout, write the JSON; exit code 1 where a layout differs."""
+    options = _options().parse_args()
+    os.environ["DS_ACCELERATOR"] = "cpu"  # read once, while DeepSpeed is imported
+    parity: Any = importlib.import_module("megagpt.parity")  # after the flags: this takes seconds
+    layouts = _matching(parity.all_layouts(options.max_processes), options.layouts)
+    config, bounds = parity.parity_config(), parity.Bounds()
+    print(f"{len(layouts)} layouts, {config.train.train_steps} steps each; reference: {parity.REFERENCE}")
+    print(HEADER)
+    bounds_line = (bounds.loss, bounds.grad_norm, bounds.gradient, bounds.weight)
+    print(f"{'allowed':<48}" + _figures(*bounds_line), flush=True)
+    rows, start = [], time.perf_counter()
+    for layout, difference, seconds in parity.walk(config, layouts):
+        rows.append({"layout": str(layout), "seconds": round(seconds, 2), **dataclasses.asdict(difference)})
+        _print_row(layout, difference, seconds)
+    bad = [row["layout"] for row in rows if not row["ok"]]
+    print(f"{len(rows) - len(bad)} of {len(rows)} layouts agree, in {time.perf_counter() - start:.0f} s")
+    if options.json:
+        _write_json(options.json, config, bounds, rows)
+    return 1 if bad else 0
+
+
+def _print_row(layout: Any, difference: Any, seconds: float) -> None:
+    figures = _figures(difference.loss, difference.grad_norm, difference.gradient, difference.weight)
+    verdict = "ok" if difference.ok else f"DIFFERS, first in {difference.first_bad_tensor or 'loss or norm'}"
+    print(f"{layout!s:<48}{figures}{seconds:>6.1f} s  {verdict}", flush=True)
+
+
+def _figures(loss: float, norm: float, gradient: float, weight: float) -> str:
+    return f"{loss:>9.1e}{norm:>9.1e}{gradient:>10.1e}{weight:>9.1e}"
+
+
+def _matching(layouts: list[Any], wanted: str) -> list[Any]:
+    """Those that have all words of one of the comma-separated alternatives."""
+    known = {word for layout in layouts for word in str(layout).split()}
+    alternatives = [set(part.split()) for part in wanted.split(",")]
+    for word in sorted(set().union(*alternatives)):
+        if word not in known:
+            raise UserError(f"--layouts: no layout has {word!r}; wanted some of {', '.join(sorted(known))}")
+    found = [layout for layout in layouts if any(words <= set(str(layout).split()) for words in alternatives)]
+    if not found:
+        raise UserError(f"--layouts {wanted!r} leaves no layout; leave out a word, or raise --max-processes")
+    return found
+
+
+def _write_json(path: Path, config: Any, bounds: Any, rows: list[dict[str, Any]]) -> None:
+    packages = ("torch", "deepspeed", "numpy")
+    result = {
+        "command": shlex.join(sys.argv),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+        "config": dataclasses.asdict(config),
+        "bounds": dataclasses.asdict(bounds),
+        "layouts": rows,
+    }
+    try:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); give another --json") from None
+    print(f"written: {path}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = _Parser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--layouts", default="", help='only those with these words: "tp=2 pp=2", alternatives by comma: "tp=4, zero=3"'
+    )
+    parser.add_argument("--max-processes", type=int, default=8, help="only those with at most so many (default 8)")
+    parser.add_argument("--json", type=Path, help="also write the results, with machine, versions and command, here")
+    return parser
+
+
+if __name__ == "__main__":
+    run_cli(main)
