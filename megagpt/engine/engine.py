@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
@@ -19,6 +22,7 @@ from megagpt.engine.masters import create_moments
 from megagpt.engine.optim import build_optimizer, learning_rate
 from megagpt.engine.settings import deepspeed_settings
 from megagpt.engine.stages import build_module, global_grad_norm
+from megagpt.errors import UserError
 from megagpt.parallel.mesh import Mesh
 from megagpt.plan.plan import Plan
 
@@ -41,6 +45,10 @@ class Engine:
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
         self.config, self.plan, self.mesh = config, plan, mesh
         connect_deepspeed()
+        if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise UserError(
+                "train.precision=fp16 needs a GPU: this CPU computes in fp32 and bf16; use --precision bf16"
+            )
         module, self.parameters = build_module(config, plan, mesh)
         self.base_optimizer, self.optimizer_name = build_optimizer(self.parameters, config.optim)
         if config.parallel.zero_stage == 0:
@@ -48,13 +56,14 @@ class Engine:
         self.module = module
         self.engine: Any
         self.optimizer: Any
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=self.base_optimizer,
-            config=deepspeed_settings(config, plan),
-            mpu=None if mesh.pipe.size > 1 else ModelParallelUnit(mesh),  # pipelines bring their own grid
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # in bf16 it prints the memory of each of its steps
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=self.base_optimizer,
+                config=deepspeed_settings(config, plan),
+                mpu=None if mesh.pipe.size > 1 else ModelParallelUnit(mesh),  # pipelines bring their own grid
+                dist_init_required=False,
+            )
         self.has_stages = isinstance(self.engine, PipelineEngine)
         create_moments(self)
 
