@@ -18,8 +18,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def torch_settings() -> Iterator[None]:
-    """Each test starts from the same seed, and what it changes of torch's settings ends with it."""
+    """Each test starts from the same seed, and what it changes of torch's settings ends with it.
+
+    One thread: with tensors as small as those of tests, more only wait for each other.
+    """
     n_threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(n_threads)
