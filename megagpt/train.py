@@ -24,6 +24,7 @@ from megagpt.data.tokenizer import Tokenizer, tokenizer_for
 from megagpt.engine import checkpoint, storage
 from megagpt.engine.checks import check_ranks, name_first_nan
 from megagpt.engine.engine import Engine
+from megagpt.engine.masters import read_counters
 from megagpt.engine.start import distributed
 from megagpt.errors import UserError
 from megagpt.ops.library import kernel_status
@@ -92,7 +93,7 @@ def _loop(run: Run, engine: Engine, report: Reporter, done: int) -> None:
             report.validation(step + 1, *_validate(run, engine, run.valid_samples))
         if last or (config.log.save_interval and (step + 1) % config.log.save_interval == 0):
             start = time.perf_counter()
-            folder = checkpoint.save(engine, run.folder, _state(run, step + 1, result.loss_scale))
+            folder = checkpoint.save(engine, run.folder, _state(run, engine, step + 1))
             report.message(f"step {step + 1} | saved {folder} in {time.perf_counter() - start:.1f} s")
 
 
@@ -189,13 +190,13 @@ def _validate(run: Run, engine: Engine, samples: Samples) -> tuple[float, float 
     return loss, metrics.bits_per_byte(loss, len(labels), n_bytes)
 
 
-def _state(run: Run, step: int, loss_scale: float) -> storage.State:
+def _state(run: Run, engine: Engine, step: int) -> storage.State:
     samples = step * run.config.train.global_batch_size
     return storage.State(
         step=step,
         samples=samples,
         tokens=samples * run.config.model.seq_len,
-        loss_scale=loss_scale,
+        counters=read_counters(engine),
         config=dataclasses.asdict(run.config),
         data=_data_identity(run),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megagpt.engine.engine import Engine
-from megagpt.engine.masters import read, set_adam_step, write
+from megagpt.engine.masters import read, write, write_counters
 from megagpt.engine.storage import (
     LATEST,
     MOMENTS,
@@ -68,5 +68,5 @@ def load(engine: Engine, folder: Path) -> State:
     read_tensors(tensors, folder)
     for named, key in keys:
         write(engine, named, key, local_part(tensors[tensor_name(named, key)]))
-    set_adam_step(engine, state.step)
+    write_counters(engine, state.step, state.counters)
     return state

@@ -45,10 +45,7 @@ class Engine:
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
         self.config, self.plan, self.mesh = config, plan, mesh
         connect_deepspeed()
-        if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
-            raise UserError(
-                "train.precision=fp16 needs a GPU: this CPU computes in fp32 and bf16; use --precision bf16"
-            )
+        _require_precision(config.train.precision)
         module, self.parameters = build_module(config, plan, mesh)
         self.base_optimizer, self.optimizer_name = build_optimizer(self.parameters, config.optim)
         if config.parallel.zero_stage == 0:
@@ -156,6 +153,13 @@ def connect_deepspeed() -> None:
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
+
+
+def _require_precision(precision: str) -> None:
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    if precision == "fp16" and not accelerator.is_fp16_supported():
+        raise UserError("train.precision=fp16 needs a GPU: this CPU computes in fp32 and bf16; use --precision bf16")
 
 
 class ModelParallelUnit:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -24,6 +25,9 @@ from megagpt.engine.storage import MOMENTS, WEIGHT
 
 if TYPE_CHECKING:
     from megagpt.engine.engine import Engine
+
+SKIPPED = "skipped_steps"
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's names
 
 
 def read(engine: Engine, named: Named, key: str) -> Tensor:
@@ -75,8 +79,29 @@ def create_moments(engine: Engine) -> None:
         link()
 
 
-def set_adam_step(engine: Engine, step: int) -> None:
-    """Adam's own step count, which its bias correction needs."""
+def read_counters(engine: Engine) -> dict[str, float]:
+    """What the engine counts: steps skipped because fp16 overflowed, and all that its loss scale follows from."""
+    scaler = _loss_scaler(engine)
+    of_scaler = {name: getattr(scaler, name) for name in SCALER} if scaler else {}
+    return {SKIPPED: engine.engine.skipped_steps, **of_scaler}
+
+
+def write_counters(engine: Engine, step: int, counters: dict[str, float]) -> None:
+    """Set what `read_counters` gave after `step` steps, and Adam's own count, which its bias correction needs."""
+    engine.engine.skipped_steps = int(counters[SKIPPED])
+    _set_adam_step(engine, step - int(counters[SKIPPED]))
+    scaler = _loss_scaler(engine)
+    for name in SCALER:
+        if scaler and name in counters:  # a run that was not in fp16 left none
+            setattr(scaler, name, counters[name])
+
+
+def _loss_scaler(engine: Engine) -> DynamicLossScaler | None:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if isinstance(scaler, DynamicLossScaler) else None
+
+
+def _set_adam_step(engine: Engine, step: int) -> None:
     for group in engine.base_optimizer.param_groups:
         if "step" in group:
             group["step"] = step

@@ -40,12 +40,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint knows beside its tensors. step: optimizer steps done. samples, tokens: consumed by them."""
+    """What a checkpoint knows beside its tensors.
+
+    step: steps done. samples, tokens: consumed by them. counters: what the engine counts (`masters.read_counters`).
+    """
 
     step: int
     samples: int
     tokens: int
-    loss_scale: float
+    counters: dict[str, float]
     config: dict[str, Any]
     data: dict[str, Any]
 
