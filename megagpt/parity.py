@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from megagpt.data.loader import micro_batches
+from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.engine.engine import Engine, StepResult
 from megagpt.engine.masters import read
 from megagpt.engine.optim import learning_rate
@@ -177,22 +177,11 @@ def train_on_rank(config: RunConfig, dp: int) -> RankReport:
 
     Comm: collective over all ranks.
     """
-    quiet()
-    mesh = build_mesh("cpu", pp=config.parallel.pp, dp=dp, tp=config.parallel.tp)
-    engine = Engine(config, make_plan(config, dist.get_world_size()), mesh)
-    samples = _Patterns(config.model.vocab, config.model.seq_len)
+    engine = start_engine(config, dp)
     steps: list[StepResult] = []
     gradients: list[Piece] = []
     for step in range(config.train.train_steps):
-        batches = micro_batches(
-            samples,
-            step=step,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            dp_rank=mesh.data.rank,
-            dp_size=mesh.data.size,
-        )
-        steps.append(engine.train_step(step, batches))
+        steps.append(engine.train_step(step, batches_of(engine, step)))
         if step == 0:
             # Adam's first moment began at zero: it is the clipped gradient, but for a factor.
             clipped = min(1.0, config.optim.clip / (steps[0].grad_norm + 1e-6)) if config.optim.clip else 1.0
@@ -201,6 +190,29 @@ def train_on_rank(config: RunConfig, dp: int) -> RankReport:
     weights = pieces_of(engine, WEIGHT)
     engine.close()
     return RankReport(steps, gradients, weights)
+
+
+def start_engine(config: RunConfig, dp: int) -> Engine:
+    """The engine of one of the ranks that `run_ranks` started.
+
+    Comm: collective over all ranks.
+    """
+    quiet()
+    mesh = build_mesh("cpu", pp=config.parallel.pp, dp=dp, tp=config.parallel.tp)
+    return Engine(config, make_plan(config, dist.get_world_size()), mesh)
+
+
+def batches_of(engine: Engine, step: int) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of a step, of text that is a function of the sample's number alone."""
+    config, data = engine.config, engine.mesh.data
+    return micro_batches(
+        _Patterns(config.model.vocab, config.model.seq_len),
+        step=step,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=data.rank,
+        dp_size=data.size,
+    )
 
 
 def outcome_of(ranks: list[RankReport]) -> Outcome:
