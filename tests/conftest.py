@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from megagpt.parallel.local import warm_up
+
+# In CI the same examples every time: a change must not fail for what another one broke. Locally it goes on searching.
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "search")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -55,7 +55,7 @@ def to_yaml(config: RunConfig) -> str:
         section: {key: list(v) if isinstance(v, tuple) else v for key, v in keys.items()}
         for section, keys in dataclasses.asdict(config).items()
     }
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=1000)
 
 
 def check_values(values: Any, where: str) -> Values:
