@@ -25,6 +25,7 @@ from megagpt.engine.masters import read
 from megagpt.engine.optim import learning_rate
 from megagpt.engine.start import quiet
 from megagpt.engine.storage import MOMENTS, WEIGHT
+from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh
 from megagpt.plan.plan import make_plan
@@ -181,7 +182,7 @@ def train_on_rank(config: RunConfig, dp: int) -> RankReport:
     steps: list[StepResult] = []
     gradients: list[Piece] = []
     for step in range(config.train.train_steps):
-        steps.append(engine.train_step(step, batches_of(engine, step)))
+        steps.append(engine.train_step(step, batches_of(config, step, engine.mesh.data)))
         if step == 0:
             # Adam's first moment began at zero: it is the clipped gradient, but for a factor.
             clipped = min(1.0, config.optim.clip / (steps[0].grad_norm + 1e-6)) if config.optim.clip else 1.0
@@ -202,9 +203,8 @@ def start_engine(config: RunConfig, dp: int) -> Engine:
     return Engine(config, make_plan(config, dist.get_world_size()), mesh)
 
 
-def batches_of(engine: Engine, step: int) -> Iterator[MicroBatch]:
+def batches_of(config: RunConfig, step: int, data: Axis = SINGLE) -> Iterator[MicroBatch]:
     """This rank's micro-batches of a step, of text that is a function of the sample's number alone."""
-    config, data = engine.config, engine.mesh.data
     return micro_batches(
         _Patterns(config.model.vocab, config.model.seq_len),
         step=step,

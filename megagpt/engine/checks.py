@@ -7,40 +7,48 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagpt.engine.engine import Engine
-from megagpt.engine.masters import read
-from megagpt.engine.storage import WEIGHT
+from megagpt.engine.stages import TIED, GPTStage
 from megagpt.errors import UserError
-from megagpt.parallel.agree import together
+from megagpt.model.gpt import GPT
+from megagpt.parallel.agree import RankError, together
 from megagpt.parallel.axis import Axis
 
 
 def check_ranks(engine: Engine, step: int) -> None:
-    """Every weight must be equal on all data-parallel ranks, and an unsharded one on all ranks of the model axis.
+    """What the model computes with must be equal on all ranks that hold the same of it.
 
+    A weight: over the data axis (ZeRO 3 leaves no copies there), over the model axis if it is not sharded, and on both
+    ends of the pipeline if it is tied.
     Comm: all-gathers of one number per parameter. Raises a RankError on all ranks that names the first parameter.
     """
-    differing: list[str] = []
+    mesh, differing = engine.mesh, []
     for named in engine.parameters:
-        print_of_it = _fingerprint(read(engine, named, WEIGHT))
-        axes = [engine.mesh.data] + ([engine.mesh.model] if named.part.dim is None else [])
-        if any(not _equal_over(print_of_it, axis) for axis in axes):
+        print_of_it = _fingerprint(getattr(named.parameter, "ds_tensor", named.parameter).detach())
+        axes = [] if hasattr(named.parameter, "ds_tensor") else [mesh.data]
+        axes += [mesh.model] if named.part.dim is None else []
+        equal = [_equal_over(print_of_it, axis) for axis in axes]  # all of them: every rank must gather every time
+        if not all(equal):
             differing.append(named.name)
+    if mesh.pipe.size > 1 and engine.config.model.tied_embeddings and not _tied_ends_equal(engine):
+        differing.append(f"{TIED}.weight")
 
     def report() -> None:
         if differing:
             raise UserError(
-                f"step {step}, {engine.mesh.name}: {differing[0]} differs between ranks that must agree "
+                f"step {step}, {mesh.name}: {differing[0]} differs between ranks that must agree "
                 f"({len(differing)} parameters do); a layer computes something rank by rank that it should not"
             )
 
     together(report)
 
 
-def name_first_nan(module: nn.Module) -> None:
+def name_first_nan(module: GPT | GPTStage) -> None:
     """From now on, a forward pass stops at the first layer whose output is not finite, and names it."""
-    for name, child in module.named_modules():
-        if not list(child.children()):
-            child.register_forward_hook(_finite_or_raise(name or type(child).__name__))
+    layers = module.canonical_layers() if isinstance(module, GPTStage) else [("", module)]
+    for prefix, layer in layers:
+        for name, child in layer.named_modules(prefix=prefix):
+            if not list(child.children()):
+                child.register_forward_hook(_finite_or_raise(name))
 
 
 def _finite_or_raise(name: str):
@@ -48,21 +56,33 @@ def _finite_or_raise(name: str):
         tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
         for tensor in tensors:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise UserError(f"rank {dist.get_rank()}: module {name} is the first with a NaN or Inf in its output")
+                raise RankError(f"rank {dist.get_rank()}: module {name} is the first with a NaN or Inf in its output")
 
     return hook
 
 
 def _fingerprint(value: Tensor) -> Tensor:
     """A number that changes with any bit of the tensor, almost surely: a weighted sum of its bit patterns."""
-    bits = value.contiguous().view(torch.int32).flatten().to(torch.int64)
+    bits = value.float().contiguous().view(torch.int32).flatten().to(torch.int64)
     weights = torch.arange(1, bits.numel() + 1, device=bits.device) * 2654435761
     return (bits * weights).sum()
 
 
 def _equal_over(value: Tensor, axis: Axis) -> bool:
+    return len({int(v) for v in _gather(value, axis)}) == 1
+
+
+def _tied_ends_equal(engine: Engine) -> bool:
+    """Whether first and last stage hold the same; the stages between take part in the gathering."""
+    here = [n.parameter.detach() for n in engine.parameters if n.name == f"{TIED}.weight"]
+    value = _fingerprint(here[0]) if here else torch.zeros((), dtype=torch.int64, device=engine.device)
+    values = _gather(value, engine.mesh.pipe)
+    return int(values[0]) == int(values[-1])
+
+
+def _gather(value: Tensor, axis: Axis) -> list[Tensor]:
     if axis.size == 1:
-        return True
-    all_values = [torch.empty_like(value) for _ in range(axis.size)]
-    dist.all_gather(all_values, value, group=axis.group)
-    return all(bool(v == value) for v in all_values)
+        return [value]
+    values = [torch.empty_like(value) for _ in range(axis.size)]
+    dist.all_gather(values, value, group=axis.group)
+    return values

@@ -8,7 +8,7 @@ import io
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from torch import Tensor
+from torch import Tensor, nn
 
 from megagpt.config import RunConfig
 from megagpt.engine.named import Named, named_parameters
@@ -51,10 +51,14 @@ class GPTStage(PipelineModule):
         assert isinstance(head, Head)
         return head.loss(logits_BTV, labels_BT)
 
+    def canonical_layers(self) -> list[tuple[str, nn.Module]]:
+        """This stage's layers under the names that the whole model has."""
+        return list(zip(self.names[self._local_start : self._local_stop], self.forward_funcs, strict=True))
+
     def canonical_parameters(self) -> list[Named]:
         """This stage's parameters under the names that the whole model has; the copy of a tied weight is not owned."""
         found = []
-        for layer_name, layer in zip(self.names[self._local_start : self._local_stop], self.forward_funcs, strict=True):
+        for layer_name, layer in self.canonical_layers():
             for name, parameter in layer.named_parameters():
                 is_copy = layer_name == "head" and name == "tokens.weight" and bool(self.tied_weight_attrs)
                 full_name = f"{TIED}.weight" if is_copy else f"{layer_name}.{name}"

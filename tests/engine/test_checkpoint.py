@@ -69,7 +69,7 @@ def run_leg(config: RunConfig, dp: int, source: Path | None, target: Path) -> Le
         type(get_accelerator()).is_fp16_supported = lambda self: True  # slow here, but it computes
     engine = start_engine(config, dp)
     if source is None:
-        skipped = [engine.train_step(step, batches_of(engine, step)).skipped for step in range(SAVED)]
+        skipped = [engine.train_step(step, batches_of(config, step, engine.mesh.data)).skipped for step in range(SAVED)]
     else:
         assert checkpoint.load(engine, storage.find(source)).step == SAVED
         skipped = []
@@ -83,7 +83,7 @@ def run_leg(config: RunConfig, dp: int, source: Path | None, target: Path) -> Le
         data={},
     )
     checkpoint.save(engine, target, state)
-    results = [engine.train_step(step, batches_of(engine, step)) for step in range(SAVED, LAST)]
+    results = [engine.train_step(step, batches_of(config, step, engine.mesh.data)) for step in range(SAVED, LAST)]
     counters = read_counters(engine)
     engine.close()
     return Leg([r.loss for r in results], skipped + [r.skipped for r in results], pieces, counters)

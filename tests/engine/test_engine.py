@@ -1,0 +1,286 @@
+"""The engine against torch and transformers, and what it refuses or finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from megagpt.config import ModelConfig, OptimConfig, RunConfig
+from megagpt.engine.checks import check_ranks, name_first_nan
+from megagpt.engine.masters import write
+from megagpt.engine.named import named_parameters
+from megagpt.engine.optim import build_optimizer, learning_rate
+from megagpt.engine.storage import WEIGHT
+from megagpt.errors import UserError
+from megagpt.model.gpt import GPT
+from megagpt.model.hf import from_hf_gpt2, hf_config
+from megagpt.parallel.agree import RankError
+from megagpt.parallel.axis import SINGLE
+from megagpt.parallel.local import run_ranks
+from megagpt.parity import Layout, batches_of, merge, parity_config, pieces_of, spread_out, start_engine
+
+MODEL = ModelConfig(n_layers=4, d_model=32, n_heads=4, seq_len=16, vocab_size=211)
+STEPS = 5
+
+
+def config_of(layout: Layout, model: ModelConfig = MODEL, **optim) -> RunConfig:
+    config = spread_out(parity_config(model), layout)
+    return dataclasses.replace(
+        config,
+        optim=dataclasses.replace(config.optim, warmup_steps=2, **optim),
+        train=dataclasses.replace(config.train, train_steps=STEPS),
+    )
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(0, None), (1, None), (5, None), (5, 20), (30, 40)])
+def test_learning_rate_is_torchs_schedule(warmup, decay):
+    config = OptimConfig(lr=0.3, warmup_steps=warmup, decay_steps=decay, min_lr_fraction=0.1)
+    end, train_steps = decay or 50, 50
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=end - warmup, eta_min=0.03)
+    scheduler: torch.optim.lr_scheduler.LRScheduler = cosine
+    if warmup:
+        rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=max(1, warmup - 1))
+        scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
+    for step in range(end + 1):
+        assert learning_rate(step, config, train_steps) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), (
+            step
+        )
+        optimizer.step()
+        scheduler.step()
+    assert learning_rate(10 * end, config, train_steps) == pytest.approx(0.03)
+
+
+def test_only_matrices_decay():
+    model = GPT(MODEL, SINGLE)
+    optimizer, _ = build_optimizer(named_parameters(model), OptimConfig(weight_decay=0.1))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.pop(parameter)
+            assert group["weight_decay"] == (0.0 if name.endswith("bias") or "norm" in name else 0.1), name
+    assert not names  # each parameter is in one group
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Per step: loss and gradient norm; and the weights in the end."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def theirs() -> tuple[dict[str, Tensor], Trained]:
+    """transformers' model, torch's AdamW, clipping and schedule, the whole batch at once: first weights, and run."""
+    import transformers  # 2 s, and no rank needs it
+
+    config = config_of(Layout(micro_batch_size=8))
+    torch.manual_seed(1)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf_config(MODEL)))
+    first = logical(model)
+    optim = config.optim
+    decays = {p: not (n.endswith("bias") or "ln_" in n) for n, p in model.named_parameters()}
+    groups = [
+        {"params": [p for p, d in decays.items() if d], "weight_decay": optim.weight_decay},
+        {"params": [p for p, d in decays.items() if not d], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    losses, grad_norms = [], []
+    for step in range(STEPS):
+        (batch,) = batches_of(config, step)
+        logits_BTV = model(input_ids=batch.tokens_BT).logits
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), batch.labels_BT.flatten())
+        loss.backward()
+        grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip).item())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, optim, STEPS)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0] and min(grad_norms) > optim.clip
+    return first, Trained(losses, grad_norms, logical(model))
+
+
+def logical(model) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in from_hf_gpt2(model.state_dict(), MODEL).items()}
+
+
+def train_from(config: RunConfig, dp: int, weights: dict[str, Tensor]):
+    """Train from given weights: what this rank saw, and its pieces of the last ones."""
+    engine = start_engine(config, dp)
+    for named in engine.parameters:
+        write(engine, named, WEIGHT, named.part.take(weights[named.name]))
+    steps = [engine.train_step(step, batches_of(config, step, engine.mesh.data)) for step in range(STEPS)]
+    pieces = pieces_of(engine, WEIGHT)
+    engine.close()
+    return [s.loss for s in steps], [s.grad_norm for s in steps], pieces
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(),
+        Layout(dp=2, zero_stage=3, micro_batch_size=2),
+        Layout(tp=2, pp=2, zero_stage=0, micro_batch_size=2),
+        Layout(tp=2, pp=2, zero_stage=1, micro_batch_size=1),
+    ],
+    ids=str,
+)
+def test_trains_as_transformers_and_torch_do(theirs, layout):
+    """Same weights, same text: gradients, accumulation, norm, clipping, decay and Adam against others' code."""
+    first, expected = theirs
+    ranks = run_ranks(train_from, layout.world_size, config_of(layout), layout.dp, first)
+    for losses, grad_norms, _ in ranks:
+        assert losses == pytest.approx(expected.losses, rel=1e-6)
+        assert grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
+    weights = merge([pieces for _, _, pieces in ranks])
+    assert weights.keys() == expected.weights.keys()
+    # Adam divides small gradients by small numbers: what counts is the share of the way that it can go.
+    reach = sum(learning_rate(step, config_of(layout).optim, STEPS) for step in range(STEPS))
+    for name, value in expected.weights.items():
+        assert (weights[name] - value).abs().max().item() < 1e-4 * reach, name
+
+
+DROPOUTS = {"dropout_embedding": 0.3, "dropout_attention": 0.3, "dropout_residual": 0.3}
+
+
+def evaluate(config: RunConfig, dp: int) -> tuple[float, float, float]:
+    """Evaluate the batches of two steps, train one, and evaluate them again."""
+    engine = start_engine(config, dp)
+
+    def once() -> float:
+        batches = [batch for step in (3, 4) for batch in batches_of(config, step, engine.mesh.data)]
+        return engine.evaluate(iter(batches), len(batches))
+
+    before, loss, after = once(), engine.train_step(0, batches_of(config, 0, engine.mesh.data)).loss, once()
+    engine.close()
+    return before, loss, after
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(pp=2, dp=2, zero_stage=1, micro_batch_size=2), Layout(tp=2, dp=2, zero_stage=3)]
+)
+def test_evaluation_is_the_mean_loss_without_dropout(layout):
+    config = config_of(layout, dataclasses.replace(MODEL, **DROPOUTS))
+    model = GPT(config.model, SINGLE, config.train.seed)
+    batches = [next(batches_of(config_of(Layout(micro_batch_size=8)), step)) for step in (0, 3, 4)]
+    with torch.no_grad():
+        with_dropout = model(batches[0].tokens_BT, batches[0].sample_ids_B, batches[0].labels_BT)
+        model.eval()
+        losses = [model(b.tokens_BT, b.sample_ids_B, b.labels_BT) for b in batches]
+    answers = set(run_ranks(evaluate, layout.world_size, config, layout.dp))
+    ((before, trained, after),) = answers  # all ranks say the same
+    assert before == pytest.approx(torch.stack(losses[1:]).mean().item(), rel=1e-6)
+    assert trained == pytest.approx(with_dropout.item(), rel=1e-6)
+    assert abs(trained - losses[0].item()) > 1e-4  # dropout does something, and evaluation did not turn it off
+    assert after < before - 1e-3
+
+
+def disturb(config: RunConfig, dp: int, name: str, rank: int) -> str:
+    """Check, change one element of one rank's copy, check again; returns the message."""
+    engine = start_engine(config, dp)
+    engine.train_step(0, batches_of(config, 0, engine.mesh.data))
+    check_ranks(engine, 0)
+    for named in engine.parameters:
+        if named.name == name and engine.mesh.rank == rank:
+            values = getattr(named.parameter, "ds_tensor", named.parameter)
+            values.data.view(-1)[1] += 2**-10
+    try:
+        check_ranks(engine, 1)
+    except RankError as error:
+        return str(error)
+    return "nothing found"
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "rank"),
+    [
+        (Layout(dp=2, zero_stage=1), "blocks.0.attention.qkv.weight", 1),  # over the data axis
+        (Layout(tp=2, zero_stage=1), "blocks.1.mlp.down.bias", 1),  # over the model axis
+        (Layout(tp=2, zero_stage=3), "head.norm.weight", 0),
+        (Layout(pp=2, zero_stage=1), "embedding.tokens.weight", 1),  # tied ends
+    ],
+    ids=str,
+)
+def test_check_ranks_finds_a_disturbed_copy(layout, name, rank):
+    for message in run_ranks(disturb, layout.world_size, config_of(layout), layout.dp, name, rank):
+        assert f"{name} differs between ranks" in message and "step 1" in message
+
+
+def poison(config: RunConfig, dp: int, name: str) -> str:
+    """Put a NaN into one weight and pass something through this stage; returns the message."""
+    engine = start_engine(config, dp)
+    name_first_nan(engine.module)
+    for named in engine.parameters:
+        if named.name == name:
+            named.parameter.data.view(-1)[0] = torch.nan
+    batch = next(batches_of(config, 0))
+    x_BTD = torch.randn(*batch.tokens_BT.shape, MODEL.d_model)
+    try:
+        if config.parallel.pp == 1:
+            engine.module(batch.tokens_BT)
+        else:
+            engine.module((x_BTD if engine.mesh.pipe.rank else batch.tokens_BT, batch.sample_ids_B))
+    except RankError as error:
+        return str(error)
+    return "all finite"
+
+
+def test_detect_nan_names_the_first_module():
+    name = "blocks.2.mlp.up"
+    (message,) = run_ranks(poison, 1, config_of(Layout()), 1, f"{name}.weight")
+    assert message.startswith(f"rank 0: module {name} is the first")
+    first, second = run_ranks(poison, 2, config_of(Layout(pp=2)), 1, f"{name}.weight")
+    assert first == "all finite"
+    assert second.startswith(f"rank 1: module {name} is the first")
+
+
+def engine_with_json(config: RunConfig) -> tuple[int, float, str]:
+    """What of a user's JSON arrived in DeepSpeed, and the message of one that contradicts."""
+    engine = start_engine(config, 1)
+    bucket, period = engine.engine.zero_reduce_bucket_size(), engine.engine.steps_per_print()
+    engine.close()
+    wrong = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip=0.7))
+    try:
+        start_engine(wrong, 1)
+    except UserError as error:
+        return bucket, period, str(error)
+    return bucket, period, "nothing refused"
+
+
+def test_a_deepspeed_json_passes_through_or_is_refused(tmp_path):
+    path = tmp_path / "ds.json"
+    settings = {
+        "steps_per_print": 7,
+        "gradient_clipping": 0.3,
+        "train_batch_size": "auto",
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 12345},
+    }
+    path.write_text(json.dumps(settings))
+    config = config_of(Layout(zero_stage=1))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, deepspeed_config=str(path)))
+    ((bucket, period, message),) = run_ranks(engine_with_json, 1, config)
+    assert (bucket, period) == (12345, 7)
+    assert message == (f"{path}: gradient_clipping=0.3 contradicts optim.clip=0.7; remove the key or use --clip 0.3")
+
+
+def refuse_fp16(config: RunConfig) -> str:
+    type(get_accelerator()).is_fp16_supported = lambda self: False
+    with pytest.raises(UserError) as caught:
+        start_engine(config, 1)
+    return str(caught.value)
+
+
+def test_fp16_without_a_device_for_it_is_refused():
+    config = config_of(Layout(zero_stage=1))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="fp16"))
+    (message,) = run_ranks(refuse_fp16, 1, config)
+    assert message.startswith("train.precision=fp16 needs a GPU") and message.endswith("use --precision bf16")
