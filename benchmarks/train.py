@@ -1,0 +1,425 @@
+"""Training beside a plain-PyTorch GPT-2 of transformers doing the same step in the same run; memory beside the plan.
+
+    python benchmarks/train.py                                    every row, some minutes on 2 cores
+    python benchmarks/train.py --shapes tiny --layouts one tp2    some of them
+    python benchmarks/train.py --json benchmarks/results/train-here.json
+
+benchmarks/README.md says what is measured and how to read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megagpt.data.loader import MicroBatch, micro_batches
+from megagpt.engine.engine import Engine
+from megagpt.errors import run_cli
+from megagpt.model.gpt import GPT
+from megagpt.model.hf import hf_config, to_hf_gpt2
+from megagpt.parallel.axis import SINGLE, Axis
+from megagpt.parallel.local import run_ranks, warm_up
+from megagpt.parallel.mesh import build_mesh
+from megagpt.parallel.parameter import part_of
+from megagpt.plan.plan import Plan, make_plan
+
+PEERS = {"fp32": ("fp32",), "bf16": ("autocast", "bf16 weights")}  # by our precision
+PEER_MODULE = "transformers.models.gpt2.modeling_gpt2"
+WARM_UP_STEPS = 2
+N_CORES = os.cpu_count() or 1
+TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its batch, in sequences."""
+
+    model: ModelConfig
+    micro_batch_size: int
+    global_batch_size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the processes are laid out."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    zero_stage: int = 1
+
+    @property
+    def n_processes(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def n_threads(self) -> int:
+        """Of one process: the cores are shared out."""
+        return max(1, N_CORES // self.n_processes)
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={n}" for name, n in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp)) if n > 1)
+        return f"{sizes or 'one process'}, ZeRO {self.zero_stage}"
+
+
+SHAPES = {
+    # The preset of that name, with the vocabulary of the default corpus.
+    "tiny": Shape(ModelConfig(vocab_size=4096), micro_batch_size=4, global_batch_size=16),
+    # GPT-2 small with 2 of its 12 blocks and a quarter of its context: matrix products and the loss dominate.
+    "gpt2": Shape(
+        ModelConfig(n_layers=2, d_model=768, n_heads=12, seq_len=256, vocab_size=50257),
+        micro_batch_size=1,
+        global_batch_size=4,
+    ),
+}
+LAYOUTS = {
+    "zero0": Layout(zero_stage=0),
+    "one": Layout(),
+    "tp2": Layout(tp=2),
+    "pp2": Layout(pp=2),
+    "dp2": Layout(dp=2),
+    "tp2pp2": Layout(tp=2, pp=2),
+}
+
+
+def main() -> None:
+    args = _parse()
+    console = Console()
+    warm_up(PEER_MODULE)
+    tables = []
+    for shape, precision, dropout in itertools.product(args.shapes, args.precisions, args.dropouts):
+        rows = []
+        for layout in _layouts(args, precision, dropout):
+            with console.status(f"{shape}, {precision}, dropout {dropout:g}: {layout}"):
+                rows.append(measure(run_config(SHAPES[shape], layout, precision, dropout), layout, args.rounds))
+        title = f"{shape}, {precision}, dropout {dropout:g}, {rows[0]['tokens_a_step']} tokens a step"
+        console.print(table(title, rows))
+        tables += [{"shape": shape, "precision": precision, "dropout": dropout, **row} for row in rows]
+    if args.json:
+        args.json.write_text(json.dumps({**conditions(args.rounds), "rows": tables}, indent=1) + "\n")
+
+
+def run_config(shape: Shape, layout: Layout, precision: str, dropout: float) -> RunConfig:
+    """The run that is measured. Its learning rate is constant: the peer needs no schedule."""
+    model = dataclasses.replace(
+        shape.model, dropout_embedding=dropout, dropout_attention=dropout, dropout_residual=dropout
+    )
+    return RunConfig(
+        model=model,
+        parallel=ParallelConfig(tp=layout.tp, pp=layout.pp, zero_stage=layout.zero_stage),  # type: ignore[arg-type]
+        optim=OptimConfig(lr=1e-4, warmup_steps=0, min_lr_fraction=1.0),
+        train=TrainConfig(
+            micro_batch_size=shape.micro_batch_size,
+            global_batch_size=shape.global_batch_size,
+            precision=precision,  # type: ignore[arg-type]
+        ),
+    )
+
+
+def measure(config: RunConfig, layout: Layout, rounds: int) -> dict[str, Any]:
+    """One row: our speed beside each peer's, and the peak memory of each rank beside the plan's."""
+    n = layout.n_processes
+    plan = make_plan(config, n)
+    race = run_ranks(run_race, n, config, plan, rounds, n_threads=layout.n_threads, timeout_s=TIMEOUT_S)[0]
+    peaks = run_ranks(peak_bytes, n, config, plan, "ours", n_threads=layout.n_threads, timeout_s=TIMEOUT_S)
+    return {
+        "layout": str(layout),
+        "processes": n,
+        "threads_a_process": layout.n_threads,
+        "tokens_a_step": plan.batch_tokens,
+        "ours": _speed(race["ours"], plan),
+        "peers": {
+            peer: {
+                **_speed(race[peer], plan),
+                "ours_over_peer": _ratio(race[peer], race["ours"]),
+                "loss_difference": max(abs(a.loss - b.loss) for a, b in zip(race[peer], race["ours"], strict=True)),
+            }
+            for peer in PEERS[config.train.precision]
+        },
+        "peak_mib": [_mib(peak) for peak in peaks],
+        "plan_mib": [_mib(stage.memory.total) for stage in plan.stages for _ in range(n // plan.pp)],
+        "peer_peak_mib": {
+            peer: _mib(run_ranks(peak_bytes, 1, config, plan, peer, timeout_s=TIMEOUT_S)[0])
+            for peer in (PEERS[config.train.precision] if n == 1 else ())
+        },
+    }
+
+
+# What runs on the ranks.
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step took, and its loss."""
+
+    time_s: float
+    loss: float
+
+
+class Contestant(Protocol):
+    """Trains step after step and says the loss."""
+
+    def step(self, step: int) -> float: ...
+
+
+def run_race(config: RunConfig, plan: Plan, rounds: int) -> dict[str, list[Step]]:
+    """Every step, warm-up included, of ours and, on rank 0, of each peer. They alternate, and who begins does too."""
+    contestants: dict[str, Contestant] = {"ours": Ours(config, plan)}
+    if dist.get_rank() == 0:
+        contestants |= {peer: Peer(config, peer) for peer in PEERS[config.train.precision]}
+    steps: dict[str, list[Step]] = {name: [] for name in contestants}
+    for step in range(WARM_UP_STEPS + rounds):
+        names = list(contestants) if step % 2 == 0 else list(reversed(contestants))
+        for name in names:
+            steps[name].append(_timed(contestants[name], step))
+    return steps
+
+
+def _timed(contestant: Contestant, step: int) -> Step:
+    """Ours begins and ends on all ranks together; a peer has all cores, as the other ranks wait."""
+    n_threads = torch.get_num_threads()
+    if isinstance(contestant, Ours):
+        dist.barrier()
+    else:
+        torch.set_num_threads(N_CORES)
+    start = time.perf_counter()
+    loss = contestant.step(step)
+    if isinstance(contestant, Ours):
+        dist.barrier()
+    time_s = time.perf_counter() - start
+    torch.set_num_threads(n_threads)
+    return Step(time_s, loss)
+
+
+def peak_bytes(config: RunConfig, plan: Plan, contestant: str) -> int:
+    """Most bytes that this process's tensors held at one time while a contestant was built and trained 2 steps."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        trained = Ours(config, plan) if contestant == "ours" else Peer(config, contestant)
+        for step in range(2):
+            trained.step(step)
+    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]  # in order of time
+    sizes = (event.nbytes() for event in events if event.name() == "[memory]")  # negative: given back
+    return max(itertools.accumulate(sizes))
+
+
+class Ours:
+    """This project's engine."""
+
+    def __init__(self, config: RunConfig, plan: Plan) -> None:
+        self.config = config
+        self.mesh = build_mesh("cpu", pp=plan.pp, dp=plan.dp, tp=plan.tp)
+        self.engine = Engine(config, plan, self.mesh)
+
+    def step(self, step: int) -> float:
+        return self.engine.train_step(step, _batches(self.config, step, self.mesh.data)).loss
+
+
+class Peer:
+    """GPT-2 of transformers, trained by a loop as most are, from the weights that ours starts from.
+
+    how: fp32; autocast (fp32 weights, matrix products in bf16); bf16 weights (and fp32 copies that AdamW steps on,
+    with gradients added up in fp32, which is what ours does in bf16).
+    """
+
+    def __init__(self, config: RunConfig, how: str) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel  # only rank 0 of a race needs it, and it loads slowly
+
+        self.config, self.how = config, how
+        self.model = GPT2LMHeadModel(GPT2Config(**hf_config(config.model), attn_implementation="sdpa"))
+        self.model.load_state_dict(to_hf_gpt2(_first_weights(config), config.model), strict=False)
+        self.model.train()
+        if how == "bf16 weights":
+            self.masters = [p.detach().clone().requires_grad_() for p in self.model.parameters()]
+            self.model.to(torch.bfloat16)
+        else:
+            self.masters = list(self.model.parameters())
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in self.masters if p.ndim >= 2], "weight_decay": optim.weight_decay},
+                {"params": [p for p in self.masters if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=True,
+        )
+
+    def step(self, step: int) -> float:
+        batches = list(_batches(self.config, step))
+        total = torch.zeros(())
+        for batch in batches:
+            loss = self._loss(batch) / len(batches)
+            loss.backward()
+            total += loss.detach()
+            if self.how == "bf16 weights":
+                self._move_gradients()
+        torch.nn.utils.clip_grad_norm_(self.masters, self.config.optim.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.how == "bf16 weights":
+            torch._foreach_copy_([p.data for p in self.model.parameters()], [m.data for m in self.masters])
+        return float(total)
+
+    def _loss(self, batch: MicroBatch) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.how == "autocast"):
+            # shift_labels: the labels are shifted already, and every token has one
+            labels = batch.labels_BT
+            return self.model(batch.tokens_BT, labels=labels, shift_labels=labels, use_cache=False).loss
+
+    def _move_gradients(self) -> None:
+        """Add the bf16 gradients of a micro-batch to the fp32 ones."""
+        for parameter, master in zip(self.model.parameters(), self.masters, strict=True):
+            assert parameter.grad is not None
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+
+def _first_weights(config: RunConfig) -> dict[str, Tensor]:
+    """Logical tensors by name: initial weights follow from the seed, whatever the layout."""
+    model = GPT(config.model, SINGLE, config.train.seed)
+    return {name: part_of(p).unpadded(p.data) for name, p in model.named_parameters()}
+
+
+class _RandomTokens:
+    """Samples of noise: what they say does not change the time."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return np.random.default_rng(i).integers(0, self.model.vocab, self.model.seq_len + 1)
+
+
+def _batches(config: RunConfig, step: int, data: Axis = SINGLE):
+    return micro_batches(
+        _RandomTokens(config.model),
+        step=step,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=data.rank,
+        dp_size=data.size,
+    )
+
+
+# From figures to what is read.
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """One shape, precision and dropout."""
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("")
+    for heading in ("tokens/s", "of the peer", "peer", "loss apart", "peak MiB a rank", "plan"):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        peers = row["peers"].values()
+        shown.add_row(
+            row["layout"],
+            f"{row['ours']['tokens_per_s']:,.0f}",
+            "\n".join("{median:.2f} ({low:.2f} to {high:.2f})".format(**p["ours_over_peer"]) for p in peers),
+            "\n".join(f"{name} {p['tokens_per_s']:,.0f}" for name, p in row["peers"].items()),
+            "\n".join(f"{p['loss_difference']:.0e}" for p in peers),
+            _per_rank(row["peak_mib"]),
+            _per_rank(row["plan_mib"]),
+        )
+        for peer, peak_mib in row["peer_peak_mib"].items():
+            shown.add_row(f"[dim]peer {peer}", "", "", "", "", f"[dim]{peak_mib:,.0f}", "")
+    return shown
+
+
+def conditions(rounds: int) -> dict[str, Any]:
+    """What the figures depend on beside the code."""
+    packages = ("torch", "deepspeed", "transformers", "numpy")
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": {
+            "cpu": models[0].split(":")[1].strip() if models else platform.processor(),
+            "cores": N_CORES,
+            "load_average": os.getloadavg(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+        "rounds": rounds,
+    }
+
+
+def _speed(steps: list[Step], plan: Plan) -> dict[str, Any]:
+    times_s = [step.time_s for step in steps[WARM_UP_STEPS:]]
+    return {
+        "tokens_per_s": plan.batch_tokens / statistics.median(times_s),
+        "step_times_s": [round(t, 4) for t in times_s],
+    }
+
+
+def _ratio(peer: list[Step], ours: list[Step]) -> dict[str, float]:
+    """Our speed in units of the peer's, round by round: the median, and the quartiles around it."""
+    ratios = [p.time_s / o.time_s for p, o in zip(peer, ours, strict=True)][WARM_UP_STEPS:]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {"median": round(median, 3), "low": round(low, 3), "high": round(high, 3)}
+
+
+def _per_rank(values: list[float]) -> str:
+    return " ".join(f"{v:,.0f}" for v in values)
+
+
+def _mib(n_bytes: int) -> float:
+    return round(n_bytes / 2**20, 1)
+
+
+def _layouts(args: argparse.Namespace, precision: str, dropout: float) -> list[Layout]:
+    """What the flags ask for: several processes are measured in fp32 without dropout, if not --all."""
+    several = args.all or (precision == args.precisions[0] and dropout == args.dropouts[0])
+    chosen = [LAYOUTS[name] for name in args.layouts if precision == "fp32" or name != "zero0"]  # 16 bits need ZeRO 1
+    return [layout for layout in chosen if several or layout.n_processes == 1]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, choices, text in (
+        ("--shapes", list(SHAPES), "models"),
+        ("--precisions", list(PEERS), "number formats"),
+        ("--dropouts", [0.0, 0.1], "dropout probabilities"),
+        ("--layouts", list(LAYOUTS), "layouts"),
+    ):
+        parser.add_argument(
+            flag, nargs="+", choices=choices, default=choices, type=type(choices[0]), help=f"{text} (default: all)"
+        )
+    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side (default: 7)")
+    parser.add_argument(
+        "--all", action="store_true", help="several processes with every precision and dropout, not only the first"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_cli(main)
