@@ -34,8 +34,11 @@ def main() -> int:
     options = _options().parse_args()
     os.environ["DS_ACCELERATOR"] = "cpu"  # read once, while DeepSpeed is imported
     parity: Any = importlib.import_module("megagpt.parity")  # after the flags: this takes seconds
-    layouts = _matching(parity.all_layouts(options.max_processes), options.layouts)
-    config, bounds = parity.parity_config(), parity.Bounds()
+    config, bounds = parity.parity_config(precision=options.precision), parity.BOUNDS[options.precision]
+    layouts = parity.all_layouts(options.max_processes)
+    if options.precision != "fp32":
+        layouts = [layout for layout in layouts if layout.zero_stage > 0]  # 16 bits need ZeRO's fp32 weights
+    layouts = _matching(layouts, options.layouts)
     print(f"{len(layouts)} layouts, {config.train.train_steps} steps each; reference: {parity.REFERENCE}")
     print(HEADER)
     bounds_line = (bounds.loss, bounds.grad_norm, bounds.gradient, bounds.weight)
@@ -103,6 +106,9 @@ def _options() -> argparse.ArgumentParser:
         "--layouts", default="", help='only those with these words: "tp=2 pp=2", alternatives by comma: "tp=4, zero=3"'
     )
     parser.add_argument("--max-processes", type=int, default=8, help="only those with at most so many (default 8)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the layouts; the reference is always in fp32"
+    )
     parser.add_argument("--json", type=Path, help="also write the results, with machine, versions and command, here")
     return parser
 
