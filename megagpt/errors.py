@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
+
+# A launcher ends all ranks as soon as one has ended: the silent ones wait until the one that speaks has spoken.
+SILENT_S = 5.0
 
 
 class UserError(Exception):
@@ -28,6 +32,8 @@ def run_cli(main: Callable[[], int | None], speaks: bool = True) -> None:
     except UserError as error:
         if error.speaks and (speaks or type(error) is not UserError):  # a subclass knows better who speaks
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(SILENT_S)
         sys.exit(2)
     except BrokenPipeError:  # whoever read our output has seen enough: `… --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

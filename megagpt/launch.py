@@ -23,6 +23,13 @@ from megagpt.data.tokenizer import tokenizer_for
 from megagpt.errors import UserError, run_cli
 from megagpt.plan.plan import make_plan
 
+# What would misinform the ranks that this program starts. torchrun's last one is a trap: rank 0 would not open the
+# store that all the ranks then wait for.
+FROM_A_LAUNCHER = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE",
+)  # fmt: skip
+
 
 def pretrain(argv: Sequence[str]) -> None:
     """The program behind examples/pretrain_gpt.py: exits with 0, or with 2 and one message."""
@@ -94,7 +101,7 @@ def _become_launcher(n_ranks: int, argv: Sequence[str]) -> None:
     ranks = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(n_ranks))}).encode()).decode()
     command = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=critical", "--no_local_rank"]
     command += [f"--world_info={ranks}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}"]
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in FROM_A_LAUNCHER:
         os.environ.pop(name, None)
     sys.stdout.flush()
     os.execv(sys.executable, [*command, sys.argv[0], *argv])
