@@ -22,7 +22,7 @@ from megagpt.data.blend import Samples, build_splits, parse_data_path
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.data.tokenizer import Tokenizer, tokenizer_for
 from megagpt.engine import checkpoint, storage
-from megagpt.engine.checks import check_ranks, name_first_nan
+from megagpt.engine.checks import NanWatch, check_ranks
 from megagpt.engine.engine import Engine
 from megagpt.engine.masters import read_counters
 from megagpt.engine.start import distributed
@@ -61,8 +61,6 @@ def train(config: RunConfig) -> None:
         engine = Engine(config, plan, mesh)
         resumed = checkpoint.load(engine, run.resume_from) if run.resume_from else None
         done = resumed.step if resumed else 0
-        if config.debug.detect_nan:
-            name_first_nan(engine.module)
         with _reporter(run, engine, done) as report:
             if resumed:
                 report.message(f"going on from {run.resume_from} after {done} steps")
@@ -77,10 +75,13 @@ def train(config: RunConfig) -> None:
 
 def _loop(run: Run, engine: Engine, report: Reporter, done: int) -> None:
     config = run.config
+    nan_watch = NanWatch(engine.module) if config.debug.detect_nan else None
     for step in range(done, config.train.train_steps):
         result = engine.train_step(
             step, _batches(run, run.train_samples, 0 if config.debug.overfit_one_batch else step)
         )
+        if nan_watch:
+            nan_watch.report(step)
         _require_finite(result.loss, step, run.mesh)
         loss_scale = result.loss_scale if config.train.precision == "fp16" else None
         report.step(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from megagpt.engine.engine import Engine
 from megagpt.engine.stages import TIED, GPTStage
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
-from megagpt.parallel.agree import RankError, together
+from megagpt.parallel.agree import together
 from megagpt.parallel.axis import Axis
 
 
@@ -19,7 +21,7 @@ def check_ranks(engine: Engine, step: int) -> None:
 
     A weight: over the data axis (ZeRO 3 leaves no copies there), over the model axis if it is not sharded, and on both
     ends of the pipeline if it is tied.
-    Comm: all-gathers of one number per parameter. Raises a RankError on all ranks that names the first parameter.
+    Comm: all-gathers of one number per parameter.  Raises a RankError on all ranks that names the first parameter.
     """
     mesh, differing = engine.mesh, []
     for named in engine.parameters:
@@ -35,30 +37,49 @@ def check_ranks(engine: Engine, step: int) -> None:
     def report() -> None:
         if differing:
             raise UserError(
-                f"step {step}, {mesh.name}: {differing[0]} differs between ranks that must agree "
+                f"step {step + 1}, {mesh.name}: {differing[0]} differs between ranks that must agree "
                 f"({len(differing)} parameters do); a layer computes something rank by rank that it should not"
             )
 
     together(report)
 
 
-def name_first_nan(module: GPT | GPTStage) -> None:
-    """From now on, a forward pass stops at the first layer whose output is not finite, and names it."""
-    layers = module.canonical_layers() if isinstance(module, GPTStage) else [("", module)]
-    for prefix, layer in layers:
-        for name, child in layer.named_modules(prefix=prefix):
-            if not list(child.children()):
-                child.register_forward_hook(_finite_or_raise(name))
+class NanWatch:
+    """Remembers the first layer of this rank whose output was not finite.
 
+    It lets the step end, and reports then: stopping in the middle would leave other stages waiting.
+    """
 
-def _finite_or_raise(name: str):
-    def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-        tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
-        for tensor in tensors:
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise RankError(f"rank {dist.get_rank()}: module {name} is the first with a NaN or Inf in its output")
+    def __init__(self, module: GPT | GPTStage) -> None:
+        self.first: str | None = None
+        layers = module.canonical_layers() if isinstance(module, GPTStage) else [("", module)]
+        for prefix, layer in layers:
+            for name, child in layer.named_modules(prefix=prefix):
+                if not list(child.children()):
+                    child.register_forward_hook(self._hook(name))
 
-    return hook
+    def report(self, step: int) -> None:
+        """Stop if there was one.
+
+        Comm: one all-gather.  Raises a RankError on all ranks: of the first rank, hence the first stage, that saw it.
+        """
+
+        def stop() -> None:
+            if self.first:
+                raise UserError(
+                    f"step {step + 1}, rank {dist.get_rank()}: {self.first} is the first module with a NaN or Inf"
+                )
+
+        together(stop)
+
+    def _hook(self, name: str) -> Callable[[nn.Module, object, object], None]:
+        def look(_module: nn.Module, _inputs: object, output: object) -> None:
+            tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
+            finite = all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
+            if not finite and self.first is None:
+                self.first = name
+
+        return look
 
 
 def _fingerprint(value: Tensor) -> Tensor:

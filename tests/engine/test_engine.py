@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from megagpt.config import ModelConfig, OptimConfig, RunConfig
-from megagpt.engine.checks import check_ranks, name_first_nan
+from megagpt.engine.checks import NanWatch, check_ranks
 from megagpt.engine.masters import write
 from megagpt.engine.named import named_parameters
 from megagpt.engine.optim import build_optimizer, learning_rate
@@ -212,35 +212,31 @@ def disturb(config: RunConfig, dp: int, name: str, rank: int) -> str:
 )
 def test_check_ranks_finds_a_disturbed_copy(layout, name, rank):
     for message in run_ranks(disturb, layout.world_size, config_of(layout), layout.dp, name, rank):
-        assert f"{name} differs between ranks" in message and "step 1" in message
+        assert f"{name} differs between ranks" in message and "step 2" in message
 
 
 def poison(config: RunConfig, dp: int, name: str) -> str:
-    """Put a NaN into one weight and pass something through this stage; returns the message."""
+    """Train two steps, the second with a NaN in one weight; returns the message."""
     engine = start_engine(config, dp)
-    name_first_nan(engine.module)
-    for named in engine.parameters:
-        if named.name == name:
-            named.parameter.data.view(-1)[0] = torch.nan
-    batch = next(batches_of(config, 0))
-    x_BTD = torch.randn(*batch.tokens_BT.shape, MODEL.d_model)
-    try:
-        if config.parallel.pp == 1:
-            engine.module(batch.tokens_BT)
-        else:
-            engine.module((x_BTD if engine.mesh.pipe.rank else batch.tokens_BT, batch.sample_ids_B))
-    except RankError as error:
-        return str(error)
-    return "all finite"
+    watch = NanWatch(engine.module)
+    for step in (0, 1):
+        engine.train_step(step, batches_of(config, step, engine.mesh.data))
+        try:
+            watch.report(step)
+        except RankError as error:
+            return f"{error} {error.speaks}"
+        for named in engine.parameters:
+            if named.name == name:
+                named.parameter.data.view(-1)[0] = torch.nan
+    return "nothing found"
 
 
-def test_detect_nan_names_the_first_module():
-    name = "blocks.2.mlp.up"
-    (message,) = run_ranks(poison, 1, config_of(Layout()), 1, f"{name}.weight")
-    assert message.startswith(f"rank 0: module {name} is the first")
-    first, second = run_ranks(poison, 2, config_of(Layout(pp=2)), 1, f"{name}.weight")
-    assert first == "all finite"
-    assert second.startswith(f"rank 1: module {name} is the first")
+@pytest.mark.parametrize(("layout", "rank"), [(Layout(), 0), (Layout(pp=2, tp=2), 2), (Layout(dp=2), 0)], ids=str)
+def test_detect_nan_names_the_first_module(layout, rank):
+    """In the third of four blocks: of the second stage, whose ranks are 2 and 3."""
+    messages = run_ranks(poison, layout.world_size, config_of(layout), layout.dp, "blocks.2.mlp.up.weight")
+    expected = f"step 2, rank {rank}: blocks.2.mlp.up is the first module with a NaN or Inf"
+    assert messages == [f"{expected} {index == rank}" for index in range(layout.world_size)]
 
 
 def engine_with_json(config: RunConfig) -> tuple[int, float, str]:
