@@ -27,7 +27,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test parity plan bench bench-train lint format build clean
+.PHONY: help train test parity plan bench-data bench-train lint format build clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -45,8 +45,9 @@ parity: $(ready) ## Train 20 steps in every layout and compare losses, gradient 
 plan: $(ready) ## Show stages, memory and batch arithmetic of a run without starting it
 	$(bin)/python tools/plan.py $(ARGS)
 
-bench: $(ready) ## Measure each op against its roofline
-	$(bin)/python benchmarks/ops.py $(ARGS)
+bench-data: $(ready) ## Measure preprocessing, beside Megatron-LM's way, and indexing a billion tokens
+	$(bin)/python benchmarks/preprocess.py $(ARGS)
+	$(bin)/python benchmarks/index.py
 
 bench-train: $(ready) ## Measure training, beside a plain PyTorch GPT-2 doing the same step
 	$(bin)/python benchmarks/train.py $(ARGS)
