@@ -48,7 +48,7 @@ class Engine:
         _require_precision(config.train.precision)
         module, self.parameters = build_module(config, plan, mesh)
         self.base_optimizer, self.optimizer_name = build_optimizer(self.parameters, config.optim)
-        if config.parallel.zero_stage == 0:
+        if plan.zero_stage == 0:
             self.base_optimizer.register_step_pre_hook(self._clip)
         self.module = module
         self.engine: Any
@@ -62,6 +62,8 @@ class Engine:
                 dist_init_required=False,
             )
         self.has_stages = isinstance(self.engine, PipelineEngine)
+        if plan.zero_stage == 0 and plan.dp == 1:  # else it reduces over one process, by copying all to and fro
+            self.engine.enable_backward_allreduce = self.engine.pipeline_enable_backward_allreduce = False
         create_moments(self)
 
     @property

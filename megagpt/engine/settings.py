@@ -8,6 +8,10 @@ from megagpt.config import RunConfig
 from megagpt.plan.deepspeed_json import check_deepspeed_json
 from megagpt.plan.plan import Plan
 
+# Gradients in one reduction of ZeRO. DeepSpeed's 500 M would be a buffer of 2 GB in fp32; this stays near a CPU's
+# caches (benchmarks/README.md), and is 16 MiB, enough to fill a link.
+BUCKET = 4 * 2**20
+
 
 def deepspeed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """What `deepspeed.initialize` is given: ours, and what a user's JSON adds without contradicting it."""
@@ -15,10 +19,11 @@ def deepspeed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
     if config.train.deepspeed_config is not None:
         settings = check_deepspeed_json(config.train.deepspeed_config, settings)
     settings.setdefault("steps_per_print", 10**9)
-    if config.parallel.zero_stage == 0:
-        settings["gradient_clipping"] = (
-            0.0  # the engine clips: DeepSpeed counts tied and replicated weights wrongly here
-        )
+    settings["zero_optimization"].setdefault("reduce_bucket_size", BUCKET)
+    settings["zero_optimization"]["stage"] = plan.zero_stage
+    if plan.zero_stage == 0:
+        # The engine clips: DeepSpeed counts tied and replicated weights wrongly here.
+        settings["gradient_clipping"] = 0.0
     return settings
 
 

@@ -84,12 +84,12 @@ def global_grad_norm(parameters: list[Named], mesh: Mesh) -> Tensor:
     Comm: all-reduce of one number over the model axis and one over the pipe axis.
     """
     counted = [
-        n.parameter.grad.float()
+        n.parameter.grad
         for n in parameters
         if n.parameter.grad is not None and n.owned and (n.part.dim is not None or mesh.model.rank == 0)
     ]
-    total = torch.stack([torch.zeros((), device=parameters[0].parameter.device), *(g.square().sum() for g in counted)])
-    total = total.sum()
+    none = torch.zeros((), device=parameters[0].parameter.device)
+    total = torch.stack([none, *torch._foreach_norm(counted)]).square().sum()
     for axis in (mesh.model, mesh.pipe):
         if axis.size > 1:
             torch.distributed.all_reduce(total, group=axis.group)

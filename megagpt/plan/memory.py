@@ -44,6 +44,7 @@ def estimate_memory(
     config: RunConfig,
     dp: int,
     *,
+    zero_stage: int,
     stage: int,
     n_blocks: int,
     params_local: int,
@@ -52,16 +53,16 @@ def estimate_memory(
 ) -> Memory:
     """Memory of one rank of stage number `stage`, which holds `n_blocks` blocks and `params_local` elements.
 
+    zero_stage: the one in use.
     in_flight: micro-batches whose activations are kept at the peak (1F1B: pp - stage, at most all of them).
     """
-    zero = config.parallel.zero_stage
     precision = config.train.precision
-    states = params_local * _optimizer_bytes(config) // (dp if zero >= 1 else 1)
+    states = params_local * _optimizer_bytes(precision, zero_stage) // (dp if zero_stage >= 1 else 1)
     is_last = stage == config.parallel.pp - 1
     tokens = config.train.micro_batch_size * config.model.seq_len
     return Memory(
-        weights=params_local * WEIGHT_BYTES[precision] // (dp if zero >= 3 else 1),
-        gradients=params_local * GRADIENT_BYTES[precision] // (dp if zero >= 2 else 1),
+        weights=params_local * WEIGHT_BYTES[precision] // (dp if zero_stage >= 3 else 1),
+        gradients=params_local * GRADIENT_BYTES[precision] // (dp if zero_stage >= 2 else 1),
         optimizer=0 if config.parallel.offload_optimizer else states,
         activations=tokens * _activation_bytes_per_token(config, n_blocks, in_flight, is_last),
         logits=tokens * LOSS_BYTES * vocab_local if is_last else 0,
@@ -74,9 +75,9 @@ def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches:
     return min(parallel.pp - stage, micro_batches)
 
 
-def _optimizer_bytes(config: RunConfig) -> int:
+def _optimizer_bytes(precision: str, zero_stage: int) -> int:
     """Bytes a parameter: two fp32 moments, and an fp32 master if weights are narrower or ZeRO splits them."""
-    has_master = config.train.precision != "fp32" or config.parallel.zero_stage >= 1
+    has_master = precision != "fp32" or zero_stage >= 1
     return 8 + 4 * has_master
 
 

@@ -33,6 +33,7 @@ class Stage:
 class Plan:
     """What follows from a configuration and a number of processes.
 
+    zero_stage: what DeepSpeed runs with, see `zero_stage_in_use`.
     micro_batches: of one data parallel rank in one step (gradient accumulation steps).
     bounds: pp + 1 indices into the layer list [embedding, block 0 … , head].
     params: elements of the model, each logical tensor once.
@@ -44,6 +45,7 @@ class Plan:
     tp: int
     pp: int
     dp: int
+    zero_stage: int
     micro_batches: int
     batch_tokens: int
     bounds: tuple[int, ...]
@@ -84,6 +86,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         tp=parallel.tp,
         pp=parallel.pp,
         dp=dp,
+        zero_stage=zero_stage_in_use(config, dp),
         micro_batches=micro_batches,
         batch_tokens=config.train.global_batch_size * model.seq_len,
         bounds=bounds,
@@ -92,6 +95,15 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         vocab_local=vocab_local(model.vocab, parallel.tp),
         flops_per_token=model_flops_per_token(layers),
     )
+
+
+def zero_stage_in_use(config: RunConfig, dp: int) -> int:
+    """parallel.zero_stage, or 0 where ZeRO would only copy: one data parallel rank has nothing to share out.
+
+    16 bits need its fp32 masters all the same, offload its way to the host, and a DeepSpeed JSON may ask more of it.
+    """
+    needed = config.train.precision != "fp32" or config.parallel.offload_optimizer or config.train.deepspeed_config
+    return config.parallel.zero_stage if dp > 1 or needed else 0
 
 
 def model_flops_per_token(layers: tuple[LayerSize, ...]) -> int:
@@ -123,6 +135,7 @@ def _stage(
         memory=estimate_memory(
             config,
             dp,
+            zero_stage=zero_stage_in_use(config, dp),
             stage=number,
             n_blocks=n_blocks,
             params_local=params_local,

@@ -57,8 +57,10 @@ def _settings(section: object, default: object) -> Text:
 
 def _facts(config: RunConfig, plan: Plan) -> list[tuple[str, str]]:
     model, train = config.model, config.train
-    zero = config.parallel.zero_stage
-    layout = f"{plan.world_size} processes: pp {plan.pp}, dp {plan.dp}, tp {plan.tp}; ZeRO {zero}"
+    zero = f"ZeRO {plan.zero_stage}"
+    if plan.zero_stage != config.parallel.zero_stage:
+        zero = f"no ZeRO (dp 1 leaves {config.parallel.zero_stage} nothing to share out)"
+    layout = f"{plan.world_size} processes: pp {plan.pp}, dp {plan.dp}, tp {plan.tp}; {zero}"
     batch = f"{train.global_batch_size:,} sequences of {model.seq_len:,} = {plan.batch_tokens:,} tokens a step"
     factors = f"{train.micro_batch_size} (micro-batch) * {plan.micro_batches} * {plan.dp} (dp)"
     work = f"{_flop(plan.flops_per_token)} a token, {_flop(plan.flops_per_token * plan.batch_tokens)} a step"

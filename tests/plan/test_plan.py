@@ -104,6 +104,17 @@ def test_batch_arithmetic():
     assert [stage.in_flight for stage in plan.stages] == [3, 2, 1]
 
 
+def test_zero_is_used_where_it_has_something_to_do():
+    assert make_plan(run(zero_stage=2), 2).zero_stage == 2
+    assert make_plan(run(zero_stage=2), 1).zero_stage == 0
+    assert make_plan(run(zero_stage=1, tp=2, pp=2), 4).zero_stage == 0
+    assert make_plan(run(zero_stage=1, precision="bf16"), 1).zero_stage == 1
+    assert make_plan(run(zero_stage=2, offload_optimizer=True), 1).zero_stage == 2
+    with_json = run(zero_stage=1)
+    with_json = replace(with_json, train=replace(with_json.train, deepspeed_config="ds.json"))
+    assert make_plan(with_json, 1).zero_stage == 1
+
+
 def test_the_configuration_is_not_changed():
     config = run(tp=2, pp=3)
     before = copy.deepcopy(config)
