@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.random import RandomState
 
+from megagpt.config import ModelConfig, RunConfig, TrainConfig
 from megagpt.data import index_builder as maps
 from megagpt.data.blend import build_splits
 from megagpt.data.indexed import IndexedWriter
@@ -26,9 +27,7 @@ from megagpt.errors import UserError, run_cli
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=float, default=1e9, help="tokens of the dataset (default 1e9)")
     parser.add_argument("--mean-length", type=int, default=500, help="tokens of a document (default 500)")
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a sample (default 1024)")
@@ -73,9 +72,7 @@ def measure(task: str, backend: str, args: argparse.Namespace) -> tuple[float, f
     if backend == "C++":
         return measured(lambda: maps.build_sample_index(lengths, documents, args.seq_len, epochs.n_samples))
     dtype = maps.sample_index_dtype(len(documents))
-    return measured(
-        lambda: maps.sample_index_numpy(lengths, documents, args.seq_len, epochs.n_samples, dtype)
-    )
+    return measured(lambda: maps.sample_index_numpy(lengths, documents, args.seq_len, epochs.n_samples, dtype))
 
 
 def reading_us(seq_len: int, micro_batch_size: int) -> float:
@@ -89,14 +86,17 @@ def reading_us(seq_len: int, micro_batch_size: int) -> float:
         batch = 64 * micro_batch_size
         samples = build_splits([str(prefix)], "1", seq_len, 1234, (batch, 0, 0))[0]
         assert samples is not None
+        config = RunConfig(
+            model=ModelConfig(seq_len=seq_len, vocab_size=50_000),
+            train=TrainConfig(global_batch_size=batch, micro_batch_size=micro_batch_size),
+        )
         n_steps = len(samples) // batch
         start_s = time.perf_counter()
         for step in range(n_steps):
             for _ in micro_batches(
                 samples,
+                config,
                 step=step,
-                global_batch_size=batch,
-                micro_batch_size=micro_batch_size,
                 dp_rank=0,
                 dp_size=1,
             ):

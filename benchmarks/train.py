@@ -67,7 +67,6 @@ class Layout:
     tp: int = 1
     pp: int = 1
     dp: int = 1
-    zero_stage: int = 1
 
     @property
     def n_processes(self) -> int:
@@ -80,7 +79,7 @@ class Layout:
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={n}" for name, n in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp)) if n > 1)
-        return f"{sizes or 'one process'}, ZeRO {self.zero_stage}"
+        return sizes or "one process"
 
 
 SHAPES = {
@@ -94,7 +93,6 @@ SHAPES = {
     ),
 }
 LAYOUTS = {
-    "zero0": Layout(zero_stage=0),
     "one": Layout(),
     "tp2": Layout(tp=2),
     "pp2": Layout(pp=2),
@@ -127,7 +125,7 @@ def run_config(shape: Shape, layout: Layout, precision: str, dropout: float) -> 
     )
     return RunConfig(
         model=model,
-        parallel=ParallelConfig(tp=layout.tp, pp=layout.pp, zero_stage=layout.zero_stage),  # type: ignore[arg-type]
+        parallel=ParallelConfig(tp=layout.tp, pp=layout.pp),
         optim=OptimConfig(lr=1e-4, warmup_steps=0, min_lr_fraction=1.0),
         train=TrainConfig(
             micro_batch_size=shape.micro_batch_size,
@@ -246,7 +244,9 @@ class Peer:
         from transformers import GPT2Config, GPT2LMHeadModel  # only rank 0 of a race needs it, and it loads slowly
 
         self.config, self.how = config, how
-        self.model = GPT2LMHeadModel(GPT2Config(**hf_config(config.model), attn_implementation="sdpa"))
+        self.model = GPT2LMHeadModel(
+            GPT2Config(**hf_config(config.model), attn_implementation="sdpa", loss_type="ForCausalLM")
+        )
         self.model.load_state_dict(to_hf_gpt2(_first_weights(config), config.model), strict=False)
         self.model.train()
         if how == "bf16 weights":
@@ -321,9 +321,8 @@ class _RandomTokens:
 def _batches(config: RunConfig, step: int, data: Axis = SINGLE):
     return micro_batches(
         _RandomTokens(config.model),
+        config,
         step=step,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
         dp_rank=data.rank,
         dp_size=data.size,
     )
@@ -398,8 +397,7 @@ def _mib(n_bytes: int) -> float:
 def _layouts(args: argparse.Namespace, precision: str, dropout: float) -> list[Layout]:
     """What the flags ask for: several processes are measured in fp32 without dropout, if not --all."""
     several = args.all or (precision == args.precisions[0] and dropout == args.dropouts[0])
-    chosen = [LAYOUTS[name] for name in args.layouts if precision == "fp32" or name != "zero0"]  # 16 bits need ZeRO 1
-    return [layout for layout in chosen if several or layout.n_processes == 1]
+    return [LAYOUTS[name] for name in args.layouts if several or LAYOUTS[name].n_processes == 1]
 
 
 def _parse() -> argparse.Namespace:

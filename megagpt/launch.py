@@ -10,7 +10,9 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +50,7 @@ def _pretrain(argv: Sequence[str]) -> None:
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
     if start_ranks:
-        _become_launcher(needed, argv)
+        sys.exit(_start_ranks(needed, argv))
     # torch and DeepSpeed load only now: the checks above answer at once, and DeepSpeed reads DS_ACCELERATOR.
     importlib.import_module("megagpt.train").train(config)
 
@@ -93,18 +95,21 @@ def announce(text: str) -> None:
         print(text, flush=True)
 
 
-def _become_launcher(n_ranks: int, argv: Sequence[str]) -> None:
-    """Replace this process by DeepSpeed's launcher of local processes, which starts this program n_ranks times."""
+def _start_ranks(n_ranks: int, argv: Sequence[str]) -> int:
+    """Start this program n_ranks times by DeepSpeed's launcher of local processes; returns the exit code."""
     announce(f"no GPU here: starting {n_ranks} processes on the CPU (gloo), as this layout needs")
-    threads = max(1, (os.cpu_count() or 1) // n_ranks)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    environment = {name: value for name, value in os.environ.items() if name not in FROM_A_LAUNCHER}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_ranks)))
     ranks = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(n_ranks))}).encode()).decode()
     command = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=critical", "--no_local_rank"]
     command += [f"--world_info={ranks}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}"]
-    for name in FROM_A_LAUNCHER:
-        os.environ.pop(name, None)
-    sys.stdout.flush()
-    os.execv(sys.executable, [*command, sys.argv[0], *argv])
+    with subprocess.Popen([*command, sys.argv[0], *argv], env=environment) as launcher:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, _frame: launcher.send_signal(received))
+        code = launcher.wait()
+    if code > 128:  # what ends by itself says why; what is killed cannot
+        print(f"error: a rank was killed by signal {256 - code} (9: often for lack of memory)", file=sys.stderr)
+    return code
 
 
 def _free_port() -> int:

@@ -218,9 +218,8 @@ def batches_of(config: RunConfig, step: int, data: Axis = SINGLE) -> Iterator[Mi
     """This rank's micro-batches of a step, of text that is a function of the sample's number alone."""
     return micro_batches(
         _Patterns(config.model.vocab, config.model.seq_len),
+        config,
         step=step,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
         dp_rank=data.rank,
         dp_size=data.size,
     )

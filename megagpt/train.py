@@ -171,9 +171,8 @@ def _reporter(run: Run, engine: Engine, done: int) -> Reporter:
 def _batches(run: Run, samples: Samples, step: int) -> Iterator[MicroBatch]:
     return micro_batches(
         samples,
+        run.config,
         step=step,
-        global_batch_size=run.config.train.global_batch_size,
-        micro_batch_size=run.config.train.micro_batch_size,
         dp_rank=run.mesh.data.rank,
         dp_size=run.mesh.data.size,
     )

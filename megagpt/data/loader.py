@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megagpt.config import RunConfig
 from megagpt.errors import UserError
 
 
@@ -39,12 +40,14 @@ class MicroBatch:
 
 
 def micro_batches(
-    samples: TokenSamples, *, step: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
+    samples: TokenSamples, config: RunConfig, *, step: int, dp_rank: int, dp_size: int
 ) -> Iterator[MicroBatch]:
     """The micro-batches of one data-parallel rank in one step (counted from 0), in order.
 
-    **Raises** `UserError` when the global batch does not divide, or the samples end before the step does.
+    **Raises** `UserError` when the global batch does not divide, or the samples end before the step does; and, at the
+    micro-batch that has it, for a token that the model has no embedding for.
     """
+    global_batch_size, micro_batch_size = config.train.global_batch_size, config.train.micro_batch_size
     chunk = micro_batch_size * dp_size
     if global_batch_size % chunk:
         raise UserError(
@@ -58,9 +61,15 @@ def micro_batches(
         )
     # A generator of its own, so that the checks above come at the call and not at the first batch.
     starts = range(first + dp_rank * micro_batch_size, end, chunk)
-    return (_micro_batch(samples, range(start, start + micro_batch_size)) for start in starts)
+    return (_micro_batch(samples, range(start, start + micro_batch_size), config.model.vocab) for start in starts)
 
 
-def _micro_batch(samples: TokenSamples, positions: range) -> MicroBatch:
+def _micro_batch(samples: TokenSamples, positions: range, vocab_size: int) -> MicroBatch:
     text = torch.from_numpy(np.stack([samples[position] for position in positions]))
+    if not 0 <= int(text.min()) <= int(text.max()) < vocab_size:
+        bad = int(text.max()) if int(text.max()) >= vocab_size else int(text.min())
+        raise UserError(
+            f"samples {positions.start} to {positions[-1]} hold token {bad}, the vocabulary has {vocab_size}; "
+            "the data was made by another tokenizer (tools/inspect_data.py --verify finds the place)"
+        )
     return MicroBatch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), torch.tensor(positions))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megagpt.errors import UserError
+from megagpt.errors import SILENT_S, UserError
+from megagpt.parallel.agree import RankError
 from megagpt.parallel.mesh import Mesh, build_mesh
 
 TIMEOUT = timedelta(minutes=10)  # of one collective
@@ -37,10 +39,14 @@ def distributed(*, pp: int, dp: int, tp: int) -> Iterator[Mesh]:
     mesh = build_mesh("cuda" if on_gpu else "cpu", pp=pp, dp=dp, tp=tp)
     try:
         yield mesh
-    except UserError:
+    except RankError:
         dist.destroy_process_group()  # every rank is on its way out
         raise
-    # Another exception leaves the group as it is: the other ranks may be waiting in it, and the launcher ends them.
+    except UserError as error:  # met by this rank alone: it speaks; the others wait for it in vain, or lose it
+        raise RankError(f"{mesh.name}: {error}", speaks=True) from error
+    except RuntimeError:  # perhaps because another rank has ended: let that one speak and the launcher act
+        time.sleep(SILENT_S)
+        raise
     dist.destroy_process_group()
 
 

@@ -46,9 +46,7 @@ def megatron_splits(data_path, split, seq_len, seed, num_samples, cache):
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpora")
-    return [
-        write(folder / name, n, seed) for seed, (name, n) in enumerate([("A", 90), ("B", 40), ("C", 150)])
-    ]
+    return [write(folder / name, n, seed) for seed, (name, n) in enumerate([("A", 90), ("B", 40), ("C", 150)])]
 
 
 @pytest.mark.parametrize("weights", [None, "1", "0.7 0.3", "3 1 2", "0.01 0.98 0.01", "0.3 0.2 0.2"])
@@ -111,9 +109,7 @@ def test_parse_data_path():
     assert parse_data_path(("0.7", "A", "30", "B")) == [(0.7, "A"), (30.0, "B")]
 
 
-@pytest.mark.parametrize(
-    "words", ["", "A B", "0.7 A 0.3", "-1 A 2 B", "nan A 1 B", "inf A 1 B", "0 A 1 B", "1 A 1 A"]
-)
+@pytest.mark.parametrize("words", ["", "A B", "0.7 A 0.3", "-1 A 2 B", "nan A 1 B", "inf A 1 B", "0 A 1 B", "1 A 1 A"])
 def test_a_malformed_data_path_is_told(words):
     with pytest.raises(UserError, match=r"data\.data_path=.*; "):
         parse_data_path(tuple(words.split()))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from megagpt.config import ModelConfig, RunConfig, TrainConfig
 from megagpt.data.blend import build_splits
 from megagpt.data.indexed import IndexedWriter
 from megagpt.data.loader import micro_batches
@@ -22,14 +23,18 @@ def samples(tmp_path_factory):
     return build_splits([str(prefix)], "1", 16, 1234, (4 * GLOBAL, 0, 0))[0]
 
 
+def run(micro, vocab_size=100_000):
+    return RunConfig(
+        model=ModelConfig(vocab_size=vocab_size), train=TrainConfig(global_batch_size=GLOBAL, micro_batch_size=micro)
+    )
+
+
 def ids(samples, step, micro, dp):
     """[dp_rank][micro-batch] -> sample ids."""
     return [
         [
             batch.sample_ids_B.tolist()
-            for batch in micro_batches(
-                samples, step=step, global_batch_size=GLOBAL, micro_batch_size=micro, dp_rank=rank, dp_size=dp
-            )
+            for batch in micro_batches(samples, run(micro), step=step, dp_rank=rank, dp_size=dp)
         ]
         for rank in range(dp)
     ]
@@ -51,11 +56,7 @@ def test_a_step_reads_the_same_samples_in_every_layout(samples, micro, dp):
 
 def test_contents_are_the_samples_and_do_not_depend_on_what_was_read_before(samples):
     def read(step):
-        return list(
-            micro_batches(
-                samples, step=step, global_batch_size=GLOBAL, micro_batch_size=3, dp_rank=1, dp_size=2
-            )
-        )
+        return list(micro_batches(samples, run(3), step=step, dp_rank=1, dp_size=2))
 
     first = read(2)
     read(0)
@@ -72,9 +73,16 @@ def test_contents_are_the_samples_and_do_not_depend_on_what_was_read_before(samp
 @pytest.mark.parametrize("step", [-1, 1000])
 def test_a_step_beyond_the_samples_is_told_at_the_call(samples, step):
     with pytest.raises(UserError, match=f"step {step} reads samples"):
-        micro_batches(samples, step=step, global_batch_size=GLOBAL, micro_batch_size=1, dp_rank=0, dp_size=1)
+        micro_batches(samples, run(1), step=step, dp_rank=0, dp_size=1)
 
 
 def test_a_batch_that_does_not_divide_is_told_at_the_call(samples):
     with pytest.raises(UserError, match=r"global_batch_size=24 must be a multiple .*5 \* 2 = 10; try 30"):
-        micro_batches(samples, step=0, global_batch_size=24, micro_batch_size=5, dp_rank=0, dp_size=2)
+        micro_batches(samples, run(5), step=0, dp_rank=0, dp_size=2)
+
+
+def test_a_token_beyond_the_vocabulary_is_told_with_its_samples(samples):
+    largest = max(int(samples[i].max()) for i in range(GLOBAL))
+    assert len(list(micro_batches(samples, run(4, largest + 1), step=0, dp_rank=0, dp_size=1))) == GLOBAL // 4
+    with pytest.raises(UserError, match=f"hold token {largest}, the vocabulary has {largest}; .*another tokenizer"):
+        list(micro_batches(samples, run(4, largest), step=0, dp_rank=0, dp_size=1))

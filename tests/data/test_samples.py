@@ -95,9 +95,7 @@ def test_same_samples_as_megatron_over_many_shapes(tmp_path):
 def test_same_samples_as_megatron_at_the_borders_of_an_epoch(tmp_path, num_samples):
     """10 samples an epoch: the last epoch goes apart while it gives fewer than 8."""
     prefix = write(tmp_path / "d", [0, 0, 31, 1, 0, 49, 20, 0])
-    ours = GPTSamples(
-        IndexedDataset(prefix), documents=(0, 8), num_samples=num_samples, seq_len=10, seed=1234
-    )
+    ours = GPTSamples(IndexedDataset(prefix), documents=(0, 8), num_samples=num_samples, seq_len=10, seed=1234)
     assert_same(ours, megatron_samples(prefix, (0, 8), num_samples, 10, 1234, tmp_path))
 
 
@@ -122,9 +120,7 @@ def test_one_epoch_reads_every_token_once(tmp_path):
     lengths = [17, 0, 60, 4]
     prefix = write(tmp_path / "d", lengths, tokens=np.arange(81))
     samples = GPTSamples(IndexedDataset(prefix), documents=(0, 4), num_samples=8, seq_len=10, seed=1)
-    inputs, labels = (
-        np.concatenate([sample[part] for sample in samples]) for part in (slice(-1), slice(1, None))
-    )
+    inputs, labels = (np.concatenate([sample[part] for sample in samples]) for part in (slice(-1), slice(1, None)))
     assert len(set(inputs.tolist())) == len(inputs) == len(set(labels.tolist())) == 80
     assert {*inputs.tolist(), *labels.tolist()} == set(range(81))
 
