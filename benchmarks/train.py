@@ -9,12 +9,18 @@ benchmarks/README.md says what is measured and how to read it.
 
 from __future__ import annotations
 
+import os
+
+# Read while what follows is imported, here and on the ranks.
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["KINETO_LOG_LEVEL"] = "99"  # torch's profiler, which counts the memory, speaks at every start
+os.environ["PYTHONWARNINGS"] = "ignore"  # of torch about DeepSpeed
+
 import argparse
 import dataclasses
 import importlib.metadata
 import itertools
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -27,6 +33,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -92,6 +99,8 @@ SHAPES = {
         global_batch_size=4,
     ),
 }
+SMOKE = "smoke"  # to see that it runs
+SHAPES[SMOKE] = Shape(ModelConfig(n_layers=2, d_model=16, n_heads=2, seq_len=8, vocab_size=64), 1, 4)
 LAYOUTS = {
     "one": Layout(),
     "tp2": Layout(tp=2),
@@ -103,7 +112,7 @@ LAYOUTS = {
 
 def main() -> None:
     args = _parse()
-    console = Console()
+    console = Console(width=100)
     warm_up(PEER_MODULE)
     tables = []
     for shape, precision, dropout in itertools.product(args.shapes, args.precisions, args.dropouts):
@@ -144,6 +153,8 @@ def measure(config: RunConfig, layout: Layout, rounds: int) -> dict[str, Any]:
     return {
         "layout": str(layout),
         "processes": n,
+        "stages": plan.pp,
+        "zero_stage": plan.zero_stage,
         "threads_a_process": layout.n_threads,
         "tokens_a_step": plan.batch_tokens,
         "ours": _speed(race["ours"], plan),
@@ -152,15 +163,14 @@ def measure(config: RunConfig, layout: Layout, rounds: int) -> dict[str, Any]:
                 **_speed(race[peer], plan),
                 "ours_over_peer": _ratio(race[peer], race["ours"]),
                 "loss_difference": max(abs(a.loss - b.loss) for a, b in zip(race[peer], race["ours"], strict=True)),
+                "peak_mib": _mib(run_ranks(peak_bytes, 1, config, plan, peer, timeout_s=TIMEOUT_S)[0])
+                if n == 1
+                else None,
             }
             for peer in PEERS[config.train.precision]
         },
         "peak_mib": [_mib(peak) for peak in peaks],
         "plan_mib": [_mib(stage.memory.total) for stage in plan.stages for _ in range(n // plan.pp)],
-        "peer_peak_mib": {
-            peer: _mib(run_ranks(peak_bytes, 1, config, plan, peer, timeout_s=TIMEOUT_S)[0])
-            for peer in (PEERS[config.train.precision] if n == 1 else ())
-        },
     }
 
 
@@ -244,9 +254,9 @@ class Peer:
         from transformers import GPT2Config, GPT2LMHeadModel  # only rank 0 of a race needs it, and it loads slowly
 
         self.config, self.how = config, how
-        self.model = GPT2LMHeadModel(
-            GPT2Config(**hf_config(config.model), attn_implementation="sdpa", loss_type="ForCausalLM")
-        )
+        theirs = GPT2Config(**hf_config(config.model), attn_implementation="sdpa")
+        self.model = GPT2LMHeadModel(theirs)
+        self.model.loss_type = "ForCausalLM"  # it would guess this, and warn
         self.model.load_state_dict(to_hf_gpt2(_first_weights(config), config.model), strict=False)
         self.model.train()
         if how == "bf16 weights":
@@ -332,24 +342,20 @@ def _batches(config: RunConfig, step: int, data: Axis = SINGLE):
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """One shape, precision and dropout."""
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("")
-    for heading in ("tokens/s", "of the peer", "peer", "loss apart", "peak MiB a rank", "plan"):
-        shown.add_column(heading, justify="right")
+    """One shape, precision and dropout; a line for each layout and peer."""
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("", no_wrap=True)
+    for heading in ("tokens/s", "peer", "tokens/s", "ours / peer", "losses", "peak MiB", "plan", "peer"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        peers = row["peers"].values()
-        shown.add_row(
-            row["layout"],
-            f"{row['ours']['tokens_per_s']:,.0f}",
-            "\n".join("{median:.2f} ({low:.2f} to {high:.2f})".format(**p["ours_over_peer"]) for p in peers),
-            "\n".join(f"{name} {p['tokens_per_s']:,.0f}" for name, p in row["peers"].items()),
-            "\n".join(f"{p['loss_difference']:.0e}" for p in peers),
-            _per_rank(row["peak_mib"]),
-            _per_rank(row["plan_mib"]),
-        )
-        for peer, peak_mib in row["peer_peak_mib"].items():
-            shown.add_row(f"[dim]peer {peer}", "", "", "", "", f"[dim]{peak_mib:,.0f}", "")
+        ours = (row["layout"], f"{row['ours']['tokens_per_s']:,.0f}")
+        memory = (_by_stage(row["peak_mib"], row["stages"]), _by_stage(row["plan_mib"], row["stages"]))
+        for name, peer in row["peers"].items():
+            ratio = "{median:.2f} ({low:.2f}-{high:.2f})".format(**peer["ours_over_peer"])
+            apart = f"{peer['loss_difference']:.0e}"
+            its_peak = f"{peer['peak_mib']:,.0f}" if peer["peak_mib"] else ""
+            shown.add_row(*ours, name, f"{peer['tokens_per_s']:,.0f}", ratio, apart, *memory, its_peak)
+            ours, memory = ("", ""), ("", "")
     return shown
 
 
@@ -386,8 +392,10 @@ def _ratio(peer: list[Step], ours: list[Step]) -> dict[str, float]:
     return {"median": round(median, 3), "low": round(low, 3), "high": round(high, 3)}
 
 
-def _per_rank(values: list[float]) -> str:
-    return " ".join(f"{v:,.0f}" for v in values)
+def _by_stage(mib: list[float], n_stages: int) -> str:
+    """The largest rank of each pipeline stage; ranks of a stage follow each other."""
+    size = len(mib) // n_stages
+    return " ".join(f"{max(mib[i : i + size]):,.0f}" for i in range(0, len(mib), size))
 
 
 def _mib(n_bytes: int) -> float:
@@ -402,15 +410,16 @@ def _layouts(args: argparse.Namespace, precision: str, dropout: float) -> list[L
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, choices, text in (
-        ("--shapes", list(SHAPES), "models"),
-        ("--precisions", list(PEERS), "number formats"),
-        ("--dropouts", [0.0, 0.1], "dropout probabilities"),
-        ("--layouts", list(LAYOUTS), "layouts"),
+    for flag, choices, default, text in (
+        ("--shapes", SHAPES, [name for name in SHAPES if name != SMOKE], "models"),
+        ("--precisions", PEERS, PEERS, "number formats"),
+        ("--layouts", LAYOUTS, LAYOUTS, "layouts"),
     ):
-        parser.add_argument(
-            flag, nargs="+", choices=choices, default=choices, type=type(choices[0]), help=f"{text} (default: all)"
-        )
+        told = f"{text}, of {', '.join(choices)} (default: {' '.join(default)})"
+        parser.add_argument(flag, nargs="+", choices=choices, default=list(default), metavar="NAME", help=told)
+    parser.add_argument(
+        "--dropouts", nargs="+", type=float, default=[0.0, 0.1], metavar="P", help="dropout (default: 0 0.1)"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side (default: 7)")
     parser.add_argument(
         "--all", action="store_true", help="several processes with every precision and dropout, not only the first"
