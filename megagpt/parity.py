@@ -149,18 +149,25 @@ def parity_config(model: ModelConfig | None = None, precision: Precision = "fp32
     )
 
 
-def all_layouts(max_processes: int = 8) -> list[Layout]:
+def all_layouts(max_processes: int = 8, precision: Precision = "fp32") -> list[Layout]:
     """Every allowed combination of sizes and ZeRO stage, each with two micro-batch sizes and recompute on and off."""
     found = []
     for tp, pp, dp in itertools.product((1, 2, 4), repeat=3):
         if tp * pp * dp > max_processes:
             continue
-        for zero_stage in (0, 1) if pp > 1 else (0, 1, 2, 3):
+        for zero_stage in _zero_stages(pp, dp, precision):
             found.append(Layout(tp, pp, dp, zero_stage, micro_batch_size=1, recompute=False))
             found.append(Layout(tp, pp, dp, zero_stage, micro_batch_size=2, recompute=True))
         if pp == 1:
             found.append(Layout(tp, pp, dp, 2, micro_batch_size=2, offload_optimizer=True))
     return found
+
+
+def _zero_stages(pp: int, dp: int, precision: Precision) -> tuple[int, ...]:
+    stages = (0, 1) if pp > 1 else (0, 1, 2, 3)
+    if precision != "fp32":
+        return stages[1:]  # 0 is refused
+    return stages if dp > 1 else stages[:1]  # the plan leaves ZeRO out where there is nothing to share out
 
 
 def run_layout(config: RunConfig, layout: Layout, timeout_s: float = 240.0) -> Outcome:

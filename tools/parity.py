@@ -35,10 +35,7 @@ def main() -> int:
     os.environ["DS_ACCELERATOR"] = "cpu"  # read once, while DeepSpeed is imported
     parity: Any = importlib.import_module("megagpt.parity")  # after the flags: this takes seconds
     config, bounds = parity.parity_config(precision=options.precision), parity.BOUNDS[options.precision]
-    layouts = parity.all_layouts(options.max_processes)
-    if options.precision != "fp32":
-        layouts = [layout for layout in layouts if layout.zero_stage > 0]  # 16 bits need ZeRO's fp32 weights
-    layouts = _matching(layouts, options.layouts)
+    layouts = _matching(parity.all_layouts(options.max_processes, options.precision), options.layouts)
     print(f"{len(layouts)} layouts, {config.train.train_steps} steps each; reference: {parity.REFERENCE}")
     print(HEADER)
     bounds_line = (bounds.loss, bounds.grad_norm, bounds.gradient, bounds.weight)

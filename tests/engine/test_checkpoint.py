@@ -36,12 +36,12 @@ MODEL = ModelConfig(
     dropout_embedding=0.1, dropout_attention=0.1, dropout_residual=0.1,
 )  # fmt: skip
 
-FIRST = Layout(tp=2, pp=2, zero_stage=1, micro_batch_size=2)
+FIRST = Layout(tp=2, pp=2, micro_batch_size=2)
 RING = [
     Layout(dp=2, zero_stage=3, micro_batch_size=2),
     Layout(tp=2, dp=2, zero_stage=2, micro_batch_size=4),
-    Layout(pp=2, dp=2, zero_stage=0, micro_batch_size=1, recompute=True),
-    Layout(tp=4, zero_stage=3, micro_batch_size=8),
+    Layout(pp=2, dp=2, zero_stage=1, micro_batch_size=1, recompute=True),
+    Layout(tp=2, dp=2, zero_stage=3, micro_batch_size=1),
     Layout(zero_stage=2, offload_optimizer=True),
     Layout(),
     FIRST,

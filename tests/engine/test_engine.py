@@ -129,8 +129,8 @@ def train_from(config: RunConfig, dp: int, weights: dict[str, Tensor]):
     [
         Layout(),
         Layout(dp=2, zero_stage=3, micro_batch_size=2),
-        Layout(tp=2, pp=2, zero_stage=0, micro_batch_size=2),
-        Layout(tp=2, pp=2, zero_stage=1, micro_batch_size=1),
+        Layout(tp=2, pp=2, micro_batch_size=2),
+        Layout(pp=2, dp=2, zero_stage=1, micro_batch_size=1),
     ],
     ids=str,
 )
@@ -204,9 +204,9 @@ def disturb(config: RunConfig, dp: int, name: str, rank: int) -> str:
     ("layout", "name", "rank"),
     [
         (Layout(dp=2, zero_stage=1), "blocks.0.attention.qkv.weight", 1),  # over the data axis
-        (Layout(tp=2, zero_stage=1), "blocks.1.mlp.down.bias", 1),  # over the model axis
-        (Layout(tp=2, zero_stage=3), "head.norm.weight", 0),
-        (Layout(pp=2, zero_stage=1), "embedding.tokens.weight", 1),  # tied ends
+        (Layout(tp=2), "blocks.1.mlp.down.bias", 1),  # over the model axis
+        (Layout(tp=2, dp=2, zero_stage=3), "head.norm.weight", 0),
+        (Layout(pp=2), "embedding.tokens.weight", 1),  # tied ends
     ],
     ids=str,
 )
