@@ -175,7 +175,7 @@ class DataConfig:
 class OptimConfig:
     """AdamW, its schedule, and clipping."""
 
-    lr: Annotated[float, arg(aliases=["--lr"])] = 1e-3
+    lr: Annotated[float, arg(aliases=["--lr"])] = 2e-3
     """Peak learning rate."""
     min_lr_fraction: float = 0.1
     """The cosine ends at this share of the peak."""
@@ -210,11 +210,11 @@ class OptimConfig:
 class TrainConfig:
     """Steps, batches, precision, seeds, and the engine's own file."""
 
-    train_steps: Annotated[int, arg(aliases=["--train-steps"])] = 300
+    train_steps: Annotated[int, arg(aliases=["--train-steps"])] = 400
     """Optimizer steps of the whole run."""
-    micro_batch_size: Annotated[int, arg(aliases=["--micro-batch-size"])] = 4
+    micro_batch_size: Annotated[int, arg(aliases=["--micro-batch-size"])] = 2
     """Sequences that one process handles at a time."""
-    global_batch_size: Annotated[int, arg(aliases=["--global-batch-size"])] = 16
+    global_batch_size: Annotated[int, arg(aliases=["--global-batch-size"])] = 8
     """Sequences in one optimizer step, over all processes."""
     precision: Annotated[Literal["fp32", "bf16", "fp16"], arg(aliases=["--precision"])] = "fp32"
     """Number format of weights and activations; optimizer states stay fp32."""
