@@ -147,8 +147,8 @@ def test_resumed_elsewhere_it_is_the_run_of_one_process(first, cache):
 REFUSED = {
     "heads": ("--tp 3", "parallel.tp=3 must divide n_heads=4", "try 1, 2, 4"),
     "stages": ("--pp 5 --n-layers 4", "n_layers=4 is fewer than parallel.pp=5", "--pp 4"),
-    "batch": ("--global-batch-size 7", "train.global_batch_size=7", "use --global-batch-size 4 or 8"),
-    "batch of ranks": ("--tp 2 --pp 2 --micro-batch-size 3", "micro_batch_size=3", "--global-batch-size 15 or 18"),
+    "batch": ("--global-batch-size 7", "train.global_batch_size=7", "use --global-batch-size 6 or 8"),
+    "batch of ranks": ("--tp 2 --pp 2 --micro-batch-size 3", "micro_batch_size=3", "--global-batch-size 6 or 9"),
     "zero": ("--pp 2 --zero-stage 3", "parallel.zero_stage=3", "--zero-stage 1"),
     "data": ("--data-path nowhere", "nowhere"),
     "precision": ("--precision bf16 --zero-stage 0", "train.precision=bf16", "--zero-stage 1"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megagpt.cli import parse_run_config, read_config, to_yaml
 from megagpt.cli.flags import FOREIGN, all_flags
 from megagpt.cli.yaml_file import dotted_keys
-from megagpt.config import DataConfig, LogConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megagpt.config import DataConfig, LogConfig, ModelConfig, OptimConfig, RunConfig
 from megagpt.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ def test_later_sources_win(tmp_path):
     assert config.model.n_layers == 8  # second file over first
     assert config.optim.lr == 3e-4  # file over preset, though YAML 1.1 has 3e-4 as a word
     assert config.model.d_model == 768  # preset over default
-    assert config.train.micro_batch_size == TrainConfig().micro_batch_size
+    assert config.log.eval_interval == LogConfig().eval_interval  # default
 
 
 def test_sources_are_checked_once_merged(tmp_path):
