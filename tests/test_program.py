@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 PROGRAM = str(ROOT / "examples" / "pretrain_gpt.py")
+pytestmark = pytest.mark.timeout(300)  # a start of four ranks on a busy machine takes minutes
 SMALL = "--n-layers 2 --d-model 32 --seq-len 32 --global-batch-size 8 --micro-batch-size 2 --eval-steps 1"
 SCHEDULE = "--warmup-steps 1 --optim.decay-steps 6 --lr 0.01 --model.dropout-residual 0.1"
 # What DeepSpeed's and torch's launchers write about themselves, before our program begins and after it ended.
@@ -49,7 +50,7 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run(cache: Path, *command: str, timeout_s: float = 110.0) -> Run:
+def run(cache: Path, *command: str, timeout_s: float = 280.0) -> Run:
     """Run a command line, split at spaces, and end all that it started if it takes too long."""
     words = [word for part in command for word in part.split()]
     launcher = [str(BIN / words[0]), PROGRAM] if words[0] != "torchrun" else [str(BIN / "torchrun")]
@@ -83,10 +84,9 @@ def first(cache) -> tuple[Run, Path]:
     """The issue's command, shortened: four steps of a small model on the default corpus."""
     folder = cache / "first"
     options = f"--tp 2 --pp 2 --train-steps 4 --eval-interval 2 --save {folder} {SMALL} {SCHEDULE}"
-    return run(cache, "deepspeed", options, timeout_s=200), folder
+    return run(cache, "deepspeed", options), folder
 
 
-@pytest.mark.timeout(240)
 def test_deepspeed_starts_the_ranks_that_the_layout_needs(first, cache):
     result, folder = first
     assert (result.code, result.err) == (0, ""), result
@@ -123,7 +123,6 @@ def test_a_run_folder_holds_what_is_promised(first):
     assert (folder / "checkpoints" / "latest").read_text() == "step-000004"
 
 
-@pytest.mark.timeout(240)
 def test_resumed_elsewhere_it_is_the_run_of_one_process(first, cache):
     """4 ranks for 4 steps, then 2 ranks of torchrun for 2: the losses of one plain process for 6."""
     _, folder = first
