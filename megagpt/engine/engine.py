@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
@@ -62,7 +63,8 @@ class Engine:
                 dist_init_required=False,
             )
         self.has_stages = isinstance(self.engine, PipelineEngine)
-        if plan.zero_stage == 0 and plan.dp == 1:  # else it reduces over one process, by copying all to and fro
+        if plan.dp == 1 and (plan.zero_stage == 0 or isinstance(self.optimizer, BF16_Optimizer)):
+            # Nothing to reduce: DeepSpeed would copy all gradients to and fro. Its other optimizers need that call.
             self.engine.enable_backward_allreduce = self.engine.pipeline_enable_backward_allreduce = False
         create_moments(self)
 

@@ -19,6 +19,8 @@ def deepspeed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
     if config.train.deepspeed_config is not None:
         settings = check_deepspeed_json(config.train.deepspeed_config, settings)
     settings.setdefault("steps_per_print", 10**9)
+    if config.train.precision == "bf16":  # DeepSpeed would add up gradients in fp32, and then round them to be sent
+        settings.setdefault("communication_data_type", "fp32")
     largest_stage = max(stage.params_local for stage in plan.stages)
     settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, largest_stage))
     settings["zero_optimization"]["stage"] = plan.zero_stage
