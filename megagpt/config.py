@@ -49,7 +49,7 @@ class ModelConfig:
 
     n_layers: Annotated[int, arg(aliases=["--n-layers"])] = 4
     """Transformer blocks."""
-    d_model: Annotated[int, arg(aliases=["--d-model"])] = 256
+    d_model: Annotated[int, arg(aliases=["--d-model"])] = 192
     """Width of the residual stream."""
     n_heads: Annotated[int, arg(aliases=["--n-heads"])] = 4
     """Attention heads."""
@@ -210,7 +210,7 @@ class OptimConfig:
 class TrainConfig:
     """Steps, batches, precision, seeds, and the engine's own file."""
 
-    train_steps: Annotated[int, arg(aliases=["--train-steps"])] = 400
+    train_steps: Annotated[int, arg(aliases=["--train-steps"])] = 500
     """Optimizer steps of the whole run."""
     micro_batch_size: Annotated[int, arg(aliases=["--micro-batch-size"])] = 2
     """Sequences that one process handles at a time."""

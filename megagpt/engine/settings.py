@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from megagpt.config import RunConfig
 from megagpt.plan.deepspeed_json import check_deepspeed_json
 from megagpt.plan.plan import Plan
 
-# Gradients in one reduction of ZeRO. DeepSpeed's 500 M would be a buffer of 2 GB in fp32; this stays near a CPU's
-# caches (benchmarks/README.md), and is 16 MiB, enough to fill a link.
-BUCKET = 4 * 2**20
+# Gradients in one reduction of ZeRO on a CPU: 16 MiB stay near its caches, where DeepSpeed's 500 M would be a buffer
+# of 2 GB. A GPU's links want the large one.
+CPU_BUCKET = 4 * 2**20
 
 
 def deepspeed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
@@ -21,8 +23,9 @@ def deepspeed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
     settings.setdefault("steps_per_print", 10**9)
     if config.train.precision == "bf16":  # DeepSpeed would add up gradients in fp32, and then round them to be sent
         settings.setdefault("communication_data_type", "fp32")
-    largest_stage = max(stage.params_local for stage in plan.stages)
-    settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, largest_stage))
+    if not torch.cuda.is_available():
+        largest_stage = max(stage.params_local for stage in plan.stages)
+        settings["zero_optimization"].setdefault("reduce_bucket_size", min(CPU_BUCKET, largest_stage))
     settings["zero_optimization"]["stage"] = plan.zero_stage
     if plan.zero_stage == 0:
         # The engine clips: DeepSpeed counts tied and replicated weights wrongly here.

@@ -42,7 +42,7 @@ def test_sources_are_checked_once_merged(tmp_path):
     """7 heads do not divide the default width: the flag that comes later mends it."""
     (tmp_path / "run.yaml").write_text("model: {n_heads: 7}\n")
     assert parse_run_config(["--config", str(tmp_path / "run.yaml"), "--d-model", "700"]).model.head_width == 100
-    with pytest.raises(UserError, match=r"model\.d_model=256 with model\.n_heads=7"):
+    with pytest.raises(UserError, match=r"model\.d_model=192 with model\.n_heads=7"):
         parse_run_config(["--config", str(tmp_path / "run.yaml")])
 
 
@@ -163,8 +163,8 @@ BAD_FLAGS = {
         "--preset gpt2-smal is not known; did you mean gpt2-small?",
     ),
     "heads": (
-        ["--n-heads", "3"],
-        "model.d_model=256 with model.n_heads=3 must divide evenly; try n_heads in [1, 2",
+        ["--n-heads", "5"],
+        "model.d_model=192 with model.n_heads=5 must divide evenly; try n_heads in [1, 2",
     ),
     "ZeRO 2 with a pipeline": (["--pp", "2", "--zero-stage", "2"], "use --zero-stage 1, or --pp 1"),
     "no file": (["--config"], "argument --config: expected one argument"),
