@@ -53,7 +53,7 @@ from megagpt.plan.plan import Plan, make_plan
 
 PEERS = {"fp32": ("fp32",), "bf16": ("autocast", "bf16 weights")}  # by our precision
 PEER_MODULE = "transformers.models.gpt2.modeling_gpt2"
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = 1
 N_CORES = os.cpu_count() or 1
 TIMEOUT_S = 900.0
 
@@ -90,13 +90,13 @@ class Layout:
 
 
 SHAPES = {
-    # The preset of that name, with the vocabulary of the default corpus.
-    "tiny": Shape(ModelConfig(vocab_size=4096), micro_batch_size=4, global_batch_size=16),
+    # The default run, with the vocabulary of its corpus.
+    "tiny": Shape(ModelConfig(vocab_size=4096), micro_batch_size=2, global_batch_size=8),
     # GPT-2 small with 2 of its 12 blocks and a quarter of its context: matrix products and the loss dominate.
     "gpt2": Shape(
         ModelConfig(n_layers=2, d_model=768, n_heads=12, seq_len=256, vocab_size=50257),
         micro_batch_size=1,
-        global_batch_size=4,
+        global_batch_size=2,
     ),
 }
 SMOKE = "smoke"  # to see that it runs
@@ -163,7 +163,9 @@ def measure(config: RunConfig, layout: Layout, rounds: int) -> dict[str, Any]:
                 **_speed(race[peer], plan),
                 "ours_over_peer": _ratio(race[peer], race["ours"]),
                 "loss_difference": max(abs(a.loss - b.loss) for a, b in zip(race[peer], race["ours"], strict=True)),
-                "peak_mib": _mib(run_ranks(peak_bytes, 1, config, plan, peer, timeout_s=TIMEOUT_S)[0])
+                "peak_mib": _mib(
+                    run_ranks(peak_bytes, 1, config, plan, peer, n_threads=layout.n_threads, timeout_s=TIMEOUT_S)[0]
+                )
                 if n == 1
                 else None,
             }
@@ -420,7 +422,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--dropouts", nargs="+", type=float, default=[0.0, 0.1], metavar="P", help="dropout (default: 0 0.1)"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side (default: 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each side (default: 5)")
     parser.add_argument(
         "--all", action="store_true", help="several processes with every precision and dropout, not only the first"
     )

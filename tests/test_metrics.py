@@ -55,9 +55,7 @@ def test_bits_per_byte_of_lm_evaluation_harness():
 
 def test_a_uniform_guess_costs_the_bits_it_must():
     assert metrics.bits_per_byte(math.log(256), n_tokens=1000, n_bytes=1000) == pytest.approx(8)
-    assert metrics.bits_per_byte(math.log(50257), n_tokens=1, n_bytes=4) == pytest.approx(
-        15.617 / 4, rel=1e-4
-    )
+    assert metrics.bits_per_byte(math.log(50257), n_tokens=1, n_bytes=4) == pytest.approx(15.617 / 4, rel=1e-4)
 
 
 def test_perplexity():

@@ -80,9 +80,7 @@ def test_the_tool_writes_into_the_run_or_where_it_is_told(tmp_path):
     done = plot_tool(run)
     assert (done.returncode, done.stdout) == (0, f"wrote {run / 'loss.png'}\n")
     assert imread(run / "loss.png").shape == (750, 1200, 4)
-    done = plot_tool(
-        run, make_run(tmp_path / "b"), "--out", tmp_path / "both.svg", "--x", "tokens", "--log-x"
-    )
+    done = plot_tool(run, make_run(tmp_path / "b"), "--out", tmp_path / "both.svg", "--x", "tokens", "--log-x")
     assert done.returncode == 0
     assert "<svg" in (tmp_path / "both.svg").read_text()
 

@@ -53,9 +53,7 @@ def test_metrics_file_has_a_row_a_step_with_every_bit(tmp_path):
     with reporter(tmp_path) as report:
         report.step(1, loss=0.1 + 0.2, lr=1 / 3, grad_norm=math.pi, step_time_s=9.0)
         report.validation(1, loss=math.log(50), bits_per_byte=2.5)
-        report.step(
-            2, loss=math.nan, lr=1e-3, grad_norm=math.inf, step_time_s=0.5, loss_scale=65536.0, skipped=True
-        )
+        report.step(2, loss=math.nan, lr=1e-3, grad_norm=math.inf, step_time_s=0.5, loss_scale=65536.0, skipped=True)
     first, validation, second = rows_of(tmp_path)
     assert first == {
         "step": 1, "tokens": 1000, "loss": 0.1 + 0.2, "lr": 1 / 3, "grad_norm": math.pi, "step_time_s": 9.0
@@ -144,8 +142,7 @@ def test_plain_lines_are_thinned_and_carry_no_control_codes(tmp_path, monkeypatc
     lines = out.getvalue().splitlines()
     assert lines[0] == "step 1/500 | loss 5.0000 | lr 1.00e-03 | grad norm 0.7"
     assert lines[-2] == (
-        "step 500/500 | loss 0.0100 | 0:00 left | 2k tokens/s | lr 1.00e-03 | grad norm 0.7"
-        " | 0.003 TFLOP/s each"
+        "step 500/500 | loss 0.0100 | 0:00 left | 2k tokens/s | lr 1.00e-03 | grad norm 0.7 | 0.003 TFLOP/s each"
     )
     assert lines[-1] == "[bold]done[/bold]"
     assert len(lines) < 10  # 500 steps in far less than 10 s
@@ -168,10 +165,7 @@ def test_a_terminal_gets_one_live_line(tmp_path):
         report.validation(7, loss=math.log(50), bits_per_byte=2.5)
         take_steps(report, 8, 8)
     screen = out.getvalue()
-    assert (
-        "8/8  loss 0.6250  0:00 left  2k tokens/s  lr 1.00e-03  grad norm 0.7  0.012 TFLOP/s  MFU 120.0%"
-        in screen
-    )
+    assert "8/8  loss 0.6250  0:00 left  2k tokens/s  lr 1.00e-03  grad norm 0.7  0.012 TFLOP/s  MFU 120.0%" in screen
     assert "step 7 | validation loss 3.9120 | perplexity 50 | 2.500 bits per byte" in screen
     assert screen.count("\n") == 2  # the validation's, and the live line's own at the end
 

