@@ -26,6 +26,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -148,8 +149,14 @@ def measure(config: RunConfig, layout: Layout, rounds: int) -> dict[str, Any]:
     """One row: our speed beside each peer's, and the peak memory of each rank beside the plan's."""
     n = layout.n_processes
     plan = make_plan(config, n)
-    race = run_ranks(run_race, n, config, plan, rounds, n_threads=layout.n_threads, timeout_s=TIMEOUT_S)[0]
-    peaks = run_ranks(peak_bytes, n, config, plan, "ours", n_threads=layout.n_threads, timeout_s=TIMEOUT_S)
+
+    def on_ranks(function: Callable[..., Any], *args: Any) -> list[Any]:
+        return run_ranks(function, n, config, plan, *args, n_threads=layout.n_threads, timeout_s=TIMEOUT_S)
+
+    race = on_ranks(run_race, rounds)[0]
+    peaks = {"ours": on_ranks(peak_bytes, "ours")}
+    if n == 1:
+        peaks |= {peer: on_ranks(peak_bytes, peer) for peer in PEERS[config.train.precision]}
     return {
         "layout": str(layout),
         "processes": n,
@@ -163,15 +170,11 @@ def measure(config: RunConfig, layout: Layout, rounds: int) -> dict[str, Any]:
                 **_speed(race[peer], plan),
                 "ours_over_peer": _ratio(race[peer], race["ours"]),
                 "loss_difference": max(abs(a.loss - b.loss) for a, b in zip(race[peer], race["ours"], strict=True)),
-                "peak_mib": _mib(
-                    run_ranks(peak_bytes, 1, config, plan, peer, n_threads=layout.n_threads, timeout_s=TIMEOUT_S)[0]
-                )
-                if n == 1
-                else None,
+                "peak_mib": _mib(peaks[peer][0]) if peer in peaks else None,
             }
             for peer in PEERS[config.train.precision]
         },
-        "peak_mib": [_mib(peak) for peak in peaks],
+        "peak_mib": [_mib(peak) for peak in peaks["ours"]],
         "plan_mib": [_mib(stage.memory.total) for stage in plan.stages for _ in range(n // plan.pp)],
     }
 
@@ -228,7 +231,7 @@ def peak_bytes(config: RunConfig, plan: Plan, contestant: str) -> int:
         trained = Ours(config, plan) if contestant == "ours" else Peer(config, contestant)
         for step in range(2):
             trained.step(step)
-    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]  # in order of time
+    events: Any = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]  # in order of time
     sizes = (event.nbytes() for event in events if event.name() == "[memory]")  # negative: given back
     return max(itertools.accumulate(sizes))
 
@@ -256,8 +259,8 @@ class Peer:
         from transformers import GPT2Config, GPT2LMHeadModel  # only rank 0 of a race needs it, and it loads slowly
 
         self.config, self.how = config, how
-        theirs = GPT2Config(**hf_config(config.model), attn_implementation="sdpa")
-        self.model = GPT2LMHeadModel(theirs)
+        theirs = GPT2Config(**hf_config(config.model), attn_implementation="sdpa")  # type: ignore[call-arg]
+        self.model: Any = GPT2LMHeadModel(theirs)
         self.model.loss_type = "ForCausalLM"  # it would guess this, and warn
         self.model.load_state_dict(to_hf_gpt2(_first_weights(config), config.model), strict=False)
         self.model.train()
