@@ -444,12 +444,13 @@ def test_output_that_is_read_only(run_tool) -> None:
     with tempfile.TemporaryDirectory() as name:  # where another user may look, unlike tmp_path
         folder = Path(name)
         (folder / "in.jsonl").write_bytes(GOOD_LINE)
+        args = ("preprocess_data", "--input", folder / "in.jsonl", "--tokenizer", "bytes", "--output-prefix")
+        run_tool(*args, folder / "first").succeeded()  # loads what nobody may not be allowed to read
+        for file in folder.glob("first*"):
+            file.unlink()
         folder.chmod(0o555)
         with _as_nobody():
-            outcome = run_tool(
-                "preprocess_data", "--input", folder / "in.jsonl", "--output-prefix", folder / "out",
-                "--tokenizer", "bytes",
-            )  # fmt: skip
+            outcome = run_tool(*args, folder / "out")
         outcome.refused(f"{folder}/out_text_document.idx.partial", "Permission denied")
         assert os.listdir(folder) == ["in.jsonl"]
         folder.chmod(0o755)
