@@ -11,6 +11,7 @@ fallbacks. MEGAGPT_REQUIRE_EXT=1 turns that into a failure.
 """
 
 import os
+import platform
 import shutil
 import sys
 from contextlib import suppress
@@ -33,6 +34,13 @@ INDEX_BUILDER = "csrc/index_builder.cpp"
 OPS = sorted(set(glob("csrc/*.cpp")) - {INDEX_BUILDER})
 FALLBACK = {"megagpt._index_builder": "NumPy code", "megagpt._C": "PyTorch reference code"}
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+# Only torch's stable ABI of 2.11 is used, so that one build loads into every later torch.
+STABLE_ABI = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+# Loops vectorise: no errno, no trapping, multiply and add in one instruction where there is one.
+VECTORISE = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+X86 = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" and sys.platform != "darwin" else []
+CXX_FLAGS = [*STABLE_ABI, "-O3", *VECTORISE, *X86, *OPENMP]
+NVCC_FLAGS = [*STABLE_ABI, "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
 
 
 def index_builder() -> Pybind11Extension:
@@ -45,11 +53,11 @@ def op_library():
     """Every op of csrc/ in one library, with CUDA where that can be compiled."""
     headers = sorted(glob("csrc/*.h") + glob("csrc/*.cuh"))
     sources = list(OPS)
-    kind, flags = cpp_extension.CppExtension, {"cxx": ["-O3", *OPENMP]}
+    kind, flags = cpp_extension.CppExtension, {"cxx": CXX_FLAGS}
     cuda_home = cpp_extension.CUDA_HOME  # None for a torch without CUDA
     if glob("csrc/*.cu") and cuda_home and shutil.which("nvcc", path=f"{cuda_home}/bin"):
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # else torch would ask the GPUs present
-        kind, flags = cpp_extension.CUDAExtension, {**flags, "nvcc": ["-O3"]}
+        kind, flags = cpp_extension.CUDAExtension, {**flags, "nvcc": NVCC_FLAGS}
         sources += sorted(glob("csrc/*.cu"))
     return kind("megagpt._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=OPENMP)
 

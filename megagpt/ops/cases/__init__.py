@@ -1,0 +1,1 @@
+"""One file an op: what proves and measures it."""

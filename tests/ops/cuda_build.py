@@ -1,0 +1,131 @@
+"""Compiles csrc/*.cu without a GPU: by nvcc for its report, and as C++ under cuda_emulation.h to run on the CPU.
+
+python -m tests.ops.cuda_build softcap      both for one op, then its cases over the emulated kernels
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+TORCH = Path(torch.__file__).parent
+INCLUDES = [
+    "-std=c++20",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    f"-I{ROOT / 'csrc'}",
+    f"-I{TORCH / 'include'}",
+    f"-I{TORCH / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
+]
+ARCHITECTURES = ("80", "90")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas says of one kernel on one architecture."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    spilled_bytes: int
+    stack_bytes: int
+
+
+def nvcc_report(source: Path, folder: Path) -> list[Usage]:
+    """Compile one .cu for every architecture; what its kernels use."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    flags = ["-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xptxas", "-v", *targets, *INCLUDES]
+    done = _run(["nvcc", "-c", *flags, str(source), "-o", str(folder / f"{source.stem}.o")])
+    return parse_report(done.stderr + done.stdout)
+
+
+def parse_report(text: str) -> list[Usage]:
+    """ptxas -v's lines: entry function, stack and spills, registers."""
+    entry = re.compile(
+        r"Compiling entry function '(?P<kernel>.*)' for 'sm_(?P<arch>\d+)'.*?"
+        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers",
+        re.DOTALL,
+    )
+    return [
+        Usage(
+            _demangled(m["kernel"]), m["arch"], int(m["registers"]), int(m["stores"]) + int(m["loads"]), int(m["stack"])
+        )
+        for m in entry.finditer(text)
+    ]
+
+
+def build_emulated(sources: list[Path], library: Path) -> Path:
+    """Compile .cu files for the CPU into one library that stands in for csrc's (MEGAGPT_EMULATED_CUDA)."""
+    compiler = os.environ.get("CXX", "g++").split()
+    flags = ["-shared", "-fPIC", "-O1", "-w", "-DMEGAGPT_EMULATED_CUDA", f"-I{ROOT / 'tests' / 'ops'}", *INCLUDES]
+    files = ["-x", "c++", *map(str, sources), str(ROOT / "csrc" / "branches.cpp")]
+    _run(
+        [
+            *compiler,
+            *flags,
+            *files,
+            "-x",
+            "none",
+            f"-L{TORCH / 'lib'}",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+            "-o",
+            str(library),
+        ]
+    )
+    return library
+
+
+def run_emulated(library: Path, *pytest_arguments: str) -> subprocess.CompletedProcess[str]:
+    """tests/ops/test_every_op.py in a process of its own that has loaded the emulated kernels."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/ops/test_every_op.py", *pytest_arguments],
+        cwd=ROOT,
+        env=os.environ | {"MEGAGPT_EMULATED_CUDA": str(library)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        errors = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line]
+        raise AssertionError("\n".join(errors[:3]) or done.stderr[-2000:])
+    return done
+
+
+def _demangled(name: str) -> str:
+    """_ZN7megagpt…softcap_packsIfEE… -> softcap_packs<float>."""
+    if shutil.which("c++filt") is None:
+        return name
+    text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
+    return re.sub(r"megagpt::|c10::|::|\(.*|void |\n", "", text.replace("(anonymous namespace)", ""))
+
+
+def main(op: str) -> int:
+    """Compile and run one op, and say what each of its kernels uses."""
+    source = ROOT / "csrc" / f"{op}.cu"
+    with tempfile.TemporaryDirectory() as folder:
+        if shutil.which("nvcc"):
+            for usage in nvcc_report(source, Path(folder)):
+                spilled = f"{usage.spilled_bytes:4} bytes spilled {usage.stack_bytes:4} of stack"
+                print(f"sm_{usage.architecture} {usage.registers:4} registers {spilled}  {usage.kernel}")
+        done = run_emulated(build_emulated([source], Path(folder) / "emulated.so"), "-k", f"{op}-")
+        print(done.stdout[-3000:], done.stderr[-2000:])
+        return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
