@@ -50,7 +50,7 @@ def nvcc_report(source: Path, folder: Path) -> list[Usage]:
 def parse_report(text: str) -> list[Usage]:
     """ptxas -v's lines: entry function, stack and spills, registers."""
     entry = re.compile(
-        r"Compiling entry function '(?P<kernel>.*)' for 'sm_(?P<arch>\d+)'.*?"
+        r"Compiling entry function '(?P<kernel>[^']*)' for 'sm_(?P<arch>\d+)'.*?"
         r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
         r"Used (?P<registers>\d+) registers",
         re.DOTALL,
