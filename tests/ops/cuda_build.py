@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,31 +66,29 @@ def parse_report(text: str) -> list[Usage]:
 
 def build_emulated(sources: list[Path], library: Path) -> Path:
     """Compile .cu files for the CPU into one library that stands in for csrc's (MEGAGPT_EMULATED_CUDA)."""
+    return compile_emulated([*sources, ROOT / "csrc" / "branches.cpp"], library, shared=True)
+
+
+def compile_emulated(sources: list[Path], output: Path, *, shared: bool) -> Path:
+    """Compile CUDA sources as C++ under cuda_emulation.h, two at a time, and link them."""
     compiler = os.environ.get("CXX", "g++").split()
-    flags = ["-shared", "-fPIC", "-O1", "-w", "-DMEGAGPT_EMULATED_CUDA", f"-I{ROOT / 'tests' / 'ops'}", *INCLUDES]
-    files = ["-x", "c++", *map(str, sources), str(ROOT / "csrc" / "branches.cpp")]
-    _run(
-        [
-            *compiler,
-            *flags,
-            *files,
-            "-x",
-            "none",
-            f"-L{TORCH / 'lib'}",
-            "-ltorch",
-            "-ltorch_cpu",
-            "-lc10",
-            "-o",
-            str(library),
-        ]
-    )
-    return library
+    flags = ["-fPIC", "-O1", "-w", "-DMEGAGPT_EMULATED_CUDA", f"-I{ROOT / 'tests' / 'ops'}", *INCLUDES]
+    objects = [output.with_name(f"{source.stem}.o") for source in sources]
+
+    def compile_one(source: Path, target: Path) -> None:
+        _run([*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, sources, objects))
+    libraries = ["-shared", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"] if shared else []
+    _run([*compiler, *map(str, objects), *libraries, "-o", str(output)])
+    return output
 
 
 def run_emulated(library: Path, *pytest_arguments: str) -> subprocess.CompletedProcess[str]:
     """tests/ops/test_every_op.py in a process of its own that has loaded the emulated kernels."""
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/ops/test_every_op.py", *pytest_arguments],
+        [sys.executable, "-m", "pytest", "tests/ops/test_every_op.py", *pytest_arguments],
         cwd=ROOT,
         env=os.environ | {"MEGAGPT_EMULATED_CUDA": str(library)},
         capture_output=True,
