@@ -141,10 +141,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_cpu(const Tensor& x_in, const st
                                                     double eps, bool center) {
   const Tensor x = dense(x_in), weight = dense(weight_in);
   const std::optional<Tensor> residual = dense(residual_in), bias = dense(bias_in);
-  const int64_t columns = x.size(-1), rows = x.numel() / std::max<int64_t>(columns, 1);
   const Tensor y = torch::stable::empty_like(x);
   const Tensor sum = residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   const Tensor rstd = torch::stable::new_empty(x, without_last(x), statistics_dtype(x));
+  const int64_t columns = x.size(-1), rows = rstd.numel();
   const Tensor mean = center ? torch::stable::empty_like(rstd) : torch::stable::new_empty(rstd, {0});
   for_dtype("norm", x, [&](auto zero) {
     using T = decltype(zero);
@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward_cpu(const Tensor& grad_in, cons
   const Tensor grad = dense(grad_in), x = dense(x_in), weight = dense(weight_in);
   const Tensor mean = dense(mean_in), rstd = dense(rstd_in);
   const std::optional<Tensor> grad_sum = dense(grad_sum_in);
-  const int64_t columns = x.size(-1), rows = x.numel() / std::max<int64_t>(columns, 1);
+  const int64_t columns = x.size(-1), rows = rstd.numel();
   const int64_t n_parts = std::clamp<int64_t>(rows / std::max<int64_t>(64, row_grain(columns)), 1, 64);
   const Tensor dx = torch::stable::empty_like(x), dweight = torch::stable::empty_like(weight);
   const Tensor dbias = center ? torch::stable::empty_like(weight) : torch::stable::new_empty(weight, {0});
