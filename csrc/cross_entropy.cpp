@@ -14,24 +14,57 @@ struct Statistics {
   A top, total, sum;
 };
 
+// z itself where sums are kept in its type, else a copy in theirs: converted once for two loops.
+template <typename T>
+MEGAGPT_INLINE const acc_t<T>* widen(const T* __restrict z, int64_t n, acc_t<T>* __restrict copy) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    return z;
+  } else {
+    for (int64_t i = 0; i < n; ++i) copy[i] = load(z[i]);
+    return copy;
+  }
+}
+
+// exp(x) for x <= 0, to about 1e-7 relative; 0 below -87, where nothing is left of it beside the largest logit's 1.
+// vexp's polynomial, without what only larger and smaller arguments need.
+MEGAGPT_INLINE double exp_below_zero(double x) { return std::exp(x); }
+MEGAGPT_INLINE float exp_below_zero(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, in its low bits
+  const float shifted = madd(x, 1.44269504088896341f, kRound), n = shifted - kRound;
+  const float r = madd(n, 2.12194440e-4f, madd(n, -0.693359375f, x));
+  float p = 1.9875691500e-4f;
+  p = madd(p, r, 1.3981999507e-3f);
+  p = madd(p, r, 8.3334519073e-3f);
+  p = madd(p, r, 4.1665795894e-2f);
+  p = madd(p, r, 1.6666665459e-1f);
+  p = madd(p, r, 5.0000001201e-1f);
+  p = madd(p * r, r, r + 1.0f);
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 127u) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return x < -87.0f ? 0.0f : p * power;
+}
+
 // The top of a row without any logit above -infinity is -infinity, its total 0. NaN and +infinity: the total is NaN.
 template <typename T>
 MEGAGPT_CLONES void row_statistics(const T* __restrict z, int64_t n, Statistics<acc_t<T>>* result) {
   using A = acc_t<T>;
   A top = std::numeric_limits<A>::lowest(), total = 0, sum = 0;  // finite, so that -infinity minus it is no NaN
+  A widened[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const T* block = z + begin;
     const int64_t size = n - begin < kBlock ? n - begin : kBlock;
+    const A* x = widen(z + begin, size, widened);
     A new_top = top, block_sum = 0, block_total = 0;
 #pragma omp simd reduction(max : new_top) reduction(+ : block_sum)
     for (int64_t i = 0; i < size; ++i) {
-      const A x = load(block[i]);
-      new_top = x > new_top ? x : new_top;
-      block_sum += x;
+      new_top = x[i] > new_top ? x[i] : new_top;
+      block_sum += x[i];
     }
 #pragma omp simd reduction(+ : block_total)
-    for (int64_t i = 0; i < size; ++i) block_total += vexp(load(block[i]) - new_top);
-    total = total * vexp(top - new_top) + block_total;
+    for (int64_t i = 0; i < size; ++i) block_total += exp_below_zero(x[i] - new_top);
+    total = total * exp_below_zero(top - new_top) + block_total;
     sum += block_sum;
     top = new_top;
   }
@@ -42,7 +75,7 @@ MEGAGPT_CLONES void row_statistics(const T* __restrict z, int64_t n, Statistics<
 template <typename T>
 MEGAGPT_CLONES void row_gradient(const T* z, T* dz, int64_t n, acc_t<T> top, acc_t<T> scale, acc_t<T> shift) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) dz[i] = store<T>(vexp(load(z[i]) - top) * scale - shift);
+  for (int64_t i = 0; i < n; ++i) dz[i] = store<T>(exp_below_zero(load(z[i]) - top) * scale - shift);
 }
 
 // The column of a label, or -1 if it belongs to another rank.
@@ -94,7 +127,7 @@ void write_gradient(const T* z, T* dz, int64_t columns, int64_t label, acc_t<T> 
   row_gradient(z, dz, loss.n_valid, top, scale, shift);
   std::fill(dz + loss.n_valid, dz + columns, store<T>(0));
   if (label < 0) return;
-  dz[label] = store<T>(vexp(label_logit - top) * scale - shift - grad * static_cast<A>(1 - loss.label_smoothing));
+  dz[label] = store<T>(exp_below_zero(label_logit - top) * scale - shift - grad * static_cast<A>(1 - loss.label_smoothing));
 }
 
 void gradient(const Tensor& logits, const Tensor& out, const Tensor& labels_in, const Tensor& top_in,

@@ -211,7 +211,8 @@ _GIVEN = (
     "int first, int n_valid, int vocab, float label_smoothing, float z_loss"
 )
 define(
-    "cross_entropy_statistics(Tensor logits, Tensor labels, int first, int n_valid) -> (Tensor, Tensor, Tensor, Tensor)",
+    "cross_entropy_statistics(Tensor logits, Tensor labels, int first, int n_valid) "
+    "-> (Tensor top, Tensor total, Tensor label_logit, Tensor logit_sum)",
     _fake_statistics,
 )
 define(f"cross_entropy_backward(Tensor logits, {_GIVEN}) -> Tensor", lambda x, *_: x.new_empty(x.shape))
