@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from megagpt.config import ModelConfig
 from megagpt.model.block import Block
 from megagpt.model.dropout import EMBEDDING_SITE, Dropout
+from megagpt.model.loss import vocab_parallel_cross_entropy
 from megagpt.model.norm import LayerNorm
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.embedding import VocabParallelEmbedding, vocab_parallel_logits
-from megagpt.parallel.loss import vocab_parallel_cross_entropy
 from megagpt.parallel.parameter import NamedNormal, part_of, replicated
 
 
