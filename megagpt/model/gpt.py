@@ -15,10 +15,10 @@ from megagpt.config import ModelConfig
 from megagpt.kernels import AUTO, Kernels
 from megagpt.model.block import Block
 from megagpt.model.dropout import EMBEDDING_SITE, Dropout
+from megagpt.model.loss import vocab_parallel_cross_entropy
 from megagpt.model.norm import Norm
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.embedding import VocabParallelEmbedding, vocab_parallel_logits
-from megagpt.parallel.loss import vocab_parallel_cross_entropy
 from megagpt.parallel.parameter import NamedNormal, part_of, replicated
 
 
@@ -75,9 +75,15 @@ class Head(nn.Module):
         return vocab_parallel_logits(self.norm(x_BTD), self.tokens.weight, self.axis)
 
     def loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token: a scalar, equal on every rank of the model axis."""
+        """Mean cross-entropy in nats per token: a scalar, equal on every rank of the model axis.
+
+        The backward pass writes the gradient over the logits, which nothing else needs by then.
+        """
         part = part_of(self.tokens.weight)
-        return vocab_parallel_cross_entropy(logits_BTV, labels_BT, part, self.axis).mean()
+        loss_BT = vocab_parallel_cross_entropy(
+            logits_BTV, labels_BT, part, self.axis, in_place=True, kernels=self.kernels
+        )
+        return loss_BT.mean()
 
 
 def ops_used(config: ModelConfig, kernels: Kernels) -> list[str]:
