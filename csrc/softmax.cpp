@@ -1,7 +1,7 @@
 // Scaled softmax of attention scores, on the CPU: see megagpt/ops/softmax.py.
 //
-// A row takes three passes, over the columns of its band only: the maximum, the sum of exp, the division. The second
-// and third find the row in cache.
+// A row takes four passes over the columns of its band, of which the first alone reaches beyond the cache: scale and
+// mask, maximum, exp and its sum, division.
 
 #include "softmax.h"
 #include "vec_math.h"
@@ -9,68 +9,104 @@
 namespace megagpt {
 namespace {
 
-// One row's band: n columns, of which a key is masked where mask is given and false.
+template <typename T>
+constexpr acc_t<T> kInfinity = std::numeric_limits<acc_t<T>>::infinity();
+
+// e^x for x <= 0 to about 1e-7 relative, 0 below -87, NaN for NaN. Cheaper than vexp, whose range is wider: one factor
+// 2^n is enough, and adding 1.5 * 2^23 both rounds x / ln 2 to n and leaves n in the low bits.
+MEGAGPT_INLINE double exp_below_zero(double x) { return std::exp(x); }
+MEGAGPT_INLINE float exp_below_zero(float x) {
+  constexpr float kShift = 12582912.0f;
+  const float shifted = madd(x, 1.44269504088896341f, kShift), n = shifted - kShift;
+  const float r = madd(n, 2.12194440e-4f, madd(n, -0.693359375f, x));
+  float p = 1.9875691500e-4f;
+  p = madd(p, r, 1.3981999507e-3f);
+  p = madd(p, r, 8.3334519073e-3f);
+  p = madd(p, r, 4.1665795894e-2f);
+  p = madd(p, r, 1.6666665459e-1f);
+  p = madd(p, r, 5.0000001201e-1f);
+  p = madd(p * r, r, r + 1.0f);
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 127u) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+// One row's band: n columns. A key is masked where `mask` is not null and holds false.
 template <typename T>
 struct Row {
   const T* scores;
-  const bool* mask;
+  const uint8_t* mask;
   int64_t n;
   acc_t<T> scale, slope;
-
-  // Scaled, biased, masked by -inf. The bias counts from the last column: a constant more or less is the same softmax,
-  // and there the numbers are smallest.
-  template <bool kMasked>
-  MEGAGPT_INLINE acc_t<T> at(int64_t i) const {
-    const acc_t<T> x = load(scores[i]) * scale + slope * static_cast<acc_t<T>>(static_cast<int32_t>(i - n + 1));
-    if constexpr (kMasked) return mask[i] ? x : -std::numeric_limits<acc_t<T>>::infinity();
-    return x;
-  }
 };
 
+// x = scale * scores + bias, -inf where masked. The bias counts from the last column: a constant more or less is the
+// same softmax, and there the numbers are smallest.
 template <typename T, bool kMasked>
-MEGAGPT_CLONES acc_t<T> row_max(Row<T> row) {
-  acc_t<T> most = -std::numeric_limits<acc_t<T>>::infinity();
+MEGAGPT_CLONES void scale_and_mask(const T* __restrict scores, const uint8_t* __restrict mask, acc_t<T>* __restrict x,
+                                   int64_t n, acc_t<T> scale, acc_t<T> slope) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const acc_t<T> v = load(scores[i]) * scale + slope * static_cast<acc_t<T>>(static_cast<int32_t>(i - n + 1));
+    if constexpr (kMasked) {
+      x[i] = mask[i] ? v : -kInfinity<T>;
+    } else {
+      x[i] = v;
+    }
+  }
+}
+
+template <typename T>
+void scale_and_mask(const Row<T>& row, acc_t<T>* x) {
+  const auto pass = row.mask ? &scale_and_mask<T, true> : &scale_and_mask<T, false>;
+  pass(row.scores, row.mask, x, row.n, row.scale, row.slope);
+}
+
+// The largest of x, NaN left out.
+template <typename A>
+MEGAGPT_CLONES A largest(const A* x, int64_t n) {
+  A most = -kInfinity<A>;
 #pragma omp simd reduction(max : most)
-  for (int64_t i = 0; i < row.n; ++i) most = std::max(most, row.template at<kMasked>(i));
+  for (int64_t i = 0; i < n; ++i) most = x[i] > most ? x[i] : most;
   return most;
 }
 
-// e = exp(x - most); returns its sum. `most` is finite, so that masked keys give 0.
-template <typename T, bool kMasked>
-MEGAGPT_CLONES acc_t<T> row_exp(Row<T> row, acc_t<T> most, acc_t<T>* __restrict e) {
-  acc_t<T> sum = 0;
+// x becomes exp(x - most); returns its sum.
+template <typename A>
+MEGAGPT_CLONES A exponentiate(A* x, int64_t n, A most) {
+  A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < row.n; ++i) {
-    e[i] = vexp(row.template at<kMasked>(i) - most);
-    sum += e[i];
+  for (int64_t i = 0; i < n; ++i) {
+    const A e = exp_below_zero(x[i] - most);
+    x[i] = e;
+    sum += e;
   }
   return sum;
 }
 
 template <typename T>
-MEGAGPT_CLONES void row_divide(const acc_t<T>* e, T* y, int64_t n, acc_t<T> sum) {
+MEGAGPT_CLONES void divide(const acc_t<T>* e, T* y, int64_t n, acc_t<T> sum) {
   const acc_t<T> factor = 1 / sum;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) y[i] = store<T>(e[i] * factor);
 }
 
-// A row that holds NaN or +inf gives NaN, one without keys gives 0: masked keys are 0 in both.
-template <typename T, bool kMasked>
-void row_without_softmax(Row<T> row, T* y) {
-  using A = acc_t<T>;
-  for (int64_t i = 0; i < row.n; ++i) {
-    const bool masked = row.template at<kMasked>(i) == -std::numeric_limits<A>::infinity();
-    y[i] = store<T>(masked ? A(0) : std::numeric_limits<A>::quiet_NaN());
+// y = softmax of a row; x is room for as many numbers, which may be y itself. NaN or +inf makes the row NaN, and
+// masked keys get 0 even so.
+template <typename T>
+void softmax_row(const Row<T>& row, acc_t<T>* x, T* y) {
+  scale_and_mask(row, x);
+  const acc_t<T> most = largest(x, row.n);
+  if (std::isfinite(most)) {
+    const acc_t<T> sum = exponentiate(x, row.n, most);
+    if (std::isfinite(sum)) return divide<T>(x, y, row.n, sum);
+    scale_and_mask(row, x);
   }
-}
-
-// `e`: room for the row, which may be y itself.
-template <typename T, bool kMasked>
-void softmax_row(Row<T> row, T* y, acc_t<T>* e) {
-  const acc_t<T> most = row_max<T, kMasked>(row);
-  const acc_t<T> sum = std::isfinite(most) ? row_exp<T, kMasked>(row, most, e) : std::numeric_limits<acc_t<T>>::infinity();
-  if (std::isfinite(sum)) return row_divide<T>(e, y, row.n, sum);
-  row_without_softmax<T, kMasked>(row, y);
+  constexpr acc_t<T> kNaN = std::numeric_limits<acc_t<T>>::quiet_NaN();
+  for (int64_t i = 0; i < row.n; ++i) y[i] = store<T>(x[i] == -kInfinity<T> ? acc_t<T>(0) : kNaN);
 }
 
 // Zeros outside of [begin, end) of a row.
@@ -104,38 +140,48 @@ MEGAGPT_CLONES void backward_row(const T* __restrict grad, const T* __restrict p
 // Rows from both ends of a head by turns: causal ones differ in length, and threads get ranges of equal work.
 int64_t balanced(int64_t i, int64_t n) { return i % 2 ? n - 1 - i / 2 : i / 2; }
 
+struct Softmax {
+  Band band;
+  Mask mask;
+  int64_t n_heads;
+  double scale;
+  const float* slopes;
+
+  // The rows [first, stop), numbered through all batches and heads.
+  template <typename T>
+  void rows(int64_t first, int64_t stop, const T* scores, T* p) const {
+    const int64_t n_queries = band.n_queries, n_keys = band.n_keys;
+    std::vector<acc_t<T>> scratch(std::is_same_v<T, acc_t<T>> ? 0 : n_keys);
+    for (int64_t i = first; i < stop; ++i) {
+      const int64_t head = i / n_queries, t = balanced(i % n_queries, n_queries), h = head % n_heads;
+      const uint8_t* seen = mask.row(head / n_heads, h, t);
+      const bool all_masked = seen && mask.key == 0 && !*seen;
+      const int64_t begin = band.begin(t), end = all_masked ? begin : band.end(t);
+      const int64_t start = (head * n_queries + t) * n_keys;
+      const Row<T> row = {scores + start + begin, seen && mask.key == 1 ? seen + begin : nullptr, end - begin,
+                          static_cast<acc_t<T>>(scale), slopes ? slopes[h] : acc_t<T>(0)};
+      clear_outside(p + start, begin, end, n_keys);
+      if constexpr (std::is_same_v<T, acc_t<T>>) {
+        softmax_row(row, p + start + begin, p + start + begin);
+      } else {
+        softmax_row(row, scratch.data(), p + start + begin);
+      }
+    }
+  }
+};
+
 Tensor softmax_cpu(const Tensor& scores_in, double scale, int64_t behind, int64_t ahead,
                    const std::optional<Tensor>& mask_in, const std::optional<Tensor>& slopes_in) {
   const Tensor scores = dense(scores_in);
-  const std::optional<Tensor> mask_kept = with_dense_keys(mask_in), slopes = dense(slopes_in);
+  const std::optional<Tensor> mask = with_dense_keys(mask_in), slopes = dense(slopes_in);
   const Tensor p = torch::stable::empty_like(scores);
-  const Band band = band_of(scores, behind, ahead);
-  const Mask mask = mask_of(mask_kept);
-  const int64_t n_heads = scores.size(1), n_queries = band.n_queries, n_keys = band.n_keys;
-  if (scores.numel() == 0) return p;
+  if (p.numel() == 0) return p;
+  const Softmax softmax = {band_of(scores, behind, ahead), mask_of(mask), scores.size(1), scale, data<float>(slopes)};
   for_dtype("softmax", scores, [&](auto zero) {
     using T = decltype(zero);
     MEGAGPT_BRANCH("softmax.cpu");
-    parallel(scores.size(0) * n_heads * n_queries, row_grain(n_keys), [&](int64_t first, int64_t stop) {
-      std::vector<acc_t<T>> scratch(std::is_same_v<T, BFloat16> ? n_keys : 0);
-      for (int64_t i = first; i < stop; ++i) {
-        const int64_t head = i / n_queries, t = balanced(i % n_queries, n_queries), b = head / n_heads, h = head % n_heads;
-        const bool* mask_row = mask.row(b, h, t);
-        const bool all_masked = mask_row && mask.key == 0 && !*mask_row;
-        const int64_t begin = band.begin(t), end = all_masked ? begin : band.end(t);
-        const Row<T> row = {data<T>(scores) + (head * n_queries + t) * n_keys + begin,
-                            mask_row ? mask_row + begin * mask.key : nullptr, end - begin, static_cast<acc_t<T>>(scale),
-                            slopes ? data<float>(*slopes)[h] : acc_t<T>(0)};
-        T* y = mutable_data<T>(p) + (head * n_queries + t) * n_keys;
-        acc_t<T>* e = scratch.data();
-        if constexpr (!std::is_same_v<T, BFloat16>) e = y + begin;
-        clear_outside(y, begin, end, n_keys);
-        if (mask_row && mask.key == 1) {
-          softmax_row<T, true>(row, y + begin, e);
-        } else {
-          softmax_row<T, false>(row, y + begin, e);
-        }
-      }
+    parallel(p.numel() / p.size(3), row_grain(p.size(3)), [&](int64_t first, int64_t stop) {
+      softmax.rows(first, stop, data<T>(scores), mutable_data<T>(p));
     });
   });
   return p;

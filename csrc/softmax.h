@@ -32,10 +32,10 @@ inline Band band_of(const Tensor& x_BHTS, int64_t behind, int64_t ahead) {
 
 // A bool tensor of shape (1 or B, 1 or H, 1 or T, 1 or S), read through its strides: 0 where its size is 1.
 struct Mask {
-  const bool* data = nullptr;
+  const uint8_t* data = nullptr;
   int64_t batch = 0, head = 0, query = 0, key = 0;  // key: 0 or 1
 
-  MEGAGPT_HOST_DEVICE const bool* row(int64_t b, int64_t h, int64_t t) const {
+  MEGAGPT_HOST_DEVICE const uint8_t* row(int64_t b, int64_t h, int64_t t) const {
     return data ? data + b * batch + h * head + t * query : nullptr;
   }
 };
@@ -48,7 +48,7 @@ inline std::optional<Tensor> with_dense_keys(const std::optional<Tensor>& mask) 
 inline Mask mask_of(const std::optional<Tensor>& mask) {
   if (!mask) return {};
   const auto stride = [&](int64_t d) { return mask->size(d) == 1 ? int64_t{0} : mask->stride(d); };
-  return {data<bool>(*mask), stride(0), stride(1), stride(2), stride(3)};
+  return {data<uint8_t>(*mask), stride(0), stride(1), stride(2), stride(3)};
 }
 
 }  // namespace megagpt
