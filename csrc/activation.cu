@@ -39,8 +39,8 @@ __device__ __forceinline__ void read_bias(const T* bias, float (&b)[N]) {
 
 // y = f(x + bias).
 template <typename Op, typename T, int N>
-__global__ void __launch_bounds__(kThreads) forward(const T* __restrict__ x, const T* __restrict__ bias,
-                                                    T* __restrict__ y, int64_t n_rows, int64_t n_columns) {
+__global__ void forward(const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y, int64_t n_rows,
+                        int64_t n_columns) {
   constexpr int kRows = 4;  // in flight
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   if (column >= n_columns) return;
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kThreads) forward(const T* __restrict__ x, con
 
 // y = f(gate + bias) (up + bias), where a row of x and the bias are [gate | up], n_columns each.
 template <typename Op, typename T, int N>
-__global__ void __launch_bounds__(kThreads) forward_gated(const T* __restrict__ x, const T* __restrict__ bias,
-                                                          T* __restrict__ y, int64_t n_rows, int64_t n_columns) {
+__global__ void forward_gated(const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y, int64_t n_rows,
+                              int64_t n_columns) {
   constexpr int kRows = 2;
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   if (column >= n_columns) return;
@@ -93,9 +93,8 @@ __global__ void __launch_bounds__(kThreads) forward_gated(const T* __restrict__ 
 
 // dx = grad f'(x + bias); its sums over this block's rows go to parts[blockIdx.y], where there are parts.
 template <typename Op, typename T, int N>
-__global__ void __launch_bounds__(kThreads) backward(const T* __restrict__ grad, const T* __restrict__ x,
-                                                     const T* __restrict__ bias, T* __restrict__ dx,
-                                                     float* __restrict__ parts, int64_t n_rows, int64_t n_columns) {
+__global__ void backward(const T* __restrict__ grad, const T* __restrict__ x, const T* __restrict__ bias,
+                         T* __restrict__ dx, float* __restrict__ parts, int64_t n_rows, int64_t n_columns) {
   constexpr int kRows = 2;
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   if (column >= n_columns) return;
@@ -127,10 +126,8 @@ __global__ void __launch_bounds__(kThreads) backward(const T* __restrict__ grad,
 }
 
 template <typename Op, typename T, int N>
-__global__ void __launch_bounds__(kThreads) backward_gated(const T* __restrict__ grad, const T* __restrict__ x,
-                                                           const T* __restrict__ bias, T* __restrict__ dx,
-                                                           float* __restrict__ parts, int64_t n_rows,
-                                                           int64_t n_columns) {
+__global__ void backward_gated(const T* __restrict__ grad, const T* __restrict__ x, const T* __restrict__ bias,
+                               T* __restrict__ dx, float* __restrict__ parts, int64_t n_rows, int64_t n_columns) {
   constexpr int kRows = 2;
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   if (column >= n_columns) return;
