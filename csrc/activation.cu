@@ -12,27 +12,13 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRowsAThread = 16;  // forward: enough for the bias to cost little
 
-template <typename T, int N>
-struct alignas(N * sizeof(T)) Columns {
-  T v[N];
-};
-
-template <int N, typename T>
-__device__ __forceinline__ Columns<T, N> read(const T* p) {
-  return *reinterpret_cast<const Columns<T, N>*>(p);
-}
-template <int N, typename T>
-__device__ __forceinline__ void write(T* p, const Columns<T, N>& columns) {
-  *reinterpret_cast<Columns<T, N>*>(p) = columns;
-}
-
 // The bias of N columns, 0 where there is none.
 template <int N, typename T>
 __device__ __forceinline__ void read_bias(const T* bias, float (&b)[N]) {
 #pragma unroll
   for (int k = 0; k < N; ++k) b[k] = 0.0f;
   if (bias == nullptr) return;
-  const Columns<T, N> raw = read<N>(bias);
+  const Elements<T, N> raw = read<N>(bias);
 #pragma unroll
   for (int k = 0; k < N; ++k) b[k] = to_float(raw.v[k]);
 }
@@ -47,7 +33,7 @@ __global__ void forward(const T* __restrict__ x, const T* __restrict__ bias, T* 
   float b[N];
   read_bias(bias == nullptr ? bias : bias + column, b);
   for (int64_t row = blockIdx.y * kRows; row < n_rows; row += gridDim.y * kRows) {
-    Columns<T, N> values[kRows];
+    Elements<T, N> values[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (row + i < n_rows) values[i] = read<N>(x + (row + i) * n_columns + column);
@@ -72,7 +58,7 @@ __global__ void forward_gated(const T* __restrict__ x, const T* __restrict__ bia
   read_bias(bias == nullptr ? bias : bias + column, gate_bias);
   read_bias(bias == nullptr ? bias : bias + n_columns + column, up_bias);
   for (int64_t row = blockIdx.y * kRows; row < n_rows; row += gridDim.y * kRows) {
-    Columns<T, N> gate[kRows], up[kRows];
+    Elements<T, N> gate[kRows], up[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (row + i >= n_rows) continue;
@@ -101,7 +87,7 @@ __global__ void backward(const T* __restrict__ grad, const T* __restrict__ x, co
   float b[N], sum[N] = {};
   read_bias(bias == nullptr ? bias : bias + column, b);
   for (int64_t row = blockIdx.y * kRows; row < n_rows; row += gridDim.y * kRows) {
-    Columns<T, N> grads[kRows], values[kRows];
+    Elements<T, N> grads[kRows], values[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (row + i >= n_rows) continue;
@@ -135,7 +121,7 @@ __global__ void backward_gated(const T* __restrict__ grad, const T* __restrict__
   read_bias(bias == nullptr ? bias : bias + column, gate_bias);
   read_bias(bias == nullptr ? bias : bias + n_columns + column, up_bias);
   for (int64_t row = blockIdx.y * kRows; row < n_rows; row += gridDim.y * kRows) {
-    Columns<T, N> grads[kRows], gate[kRows], up[kRows];
+    Elements<T, N> grads[kRows], gate[kRows], up[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (row + i >= n_rows) continue;
