@@ -16,7 +16,7 @@ MEGAGPT_CLONES void drop(const T* __restrict x, const uint32_t* __restrict words
 Tensor dropout_cpu(const Tensor& x_in, const Tensor& sample_ids_in, double p, int64_t seed, int64_t site,
                    int64_t offset) {
   const Tensor x = dense(x_in), sample_ids = dense(sample_ids_in);
-  check_dropout("dropout", x, sample_ids);
+  check_sample_ids("dropout", x, sample_ids);
   const Tensor y = torch::stable::empty_like(x);
   const DropoutMask mask(p, seed, site);
   for_dtype("dropout", x, [&](auto zero) {

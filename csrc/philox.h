@@ -4,7 +4,7 @@
 // How dropout uses it, on the CPU (philox_cpu.h draws many blocks at once) and in CUDA: megagpt/ops/dropout.py.
 #pragma once
 
-#include <cstdint>
+#include "common.h"
 
 #if defined(__CUDACC__)
 #define MEGAGPT_HD __host__ __device__ __forceinline__
@@ -30,6 +30,9 @@ MEGAGPT_HD void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t&
 
 struct PhiloxBlock {
   uint32_t word[4];
+
+  // A word that is not known when compiling: selects keep all four in registers.
+  MEGAGPT_HD uint32_t at(int i) const { return i < 2 ? (i == 0 ? word[0] : word[1]) : (i == 2 ? word[2] : word[3]); }
 };
 
 // The four words of counter (block, sample) and key (k0, k1).
@@ -68,5 +71,12 @@ struct DropoutMask {
     }
   }
 };
+
+// The kernels read an id for each sample of x.
+inline void check_sample_ids(const char* op, const Tensor& x, const Tensor& sample_ids) {
+  STD_TORCH_CHECK(x.dim() >= 1 && sample_ids.dim() == 1 && sample_ids.numel() == x.size(0), op, ": got x ",
+                  shape_of(x), " and sample_ids ", shape_of(sample_ids), ", wanted an id for each sample");
+  STD_TORCH_CHECK(sample_ids.scalar_type() == ScalarType::Long, op, ": got sample_ids of another type than int64");
+}
 
 }  // namespace megagpt

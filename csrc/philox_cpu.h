@@ -99,12 +99,5 @@ MEGAGPT_INLINE void for_words(int64_t begin, int64_t end, int64_t per_sample, co
   }
 }
 
-// What the kernels of dropout ask of their inputs, which no shape of a tensor can break afterwards.
-inline void check_dropout(const char* op, const Tensor& x, const Tensor& sample_ids) {
-  STD_TORCH_CHECK(x.dim() >= 1 && sample_ids.dim() == 1 && sample_ids.numel() == x.size(0), op, ": got x of ",
-                  shape_of(x), " and sample_ids of ", shape_of(sample_ids), ", wanted an id for each sample of x");
-  STD_TORCH_CHECK(sample_ids.scalar_type() == ScalarType::Long, op, ": got sample_ids of another type than int64");
-}
-
 }  // namespace
 }  // namespace megagpt
