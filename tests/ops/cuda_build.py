@@ -1,6 +1,7 @@
 """Compiles csrc/*.cu without a GPU: by nvcc for its report, and as C++ under cuda_emulation.h to run on the CPU.
 
-python -m tests.ops.cuda_build softcap      both for one op, then its cases over the emulated kernels
+python -m tests.ops.cuda_build softcap                      both for one op, then its cases over the emulated kernels
+python -m tests.ops.cuda_build bias_dropout_add dropout     the same for an op that calls another one
 """
 
 from __future__ import annotations
@@ -113,18 +114,19 @@ def _demangled(name: str) -> str:
     return re.sub(r"megagpt::|c10::|::|\(.*|void |\n", "", text.replace("(anonymous namespace)", ""))
 
 
-def main(op: str) -> int:
-    """Compile and run one op, and say what each of its kernels uses."""
-    source = ROOT / "csrc" / f"{op}.cu"
+def main(op: str, *others: str) -> int:
+    """Compile and run one op, and say what each of its kernels uses; `others` are ops that it calls."""
+    sources = [ROOT / "csrc" / f"{name}.cu" for name in (op, *others)]
     with tempfile.TemporaryDirectory() as folder:
-        if shutil.which("nvcc"):
-            for usage in nvcc_report(source, Path(folder)):
+        if shutil.which("nvcc") and sources[0].exists():
+            for usage in nvcc_report(sources[0], Path(folder)):
                 spilled = f"{usage.spilled_bytes:4} bytes spilled {usage.stack_bytes:4} of stack"
                 print(f"sm_{usage.architecture} {usage.registers:4} registers {spilled}  {usage.kernel}")
-        done = run_emulated(build_emulated([source], Path(folder) / "emulated.so"), "-k", f"{op}-")
+        built = build_emulated([source for source in sources if source.exists()], Path(folder) / "emulated.so")
+        done = run_emulated(built, "-k", f"{op}-")
         print(done.stdout[-3000:], done.stderr[-2000:])
         return done.returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))
