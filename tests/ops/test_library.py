@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import megagpt
-from megagpt.ops.dropout import dropout
+from megagpt.ops.softcap import softcap
 
 PROGRAM = """
 import json, torch, megagpt
-from megagpt.ops.dropout import dropout
 from megagpt.ops.library import kernel_status
-y = dropout(torch.arange(1.0, 31.0).view(2, 15), torch.tensor([5, 6]), p=0.3, seed=1, site=2, offset=3)
-print(json.dumps([megagpt.__file__, kernel_status("dropout", "cpu"), y.tolist()]))
+from megagpt.ops.softcap import softcap
+y = softcap(torch.arange(1.0, 31.0), 5.0)
+print(json.dumps([megagpt.__file__, *kernel_status("softcap", "cpu"), y.tolist()]))
 """
 
 
@@ -34,9 +34,8 @@ def test_reference_runs_and_the_status_says_why(tmp_path, library):
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
     )
-    file, status, values = json.loads(run.stdout)
+    file, what, why, values = json.loads(run.stdout)
     assert Path(file).is_relative_to(tmp_path)
-    wanted = {"missing": "reference (not built", "broken": f"reference ({name} does not load with torch"}[library]
-    assert status.startswith(wanted) and "make build" in status
-    x, ids = torch.arange(1.0, 31.0).view(2, 15), torch.tensor([5, 6])
-    assert values == dropout(x, ids, p=0.3, seed=1, site=2, offset=3).tolist()
+    wanted = {"missing": "not built", "broken": f"{name} does not load with torch"}[library]
+    assert what == "reference" and why.startswith(wanted) and "make build" in why
+    assert values == softcap(torch.arange(1.0, 31.0), 5.0, kernels="reference").tolist()
