@@ -23,7 +23,7 @@ FILES = {
     "csrc/{}.cpp": "the CPU kernel",
     "csrc/{}.cu": "the CUDA kernel",
 }
-LONGEST = 30  # lines that hold the name twice stay within 120 columns
+LONGEST = 30  # Python's lines, some of which hold it twice, stay within 120 columns
 
 NEXT = """
 As laid it computes what {example} does. Change what says TODO, and `cap`, to what you need; then, as often as you like:

@@ -46,7 +46,6 @@ def test_what_is_laid_is_styled_and_says_todo_in_every_file_with_arithmetic(tmp_
     for name, text in files.items():
         assert not [left for left in (EXAMPLE, "Soft cap", "// formula", "# formula") if left in text]
         assert ("TODO" in text) == ("/cases/" not in name)
-        assert max(map(len, text.splitlines())) <= 120
     for command in (["check"], ["format", "--check"]):
         style = python(tmp_path, "-m", "ruff", *command, "megagpt/ops")
         assert style.returncode == 0, style.stdout
