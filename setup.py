@@ -63,7 +63,7 @@ def op_library() -> Extension:
     if glob("csrc/*.cu") and torch.version.cuda and not why_no_cuda(torch.version.cuda, cpp_extension.CUDA_HOME):
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # else torch would ask the GPUs present
         targets = cpp_extension._get_cuda_arch_flags()  # -gencode=arch=compute_80,code=sm_80 ...
-        codes = [target.partition("code=")[2] for target in targets]
+        codes = [target.partition(",code=")[2] for target in targets]
         cxx.append(f"-DMEGAGPT_CUDA_ARCHITECTURES={'+'.join(codes)}")
         kind, flags = cpp_extension.CUDAExtension, {"cxx": cxx, "nvcc": [*NVCC_FLAGS, *targets]}
         sources += sorted(glob("csrc/*.cu"))
@@ -92,7 +92,7 @@ def first_error(log: str) -> str:
     """The first error in compilers' output, with the lines of source that gcc, clang and nvcc show below it."""
     lines = log.replace(f"{os.getcwd()}/", "").splitlines()
     # file:1:2: error: what, file(1): error: what, ld: undefined reference, nvcc fatal : what
-    error = re.compile(r"(:\d+|\(\d+\)): (fatal )?error\b|undefined reference|cannot find -l|nvcc fatal|: error:")
+    error = re.compile(r": (fatal )?error: |undefined reference|cannot find -l|nvcc fatal")
     at = next((i for i, line in enumerate(lines) if error.search(line)), None)
     if at is None:
         return "\n".join([line for line in lines if line.strip()][-3:])
