@@ -101,6 +101,7 @@ CASES = (
     Case("one pack more", norm, sized(3, 1032, add=True)),
     Case("a warp a row at the most in float32", norm, sized(5, 512, center=False)),
     Case("one pack more than that", norm, sized(3, 516, add=True, center=False)),
+    Case("more rows than blocks hold", norm, sized(70, 520, add=True)),
     Case("odd columns", norm, sized(2, 1021, biased=False)),
     Case("registers backward at the most in float32", norm, sized(2, 8192, add=True)),
     Case("one pack more than those", norm, sized(2, 8200, center=False)),
