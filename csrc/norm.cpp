@@ -7,20 +7,20 @@
 namespace megagpt {
 namespace {
 
-// f(0) + ... + f(n - 1), in four chains, so that one addition need not wait for the one before.
+// f(0) + ... + f(n - 1), in 64 sums, so that one addition need not wait for the one before.
 template <typename A, typename F>
 MEGAGPT_INLINE A sum_over(int64_t n, F f) {
-  const int64_t q = n / 4;
-  A a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-  for (int64_t i = 0; i < q; ++i) {
-    a += f(i);
-    b += f(q + i);
-    c += f(2 * q + i);
-    d += f(3 * q + i);
+  constexpr int64_t kSums = 64;
+  A sums[kSums] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) {
+#pragma omp simd
+    for (int64_t k = 0; k < kSums; ++k) sums[k] += f(i + k);
   }
-  for (int64_t i = 4 * q; i < n; ++i) a += f(i);
-  return (a + b) + (c + d);
+  for (; i < n; ++i) total += f(i);
+#pragma omp simd reduction(+ : total)
+  for (int64_t k = 0; k < kSums; ++k) total += sums[k];
+  return total;
 }
 
 template <typename T>
