@@ -24,12 +24,6 @@ MEGAGPT_INLINE A sum_over(int64_t n, F f) {
 }
 
 template <typename T>
-MEGAGPT_INLINE void add_row(const T* __restrict x, const T* __restrict residual, T* __restrict sum, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sum[i] = store<T>(load(x[i]) + load(residual[i]));
-}
-
-template <typename T>
 struct Forward {
   const T *x, *residual, *weight, *bias;  // residual and bias: may be null
   T *y, *sum;
@@ -38,6 +32,20 @@ struct Forward {
   acc_t<T> eps;
 };
 
+// What the first pass over a row sums: elements where they are centered, else squares. Adds the residual on the way.
+template <typename T, bool kCenter>
+MEGAGPT_INLINE acc_t<T> first_sum(const Forward<T>& p, int64_t row) {
+  using A = acc_t<T>;
+  const T* __restrict x = p.x + row * p.columns;
+  if (!p.residual) return sum_over<A>(p.columns, [&](int64_t i) { return kCenter ? load(x[i]) : load(x[i]) * load(x[i]); });
+  const T* __restrict residual = p.residual + row * p.columns;
+  T* __restrict sum = p.sum + row * p.columns;
+  return sum_over<A>(p.columns, [&](int64_t i) {
+    sum[i] = store<T>(load(x[i]) + load(residual[i]));
+    return kCenter ? load(sum[i]) : load(sum[i]) * load(sum[i]);
+  });
+}
+
 // The variance in a second pass, about the mean: E[x^2] - E[x]^2 would cancel.
 template <typename T, bool kCenter>
 MEGAGPT_CLONES void forward(const Forward<T>& p, int64_t begin, int64_t end) {
@@ -45,12 +53,12 @@ MEGAGPT_CLONES void forward(const Forward<T>& p, int64_t begin, int64_t end) {
   const int64_t n = p.columns;
   const T *__restrict weight = p.weight, *__restrict bias = p.bias;
   for (int64_t row = begin; row < end; ++row) {
-    if (p.residual) add_row(p.x + row * n, p.residual + row * n, p.sum + row * n, n);
+    const A first = first_sum<T, kCenter>(p, row) / n;
     const T* __restrict x = (p.residual ? p.sum : p.x) + row * n;
     T* __restrict y = p.y + row * n;
-    const A mean = kCenter ? sum_over<A>(n, [&](int64_t i) { return load(x[i]); }) / n : A(0);
-    const A squares = sum_over<A>(n, [&](int64_t i) { return (load(x[i]) - mean) * (load(x[i]) - mean); });
-    const A rstd = 1 / std::sqrt(squares / n + p.eps);
+    const A mean = kCenter ? first : A(0);
+    const auto squared = [&](int64_t i) { return (load(x[i]) - mean) * (load(x[i]) - mean); };
+    const A rstd = 1 / std::sqrt((kCenter ? sum_over<A>(n, squared) / n : first) + p.eps);
     if (bias) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) y[i] = store<T>((load(x[i]) - mean) * rstd * load(weight[i]) + load(bias[i]));
