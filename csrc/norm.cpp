@@ -23,6 +23,24 @@ MEGAGPT_INLINE A sum_over(int64_t n, F f) {
   return total;
 }
 
+// The same for two sums at once: f(i, a, b) adds to them.
+template <typename A, typename F>
+MEGAGPT_INLINE void two_sums_over(int64_t n, A& a, A& b, F f) {
+  constexpr int64_t kSums = 32;
+  A as[kSums] = {}, bs[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) {
+#pragma omp simd
+    for (int64_t k = 0; k < kSums; ++k) f(i + k, as[k], bs[k]);
+  }
+  for (; i < n; ++i) f(i, a, b);
+#pragma omp simd reduction(+ : a, b)
+  for (int64_t k = 0; k < kSums; ++k) {
+    a += as[k];
+    b += bs[k];
+  }
+}
+
 template <typename T>
 struct Forward {
   const T *x, *residual, *weight, *bias;  // residual and bias: may be null
@@ -89,16 +107,20 @@ MEGAGPT_INLINE void backward_row(const Backward<T>& p, int64_t row, acc_t<T>* __
   const T* __restrict stream = kStream ? p.grad_sum + row * n : nullptr;
   T* __restrict dx = p.dx + row * n;
   const A mean = kCenter ? p.mean[row] : A(0), rstd = p.rstd[row];
-  const A sum = kCenter ? sum_over<A>(n, [&](int64_t i) { return load(g[i]) * load(weight[i]); }) : A(0);
-  const A dot = sum_over<A>(n, [&](int64_t i) { return load(g[i]) * load(weight[i]) * (load(x[i]) - mean); });
-  const A shift = sum / n, slope = dot * rstd / n;
+  A sum = 0, dot = 0;
+  two_sums_over<A>(n, sum, dot, [&](int64_t i, A& a, A& b) {
+    const A d = load(g[i]), normal = (load(x[i]) - mean) * rstd;
+    if (kCenter) a += d * load(weight[i]);
+    b += d * load(weight[i]) * normal;
+    dweight[i] += d * normal;
+    if (kCenter) dbias[i] += d;
+  });
+  const A shift = sum / n, slope = dot / n;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const A normal = (load(x[i]) - mean) * rstd;
     const A d = rstd * (load(g[i]) * load(weight[i]) - shift - normal * slope);
     dx[i] = store<T>(kStream ? d + load(stream[i]) : d);
-    dweight[i] += load(g[i]) * normal;
-    if (kCenter) dbias[i] += load(g[i]);
   }
 }
 
