@@ -55,7 +55,9 @@ template <typename T, bool kCenter>
 MEGAGPT_INLINE acc_t<T> first_sum(const Forward<T>& p, int64_t row) {
   using A = acc_t<T>;
   const T* __restrict x = p.x + row * p.columns;
-  if (!p.residual) return sum_over<A>(p.columns, [&](int64_t i) { return kCenter ? load(x[i]) : load(x[i]) * load(x[i]); });
+  if (!p.residual) {
+    return sum_over<A>(p.columns, [&](int64_t i) { return kCenter ? load(x[i]) : load(x[i]) * load(x[i]); });
+  }
   const T* __restrict residual = p.residual + row * p.columns;
   T* __restrict sum = p.sum + row * p.columns;
   return sum_over<A>(p.columns, [&](int64_t i) {
@@ -180,10 +182,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_cpu(const Tensor& x_in, const st
     using T = decltype(zero);
     for_center(center, [&](auto centered) {
       MEGAGPT_BRANCH("norm.cpu");
-      const Forward<T> p{data<T>(x),         data<T>(residual),        data<T>(weight),
-                         data<T>(bias),      mutable_data<T>(y),       mutable_data<T>(sum),
-                         mutable_data<acc_t<T>>(mean), mutable_data<acc_t<T>>(rstd), columns, static_cast<acc_t<T>>(eps)};
-      parallel(rows, row_grain(columns), [&](int64_t begin, int64_t end) { forward<T, centered.value>(p, begin, end); });
+      const Forward<T> p{data<T>(x),
+                         data<T>(residual),
+                         data<T>(weight),
+                         data<T>(bias),
+                         mutable_data<T>(y),
+                         mutable_data<T>(sum),
+                         mutable_data<acc_t<T>>(mean),
+                         mutable_data<acc_t<T>>(rstd),
+                         columns,
+                         static_cast<acc_t<T>>(eps)};
+      parallel(rows, row_grain(columns), [&](int64_t begin, int64_t end) {
+        forward<T, centered.value>(p, begin, end);
+      });
     });
   });
   return {y, sum, mean, rstd};

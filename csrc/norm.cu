@@ -268,7 +268,9 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward_row(Backward<T> p, 
   }
   float dbias[kBackwardPacks][kSize];
 #pragma unroll
-  for (int k = 0; kCenter && k < kBackwardPacks * kSize; ++k) dbias[k / kSize][k % kSize] = own[k / 4 * blockDim.x].v[k % 4];
+  for (int k = 0; kCenter && k < kBackwardPacks * kSize; ++k) {
+    dbias[k / kSize][k % kSize] = own[k / 4 * blockDim.x].v[k % 4];
+  }
   __syncthreads();  // shared is free
   add_teams<kSize>(dweight, team, n_packs, shared->v, p.dweight + blockIdx.x * p.columns);
   if (kCenter) add_teams<kSize>(dbias, team, n_packs, shared->v, p.dbias + blockIdx.x * p.columns);
