@@ -7,26 +7,38 @@
 namespace megagpt {
 namespace {
 
-// f(0) + ... + f(n - 1), in four chains, so that one addition need not wait for the one before.
+// f(0) + ... + f(n - 1), in 64 sums, so that one addition need not wait for the one before.
 template <typename A, typename F>
 MEGAGPT_INLINE A sum_over(int64_t n, F f) {
-  const int64_t q = n / 4;
-  A a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-  for (int64_t i = 0; i < q; ++i) {
-    a += f(i);
-    b += f(q + i);
-    c += f(2 * q + i);
-    d += f(3 * q + i);
+  constexpr int64_t kSums = 64;
+  A sums[kSums] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) {
+#pragma omp simd
+    for (int64_t k = 0; k < kSums; ++k) sums[k] += f(i + k);
   }
-  for (int64_t i = 4 * q; i < n; ++i) a += f(i);
-  return (a + b) + (c + d);
+  for (; i < n; ++i) total += f(i);
+#pragma omp simd reduction(+ : total)
+  for (int64_t k = 0; k < kSums; ++k) total += sums[k];
+  return total;
 }
 
-template <typename T>
-MEGAGPT_INLINE void add_row(const T* __restrict x, const T* __restrict residual, T* __restrict sum, int64_t n) {
+// The same for two sums at once: f(i, a, b) adds to them.
+template <typename A, typename F>
+MEGAGPT_INLINE void two_sums_over(int64_t n, A& a, A& b, F f) {
+  constexpr int64_t kSums = 32;
+  A as[kSums] = {}, bs[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sum[i] = store<T>(load(x[i]) + load(residual[i]));
+    for (int64_t k = 0; k < kSums; ++k) f(i + k, as[k], bs[k]);
+  }
+  for (; i < n; ++i) f(i, a, b);
+#pragma omp simd reduction(+ : a, b)
+  for (int64_t k = 0; k < kSums; ++k) {
+    a += as[k];
+    b += bs[k];
+  }
 }
 
 template <typename T>
@@ -38,6 +50,22 @@ struct Forward {
   acc_t<T> eps;
 };
 
+// What the first pass over a row sums: elements where they are centered, else squares. Adds the residual on the way.
+template <typename T, bool kCenter>
+MEGAGPT_INLINE acc_t<T> first_sum(const Forward<T>& p, int64_t row) {
+  using A = acc_t<T>;
+  const T* __restrict x = p.x + row * p.columns;
+  if (!p.residual) {
+    return sum_over<A>(p.columns, [&](int64_t i) { return kCenter ? load(x[i]) : load(x[i]) * load(x[i]); });
+  }
+  const T* __restrict residual = p.residual + row * p.columns;
+  T* __restrict sum = p.sum + row * p.columns;
+  return sum_over<A>(p.columns, [&](int64_t i) {
+    sum[i] = store<T>(load(x[i]) + load(residual[i]));
+    return kCenter ? load(sum[i]) : load(sum[i]) * load(sum[i]);
+  });
+}
+
 // The variance in a second pass, about the mean: E[x^2] - E[x]^2 would cancel.
 template <typename T, bool kCenter>
 MEGAGPT_CLONES void forward(const Forward<T>& p, int64_t begin, int64_t end) {
@@ -45,12 +73,12 @@ MEGAGPT_CLONES void forward(const Forward<T>& p, int64_t begin, int64_t end) {
   const int64_t n = p.columns;
   const T *__restrict weight = p.weight, *__restrict bias = p.bias;
   for (int64_t row = begin; row < end; ++row) {
-    if (p.residual) add_row(p.x + row * n, p.residual + row * n, p.sum + row * n, n);
+    const A first = first_sum<T, kCenter>(p, row) / n;
     const T* __restrict x = (p.residual ? p.sum : p.x) + row * n;
     T* __restrict y = p.y + row * n;
-    const A mean = kCenter ? sum_over<A>(n, [&](int64_t i) { return load(x[i]); }) / n : A(0);
-    const A squares = sum_over<A>(n, [&](int64_t i) { return (load(x[i]) - mean) * (load(x[i]) - mean); });
-    const A rstd = 1 / std::sqrt(squares / n + p.eps);
+    const A mean = kCenter ? first : A(0);
+    const auto squared = [&](int64_t i) { return (load(x[i]) - mean) * (load(x[i]) - mean); };
+    const A rstd = 1 / std::sqrt((kCenter ? sum_over<A>(n, squared) / n : first) + p.eps);
     if (bias) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) y[i] = store<T>((load(x[i]) - mean) * rstd * load(weight[i]) + load(bias[i]));
@@ -81,16 +109,20 @@ MEGAGPT_INLINE void backward_row(const Backward<T>& p, int64_t row, acc_t<T>* __
   const T* __restrict stream = kStream ? p.grad_sum + row * n : nullptr;
   T* __restrict dx = p.dx + row * n;
   const A mean = kCenter ? p.mean[row] : A(0), rstd = p.rstd[row];
-  const A sum = kCenter ? sum_over<A>(n, [&](int64_t i) { return load(g[i]) * load(weight[i]); }) : A(0);
-  const A dot = sum_over<A>(n, [&](int64_t i) { return load(g[i]) * load(weight[i]) * (load(x[i]) - mean); });
-  const A shift = sum / n, slope = dot * rstd / n;
+  A sum = 0, dot = 0;
+  two_sums_over<A>(n, sum, dot, [&](int64_t i, A& a, A& b) {
+    const A d = load(g[i]), normal = (load(x[i]) - mean) * rstd;
+    if (kCenter) a += d * load(weight[i]);
+    b += d * load(weight[i]) * normal;
+    dweight[i] += d * normal;
+    if (kCenter) dbias[i] += d;
+  });
+  const A shift = sum / n, slope = dot / n;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const A normal = (load(x[i]) - mean) * rstd;
     const A d = rstd * (load(g[i]) * load(weight[i]) - shift - normal * slope);
     dx[i] = store<T>(kStream ? d + load(stream[i]) : d);
-    dweight[i] += load(g[i]) * normal;
-    if (kCenter) dbias[i] += load(g[i]);
   }
 }
 
@@ -150,10 +182,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_cpu(const Tensor& x_in, const st
     using T = decltype(zero);
     for_center(center, [&](auto centered) {
       MEGAGPT_BRANCH("norm.cpu");
-      const Forward<T> p{data<T>(x),         data<T>(residual),        data<T>(weight),
-                         data<T>(bias),      mutable_data<T>(y),       mutable_data<T>(sum),
-                         mutable_data<acc_t<T>>(mean), mutable_data<acc_t<T>>(rstd), columns, static_cast<acc_t<T>>(eps)};
-      parallel(rows, row_grain(columns), [&](int64_t begin, int64_t end) { forward<T, centered.value>(p, begin, end); });
+      const Forward<T> p{data<T>(x),
+                         data<T>(residual),
+                         data<T>(weight),
+                         data<T>(bias),
+                         mutable_data<T>(y),
+                         mutable_data<T>(sum),
+                         mutable_data<acc_t<T>>(mean),
+                         mutable_data<acc_t<T>>(rstd),
+                         columns,
+                         static_cast<acc_t<T>>(eps)};
+      parallel(rows, row_grain(columns), [&](int64_t begin, int64_t end) {
+        forward<T, centered.value>(p, begin, end);
+      });
     });
   });
   return {y, sum, mean, rstd};

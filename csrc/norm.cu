@@ -31,6 +31,34 @@ struct Backward {
   int64_t rows, columns;
 };
 
+// A pack in four registers: as elements of 16 bits it would take one for each.
+struct alignas(16) Words {
+  uint32_t w[4];
+};
+
+template <typename T>
+__device__ __forceinline__ float element(const Words& words, int i) {
+  if constexpr (sizeof(T) == 4) return __uint_as_float(words.w[i]);
+  else return to_float(T(static_cast<uint16_t>(words.w[i / 2] >> (i % 2 * 16)), T::from_bits()));
+}
+
+template <typename T>
+__device__ __forceinline__ Words words_of(const float (&x)[Pack<T>::kSize]) {
+  Words words = {};
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kSize; ++i) {
+    if constexpr (sizeof(T) == 4) words.w[i] = __float_as_uint(x[i]);
+    else words.w[i / 2] |= static_cast<uint32_t>(from_float<T>(x[i]).x) << (i % 2 * 16);
+  }
+  return words;
+}
+
+// Pack number `pack` from p on.
+template <typename T>
+__device__ __forceinline__ Words load_words(const T* p, int64_t pack) {
+  return reinterpret_cast<const Words*>(p)[pack];
+}
+
 template <bool kWarpPerRow>
 __device__ __forceinline__ float row_sum(float x, float* scratch) {
   if constexpr (kWarpPerRow) return warp_reduce<Sum>(x);
@@ -40,24 +68,24 @@ __device__ __forceinline__ float row_sum(float x, float* scratch) {
 // What thread `lane` of a row's `lanes` holds of it: packs lane, lane + lanes, ...; zeros past the end.
 template <typename T>
 __device__ __forceinline__ void load_row(const Forward<T>& p, int64_t row, int lane, int lanes, int n_packs,
-                                         Pack<T> (&x)[kForwardPacks]) {
-  Pack<T> residual[kForwardPacks] = {};
+                                         Words (&x)[kForwardPacks]) {
+  Words residual[kForwardPacks] = {};
 #pragma unroll
   for (int k = 0; k < kForwardPacks; ++k) {
     const int pack = lane + k * lanes;
-    if (pack < n_packs) x[k] = reinterpret_cast<const Pack<T>*>(p.x)[row * n_packs + pack];
-    if (pack < n_packs && p.residual) residual[k] = reinterpret_cast<const Pack<T>*>(p.residual)[row * n_packs + pack];
+    if (pack < n_packs) x[k] = load_words(p.x, row * n_packs + pack);
+    if (pack < n_packs && p.residual) residual[k] = load_words(p.residual, row * n_packs + pack);
   }
   if (!p.residual) return;
 #pragma unroll
   for (int k = 0; k < kForwardPacks; ++k) {
     const int pack = lane + k * lanes;
     if (pack >= n_packs) continue;
+    float sum[Pack<T>::kSize];
 #pragma unroll
-    for (int i = 0; i < Pack<T>::kSize; ++i) {
-      x[k].v[i] = from_float<T>(to_float(x[k].v[i]) + to_float(residual[k].v[i]));
-    }
-    reinterpret_cast<Pack<T>*>(p.sum)[row * n_packs + pack] = x[k];
+    for (int i = 0; i < Pack<T>::kSize; ++i) sum[i] = element<T>(x[k], i) + element<T>(residual[k], i);
+    x[k] = words_of<T>(sum);
+    reinterpret_cast<Words*>(p.sum)[row * n_packs + pack] = x[k];
   }
 }
 
@@ -71,20 +99,20 @@ __global__ void __launch_bounds__(kWarpPerRow ? kWarpRows * kWarp : kMaxThreads)
   const int64_t row = kWarpPerRow ? static_cast<int64_t>(blockIdx.x) * kWarpRows + threadIdx.x / kWarp : blockIdx.x;
   if (row >= p.rows) return;  // a whole warp, or nobody
   const int n_packs = static_cast<int>(p.columns / kSize);
-  Pack<T> x[kForwardPacks] = {};
+  Words x[kForwardPacks] = {};
   load_row(p, row, lane, lanes, n_packs, x);
   float sum = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int k = 0; k < kForwardPacks; ++k) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) sum += to_float(x[k].v[i]);
+    for (int i = 0; i < kSize; ++i) sum += element<T>(x[k], i);
   }
   const float mean = p.mean ? row_sum<kWarpPerRow>(sum, scratch) / p.columns : 0.0f;
 #pragma unroll
   for (int k = 0; k < kForwardPacks; ++k) {
     if (lane + k * lanes >= n_packs) continue;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) squares += (to_float(x[k].v[i]) - mean) * (to_float(x[k].v[i]) - mean);
+    for (int i = 0; i < kSize; ++i) squares += (element<T>(x[k], i) - mean) * (element<T>(x[k], i) - mean);
   }
   const float rstd = rsqrtf(row_sum<kWarpPerRow>(squares, scratch) / p.columns + p.eps);
 #pragma unroll
@@ -95,7 +123,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? kWarpRows * kWarp : kMaxThreads)
     load_pack(p.weight + pack * kSize, weight);
     if (p.bias) load_pack(p.bias + pack * kSize, y);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) y[i] += (to_float(x[k].v[i]) - mean) * rstd * weight[i];
+    for (int i = 0; i < kSize; ++i) y[i] += (element<T>(x[k], i) - mean) * rstd * weight[i];
     store_pack(p.y + (row * n_packs + pack) * kSize, y);
   }
   if (lane == 0 && p.mean) p.mean[row] = mean;
@@ -162,42 +190,69 @@ __device__ __forceinline__ void add_teams(const float (&held)[kBackwardPacks][kS
   }
 }
 
+// Adds one pack to the sums over its row, and to those of its columns over rows. dbias has a place for each thread.
+template <typename T, bool kCenter>
+__device__ __forceinline__ void add_pack(const Words& grad, const Words& x, const Words& weight, float mean, float rstd,
+                                         float& sum, float& dot, float (&dweight)[Pack<T>::kSize], Pack<float>* dbias) {
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kSize; ++i) {
+    const float g = element<T>(grad, i), normal = (element<T>(x, i) - mean) * rstd;
+    sum += g * element<T>(weight, i);
+    dot += g * element<T>(weight, i) * normal;
+    dweight[i] += g * normal;
+  }
+  if (!kCenter) return;
+#pragma unroll
+  for (int quarter = 0; quarter < Pack<T>::kSize / 4; ++quarter) {
+    Pack<float> before = dbias[quarter * blockDim.x];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) before.v[i] += element<T>(grad, quarter * 4 + i);
+    dbias[quarter * blockDim.x] = before;
+  }
+}
+
+// Adds the gradient through the norm to dx.
+template <typename T>
+__device__ __forceinline__ void dx_pack(const Words& grad, const Words& x, const Words& weight, float mean, float rstd,
+                                        float shift, float slope, float (&dx)[Pack<T>::kSize]) {
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kSize; ++i) {
+    const float normal = (element<T>(x, i) - mean) * rstd;
+    dx[i] += rstd * (element<T>(grad, i) * element<T>(weight, i) - shift - normal * slope);
+  }
+}
+
 // A row in the registers of a team of threads, some teams a block; each thread sums dweight and dbias of its own
-// columns over all rows it sees.
+// columns over all rows it sees: dweight in registers, dbias, for which there is no room left, in shared memory.
 template <typename T, bool kCenter>
 __global__ void __launch_bounds__(kMaxThreads) norm_backward_row(Backward<T> p, int team) {
-  constexpr int kSize = Pack<T>::kSize;
+  constexpr int kSize = Pack<T>::kSize, kQuarters = kSize / 4;
   __shared__ float scratch[2][2 * kWarp];
-  MEGAGPT_SHARED(float, shared);
+  MEGAGPT_SHARED(Pack<float>, shared);
+  Pack<float>* own = shared + threadIdx.x;
   const int lane = threadIdx.x % team, n_teams = blockDim.x / team, n_packs = static_cast<int>(p.columns / kSize);
-  float dweight[kBackwardPacks][kSize] = {}, dbias[kBackwardPacks][kSize] = {};
+  float dweight[kBackwardPacks][kSize] = {};
+  for (int k = 0; kCenter && k < kBackwardPacks * kQuarters; ++k) own[k * blockDim.x] = {};
   int turn = 0;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * n_teams; first < p.rows; first += gridDim.x * n_teams) {
     const int64_t row = first + threadIdx.x / team;
     const bool here = row < p.rows;  // all threads of the block take part in the sums
     const int n = here ? n_packs : 0;
     const float mean = kCenter && here ? p.mean[row] : 0.0f, rstd = here ? p.rstd[row] : 0.0f;
-    Pack<T> grad[kBackwardPacks], x[kBackwardPacks];
+    Words grad[kBackwardPacks], x[kBackwardPacks];
 #pragma unroll
     for (int k = 0; k < kBackwardPacks; ++k) {
       const int pack = lane + k * team;
-      if (pack < n) grad[k] = reinterpret_cast<const Pack<T>*>(p.grad)[row * n_packs + pack];
-      if (pack < n) x[k] = reinterpret_cast<const Pack<T>*>(p.x)[row * n_packs + pack];
+      if (pack < n) grad[k] = load_words(p.grad, row * n_packs + pack);
+      if (pack < n) x[k] = load_words(p.x, row * n_packs + pack);
     }
     float sum = 0.0f, dot = 0.0f;
 #pragma unroll
     for (int k = 0; k < kBackwardPacks; ++k) {
       const int pack = lane + k * team;
       if (pack >= n) continue;
-      const Pack<T> weight = reinterpret_cast<const Pack<T>*>(p.weight)[pack];
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const float g = to_float(grad[k].v[i]), normal = (to_float(x[k].v[i]) - mean) * rstd;
-        sum += g * to_float(weight.v[i]);
-        dot += g * to_float(weight.v[i]) * normal;
-        dweight[k][i] += g * normal;
-        if (kCenter) dbias[k][i] += g;
-      }
+      Pack<float>* dbias = own + k * kQuarters * blockDim.x;
+      add_pack<T, kCenter>(grad[k], x[k], load_words(p.weight, pack), mean, rstd, sum, dot, dweight[k], dbias);
     }
     team_sums(sum, dot, team, scratch[turn ^= 1]);
     const float shift = kCenter ? sum / p.columns : 0.0f, slope = dot / p.columns;
@@ -205,19 +260,20 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward_row(Backward<T> p, 
     for (int k = 0; k < kBackwardPacks; ++k) {
       const int pack = lane + k * team;
       if (pack >= n) continue;
-      const Pack<T> weight = reinterpret_cast<const Pack<T>*>(p.weight)[pack];
       float dx[kSize] = {};
       if (p.grad_sum) load_pack(p.grad_sum + (row * n_packs + pack) * kSize, dx);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const float normal = (to_float(x[k].v[i]) - mean) * rstd;
-        dx[i] += rstd * (to_float(grad[k].v[i]) * to_float(weight.v[i]) - shift - normal * slope);
-      }
+      dx_pack<T>(grad[k], x[k], load_words(p.weight, pack), mean, rstd, shift, slope, dx);
       store_pack(p.dx + (row * n_packs + pack) * kSize, dx);
     }
   }
-  add_teams<kSize>(dweight, team, n_packs, shared, p.dweight + blockIdx.x * p.columns);
-  if (kCenter) add_teams<kSize>(dbias, team, n_packs, shared, p.dbias + blockIdx.x * p.columns);
+  float dbias[kBackwardPacks][kSize];
+#pragma unroll
+  for (int k = 0; kCenter && k < kBackwardPacks * kSize; ++k) {
+    dbias[k / kSize][k % kSize] = own[k / 4 * blockDim.x].v[k % 4];
+  }
+  __syncthreads();  // shared is free
+  add_teams<kSize>(dweight, team, n_packs, shared->v, p.dweight + blockIdx.x * p.columns);
+  if (kCenter) add_teams<kSize>(dbias, team, n_packs, shared->v, p.dbias + blockIdx.x * p.columns);
 }
 
 // dx of any row, a block each.
@@ -332,13 +388,14 @@ void launch_backward(const Backward<T>& p, const Plan& plan, const Tensor& like)
     launch(norm_backward_columns<T>, dim3(ceil_div(p.columns, plan.threads), plan.n_parts), plan.threads, 0, like, p);
     return;
   }
-  const size_t shared = plan.threads > plan.team ? p.columns * sizeof(float) : 0;
+  const size_t for_teams = plan.threads > plan.team ? p.columns * sizeof(float) : 0;
+  const size_t for_dbias = plan.threads * kBackwardPacks * Pack<T>::kSize * sizeof(float);  // no less
   if (p.dbias) {
     MEGAGPT_BRANCH("norm_backward.cuda.row");
-    launch(norm_backward_row<T, true>, dim3(plan.n_parts), plan.threads, shared, like, p, plan.team);
+    launch(norm_backward_row<T, true>, dim3(plan.n_parts), plan.threads, for_dbias, like, p, plan.team);
   } else {
     MEGAGPT_BRANCH("norm_backward.cuda.row_rms");
-    launch(norm_backward_row<T, false>, dim3(plan.n_parts), plan.threads, shared, like, p, plan.team);
+    launch(norm_backward_row<T, false>, dim3(plan.n_parts), plan.threads, for_teams, like, p, plan.team);
   }
 }
 

@@ -34,18 +34,49 @@ def norm(
     return add_rms_norm(x, residual, weight, eps, kernels=kernels)
 
 
-def eager(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    eps: float = 1e-5,
-    center: bool = True,
-) -> Result:
+def unfused(layer: Callable[..., Tensor], rms: Callable[..., Tensor]) -> Callable[..., Result]:
+    """The same of a layer(x, weight, bias, eps) and an rms(x, weight, eps), the addition in plain torch."""
+
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        eps: float = 1e-5,
+        center: bool = True,
+    ) -> Result:
+        total = x if residual is None else x + residual
+        y = layer(total, weight, bias, eps) if center else rms(total, weight, eps)
+        return y if residual is None else (y, total)
+
+    return call
+
+
+def eager() -> Callable[..., Result]:
     """What one would write in plain torch."""
-    total = x if residual is None else x + residual
-    y = F.layer_norm(total, weight.shape, weight, bias, eps) if center else F.rms_norm(total, weight.shape, weight, eps)
-    return y if residual is None else (y, total)
+    return unfused(
+        lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
+        lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps),
+    )
+
+
+def apex() -> Callable[..., Result]:
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
+
+    return unfused(
+        lambda x, weight, bias, eps: fused_layer_norm_affine(x, weight, bias, weight.shape, eps),
+        lambda x, weight, eps: fused_rms_norm_affine(x, weight, weight.shape, eps),
+    )
+
+
+def liger() -> Callable[..., Result]:
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return unfused(
+        LigerLayerNormFunction.apply,
+        lambda x, weight, eps: LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False),
+    )
 
 
 def sized(
@@ -101,6 +132,7 @@ CASES = (
     Case("one pack more", norm, sized(3, 1032, add=True)),
     Case("a warp a row at the most in float32", norm, sized(5, 512, center=False)),
     Case("one pack more than that", norm, sized(3, 516, add=True, center=False)),
+    Case("more rows than blocks hold", norm, sized(70, 520, add=True)),
     Case("odd columns", norm, sized(2, 1021, biased=False)),
     Case("registers backward at the most in float32", norm, sized(2, 8192, add=True)),
     Case("one pack more than those", norm, sized(2, 8200, center=False)),
@@ -150,5 +182,6 @@ SPEC = Spec(
         *shapes(8192, 8192, "cuda"),
         *shapes(4096, 16384, "cuda"),
     ),
-    eager=eager,
+    eager=eager(),
+    peers={"apex": apex, "liger": liger},
 )
