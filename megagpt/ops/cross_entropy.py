@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megagpt.ops.library import define, differentiable, runs_kernel
 
@@ -108,6 +109,7 @@ class _CrossEntropy(torch.autograd.Function):
         return _loss(statistics, loss)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor):
         if ctx.overwritten:
             raise RuntimeError(
