@@ -74,6 +74,27 @@ def after_first(logits_NV: Tensor, labels_N: Tensor, **settings) -> Tensor:
     return cross_entropy(logits_NV[1:], labels_N[1:], **settings)
 
 
+class _Replace(torch.autograd.Function):
+    """The identity; its gradient is a given one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return ctx.saved_tensors[0], None
+
+
+def as_expected(logits_NV: Tensor, labels_N: Tensor, expected_grad: float, **settings) -> Tensor:
+    """The loss of tokens all of which but the last get the gradient that was expected."""
+    loss = cross_entropy(logits_NV, labels_N, expected_grad=expected_grad, **settings)
+    grad = torch.full_like(loss, expected_grad)
+    grad[-1:] = 2.0
+    return _Replace.apply(loss, grad)  # type: ignore[return-value]
+
+
 SMOOTH = {"label_smoothing": 0.1, "z_loss": 1e-2}
 CASES = (
     Case("one element", cross_entropy, tokens(1, 1, **SMOOTH)),
@@ -91,8 +112,11 @@ CASES = (
     Case("with other ranks", with_others, parts(7, 5)),
     Case("without columns", with_others, parts(0, 9)),
     Case("in place", cross_entropy, tokens(4, 100, in_place=True, **SMOOTH)),
+    Case("in one pass", cross_entropy, tokens(4, 77, n_valid=70, in_place=True, expected_grad=0.25, **SMOOTH)),
+    Case("in one pass, as expected", as_expected, tokens(4, 4099, in_place=True, expected_grad=0.25)),
     Case("extreme values", cross_entropy, extreme, nan=True),
     Case("extreme values in place", partial(cross_entropy, in_place=True), extreme, nan=True),
+    Case("extreme values in one pass", partial(cross_entropy, in_place=True, expected_grad=0.5), extreme, nan=True),
     Case("small", cross_entropy, tokens(3, 11, n_valid=9, **SMOOTH), gradcheck=True),
 )
 
