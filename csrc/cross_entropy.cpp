@@ -29,7 +29,7 @@ MEGAGPT_INLINE const acc_t<T>* widen(const T* __restrict z, int64_t n, acc_t<T>*
 // vexp's polynomial, without what only larger and smaller arguments need.
 MEGAGPT_INLINE double exp_below_zero(double x) { return std::exp(x); }
 MEGAGPT_INLINE float exp_below_zero(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, in its low bits
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to a whole number, in its low bits
   const float shifted = madd(x, 1.44269504088896341f, kRound), n = shifted - kRound;
   const float r = madd(n, 2.12194440e-4f, madd(n, -0.693359375f, x));
   float p = 1.9875691500e-4f;

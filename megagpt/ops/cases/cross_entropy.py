@@ -69,9 +69,9 @@ def parts(n_valid: int, n_others: int):
     return made
 
 
-def after_first(logits_NV: Tensor, labels_N: Tensor, **settings) -> Tensor:
-    """All tokens but the first: rows of odd length then begin anywhere, unlike those of the gradient."""
-    return cross_entropy(logits_NV[1:], labels_N[1:], **settings)
+def after_four(logits_NV: Tensor, labels_N: Tensor, **settings) -> Tensor:
+    """All tokens but the first four: rows of odd length in 16 bits then begin at other places than the gradient's."""
+    return cross_entropy(logits_NV[4:], labels_N[4:], **settings)
 
 
 class _Replace(torch.autograd.Function):
@@ -106,7 +106,7 @@ CASES = (
     Case("one block", cross_entropy, tokens(2, 2048)),
     Case("several blocks", cross_entropy, tokens(3, 4999, **SMOOTH)),
     Case("part of a row of packs", cross_entropy, tokens(2, 17_001, scale=3.0, n_valid=16_999)),
-    Case("rows that begin anywhere", after_first, tokens(5, 75)),
+    Case("rows that begin anywhere", after_four, tokens(7, 75)),
     Case("far from zero", cross_entropy, tokens(4, 129, scale=1e4)),
     Case("labels of others", cross_entropy, tokens(8, 24, vocab=72, first=24)),
     Case("with other ranks", with_others, parts(7, 5)),
