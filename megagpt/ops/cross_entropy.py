@@ -73,6 +73,7 @@ def cross_entropy(
     in_place: the backward pass writes the gradient over the logits (a copy, where these have gaps) and runs only once.
     expected_grad: with in_place, what each token's gradient is going to be, e.g. 1/N for a mean. The kernel then writes
     the gradient in the forward pass, which saves reading the logits again; the backward pass corrects what differs.
+    Only a hint: other ways than that kernel pass it over. With loss scaling it holds the scale, or float16 underflows.
     A label that no rank has counts as a label with logit 0.
     Shapes: logits_NV, labels_N int64 → loss_N.
     Source: Shoeybi et al. 2019, section 3; label smoothing: Szegedy et al. 2016, section 7; z-loss: Chowdhery et al.
