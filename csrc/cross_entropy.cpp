@@ -9,6 +9,7 @@ namespace {
 // Logits whose largest is found and whose exponentials are then added up while they lie in the innermost cache.
 constexpr int64_t kBlock = 2048;
 
+// Of one row: the largest logit, the sum of exponentials relative to it, and the sum of the logits.
 template <typename A>
 struct Statistics {
   A top, total, sum;
@@ -89,6 +90,7 @@ struct Loss {
   double label_smoothing, z_loss;
 };
 
+// A row's gradient, with that of its label and zeros for the padding; dz may be z.
 template <typename T>
 void write_gradient(const T* z, T* dz, int64_t columns, int64_t label, acc_t<T> top, acc_t<T> total, acc_t<T> grad,
                     const Loss& loss) {
@@ -188,6 +190,7 @@ void rescale_cpu(const Tensor& gradient, const Tensor& grad_in, double expected_
   });
 }
 
+// Every row's gradient, into `out`, which may be the logits.
 void gradient(const Tensor& logits, const Tensor& out, const Tensor& labels_in, const Tensor& top_in,
               const Tensor& total_in, const Tensor& grad_in, const Loss& loss) {
   const Tensor labels = dense(labels_in), top = dense(top_in), total = dense(total_in), grad = dense(grad_in);

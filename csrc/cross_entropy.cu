@@ -115,6 +115,7 @@ struct Loss {
   }
 };
 
+// Each row's statistics, for the loss and for the ranks to merge.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) statistics(const T* __restrict__ logits, const int64_t* __restrict__ labels,
                                                        Statistics out, Loss loss) {
@@ -145,7 +146,7 @@ struct Row {
   }
 };
 
-// dz may be z: each element is read and written by one thread.
+// Row z's gradient and zeros for the padding, by all threads of the block; dz may be z: who reads an element writes it.
 template <typename T>
 __device__ __forceinline__ void write_gradient(const T* z, T* dz, int n, int columns, const Row& row) {
   constexpr int kSize = Pack<T>::kSize;
@@ -167,6 +168,7 @@ __device__ __forceinline__ void write_gradient(const T* z, T* dz, int n, int col
   for (int column = n + threadIdx.x; column < columns; column += blockDim.x) dz[column] = from_float<T>(0.0f);
 }
 
+// Each row's gradient, into `out`, which may be the logits.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) gradient(const T* logits, T* out, const int64_t* __restrict__ labels,
                                                      const float* __restrict__ top, const float* __restrict__ total,

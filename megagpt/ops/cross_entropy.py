@@ -80,21 +80,14 @@ def cross_entropy(
     2022 (PaLM), section 5.
     Raises ValueError for shapes and settings that do not fit, RuntimeError for a second backward pass in place.
     """
-    if logits_NV.dim() != 2 or labels_N.shape != logits_NV.shape[:1]:
-        got = f"logits {tuple(logits_NV.shape)} and labels {tuple(labels_N.shape)}"
-        raise ValueError(f"cross_entropy: got {got}, wanted (N, V) and (N)")
+    _check(logits_NV, labels_N, label_smoothing, expected_grad)
     n_columns = logits_NV.shape[1]
     n_valid = n_columns if n_valid is None else n_valid
     if not 0 <= n_valid <= n_columns:
         raise ValueError(f"cross_entropy: got n_valid={n_valid}, wanted 0 to {n_columns}, the columns of the logits")
     if vocab is None and combine is not None:
         raise ValueError("cross_entropy: got combine without vocab, wanted the size of the whole vocabulary")
-    vocab = n_valid if vocab is None else vocab
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"cross_entropy: got label_smoothing={label_smoothing}, wanted 0 to 1")
-    if expected_grad is not None and not (expected_grad and math.isfinite(expected_grad)):
-        raise ValueError(f"cross_entropy: got expected_grad={expected_grad}, wanted a finite number other than 0")
-    loss = _Loss(first, n_valid, vocab, label_smoothing, z_loss)
+    loss = _Loss(first, n_valid, n_valid if vocab is None else vocab, label_smoothing, z_loss)
     kernel = runs_kernel("cross_entropy_statistics", logits_NV, kernels)
     differentiated = torch.is_grad_enabled() and logits_NV.requires_grad
     logits_NV = logits_NV.contiguous() if in_place else logits_NV
@@ -102,6 +95,20 @@ def cross_entropy(
     if one_pass and expected_grad is not None:
         return _CrossEntropyInOnePass.apply(logits_NV, labels_N, loss, expected_grad)  # type: ignore[return-value]
     return _CrossEntropy.apply(logits_NV, labels_N, loss, combine, in_place, kernel)  # type: ignore[return-value]
+
+
+def _check(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float, expected_grad: float | None) -> None:
+    """Raise ValueError for what the kernels, which look at nothing but addresses, could not take."""
+    if logits_NV.dim() != 2 or labels_N.shape != logits_NV.shape[:1]:
+        got = f"logits {tuple(logits_NV.shape)} and labels {tuple(labels_N.shape)}"
+        raise ValueError(f"cross_entropy: got {got}, wanted (N, V) and (N)")
+    if labels_N.dtype != torch.int64 or labels_N.device != logits_NV.device:
+        got = f"labels of {labels_N.dtype} on {labels_N.device}"
+        raise ValueError(f"cross_entropy: got {got}, wanted torch.int64 on {logits_NV.device}, where the logits are")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"cross_entropy: got label_smoothing={label_smoothing}, wanted 0 to 1")
+    if expected_grad is not None and not (expected_grad and math.isfinite(expected_grad)):
+        raise ValueError(f"cross_entropy: got expected_grad={expected_grad}, wanted a finite number other than 0")
 
 
 SECOND_BACKWARD = (

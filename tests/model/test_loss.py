@@ -202,6 +202,22 @@ def test_without_gradients_the_logits_are_left_alone():
     assert_equal(logits.detach(), before)
 
 
+@pytest.mark.parametrize(
+    ("labels", "settings", "wanted"),
+    [
+        (torch.zeros(3, dtype=torch.int64), {}, r"labels \(3,\), wanted \(N, V\) and \(N\)"),
+        (torch.zeros(2, dtype=torch.int32), {}, r"torch.int32 on cpu, wanted torch.int64"),
+        (torch.zeros(2, dtype=torch.int64), {"n_valid": 6}, "n_valid=6, wanted 0 to 5"),
+        (torch.zeros(2, dtype=torch.int64), {"label_smoothing": 1.5}, "label_smoothing=1.5, wanted 0 to 1"),
+        (torch.zeros(2, dtype=torch.int64), {"expected_grad": 0.0}, "expected_grad=0.0, wanted a finite number"),
+        (torch.zeros(2, dtype=torch.int64), {"combine": lambda s: s}, "combine without vocab"),
+    ],
+)
+def test_what_does_not_fit_is_refused(labels, settings, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        op_module.cross_entropy(torch.randn(2, 5), labels, **settings)
+
+
 def test_gradcheck():
     part, n_columns = part_on(SINGLE, 5)
     logits = torch.randn(2, 3, n_columns, dtype=torch.float64, requires_grad=True)
