@@ -134,7 +134,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator's signature
         if ctx.overwritten:
             raise RuntimeError(SECOND_BACKWARD)
         logits_NV, labels_N, top_N, total_N = ctx.saved_tensors
@@ -167,7 +167,7 @@ class _CrossEntropyInOnePass(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator's signature
         if ctx.overwritten:
             raise RuntimeError(SECOND_BACKWARD)
         (gradient_NV,) = ctx.saved_tensors

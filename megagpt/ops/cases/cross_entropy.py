@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ def as_expected(logits_NV: Tensor, labels_N: Tensor, expected_grad: float, **set
     return _Replace.apply(loss, grad)  # type: ignore[return-value]
 
 
-SMOOTH = {"label_smoothing": 0.1, "z_loss": 1e-2}
+SMOOTH: Any = {"label_smoothing": 0.1, "z_loss": 1e-2}
 CASES = (
     Case("one element", cross_entropy, tokens(1, 1, **SMOOTH)),
     Case("no tokens", cross_entropy, tokens(0, 16)),
@@ -128,7 +129,8 @@ def eager(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False) -> Tensor
 
 def liger():
     """liger-kernel's fused loss, which overwrites the logits during its forward pass."""
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # a peer, where it is installed
+    # A peer, which is not a requirement.
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # pyright: ignore[reportMissingImports]
 
     def call(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False) -> Tensor:
         settings = (None, -100, 0.0, 0.0, "none", None, False)
