@@ -9,6 +9,7 @@ namespace {
 // Logits whose largest is found and whose exponentials are then added up while they lie in the innermost cache.
 constexpr int64_t kBlock = 2048;
 
+// Of one row: the largest logit, the sum of exponentials relative to it, and the sum of the logits.
 template <typename A>
 struct Statistics {
   A top, total, sum;
@@ -29,7 +30,7 @@ MEGAGPT_INLINE const acc_t<T>* widen(const T* __restrict z, int64_t n, acc_t<T>*
 // vexp's polynomial, without what only larger and smaller arguments need.
 MEGAGPT_INLINE double exp_below_zero(double x) { return std::exp(x); }
 MEGAGPT_INLINE float exp_below_zero(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, in its low bits
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to a whole number, in its low bits
   const float shifted = madd(x, 1.44269504088896341f, kRound), n = shifted - kRound;
   const float r = madd(n, 2.12194440e-4f, madd(n, -0.693359375f, x));
   float p = 1.9875691500e-4f;
@@ -83,39 +84,13 @@ int64_t column_of(int64_t label, int64_t first, int64_t n_valid) {
   return label >= first && label < first + n_valid ? label - first : -1;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_cpu(const Tensor& logits_in, const Tensor& labels_in,
-                                                          int64_t first, int64_t n_valid) {
-  const Tensor logits = dense(logits_in), labels = dense(labels_in);
-  const int64_t n_rows = logits.size(0), columns = logits.size(1);
-  const auto wide = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const auto numbers = [&] { return torch::stable::new_empty(logits, {n_rows}, wide); };
-  const Tensor top = numbers(), total = numbers(), label_logit = numbers(), logit_sum = numbers();
-  for_dtype("cross_entropy", logits, [&](auto zero) {
-    using T = decltype(zero);
-    using A = acc_t<T>;
-    MEGAGPT_BRANCH("cross_entropy.cpu.statistics");
-    parallel(n_rows, row_grain(n_valid), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const T* z = data<T>(logits) + row * columns;
-        Statistics<A> result;
-        row_statistics(z, n_valid, &result);
-        const int64_t label = column_of(data<int64_t>(labels)[row], first, n_valid);
-        mutable_data<A>(top)[row] = result.top;
-        mutable_data<A>(total)[row] = result.total;
-        mutable_data<A>(label_logit)[row] = label < 0 ? A(0) : load(z[label]);
-        mutable_data<A>(logit_sum)[row] = result.sum;
-      }
-    });
-  });
-  return {top, total, label_logit, logit_sum};
-}
-
 // What the gradient of a row takes besides its logits.
 struct Loss {
   int64_t first, n_valid, vocab;
   double label_smoothing, z_loss;
 };
 
+// A row's gradient, with that of its label and zeros for the padding; dz may be z.
 template <typename T>
 void write_gradient(const T* z, T* dz, int64_t columns, int64_t label, acc_t<T> top, acc_t<T> total, acc_t<T> grad,
                     const Loss& loss) {
@@ -127,9 +102,95 @@ void write_gradient(const T* z, T* dz, int64_t columns, int64_t label, acc_t<T> 
   row_gradient(z, dz, loss.n_valid, top, scale, shift);
   std::fill(dz + loss.n_valid, dz + columns, store<T>(0));
   if (label < 0) return;
-  dz[label] = store<T>(exp_below_zero(label_logit - top) * scale - shift - grad * static_cast<A>(1 - loss.label_smoothing));
+  const A at_label = grad * static_cast<A>(1 - loss.label_smoothing);
+  dz[label] = store<T>(exp_below_zero(label_logit - top) * scale - shift - at_label);
 }
 
+// Top, total, label's logit and sum of the logits of every row; then f(row, label's column, top, total) while the row
+// lies in a cache.
+template <typename T, typename F>
+std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_then(const Tensor& logits, const Tensor& labels_in, int64_t first,
+                                                           int64_t n_valid, F&& f) {
+  using A = acc_t<T>;
+  const Tensor labels = dense(labels_in);
+  const int64_t n_rows = logits.size(0), columns = logits.size(1);
+  const auto wide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+  const auto numbers = [&] { return torch::stable::new_empty(logits, {n_rows}, wide); };
+  const Tensor top = numbers(), total = numbers(), label_logit = numbers(), logit_sum = numbers();
+  parallel(n_rows, row_grain(n_valid), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* z = data<T>(logits) + row * columns;
+      Statistics<A> result;
+      row_statistics(z, n_valid, &result);
+      const int64_t label = column_of(data<int64_t>(labels)[row], first, n_valid);
+      mutable_data<A>(top)[row] = result.top;
+      mutable_data<A>(total)[row] = result.total;
+      mutable_data<A>(label_logit)[row] = label < 0 ? A(0) : load(z[label]);
+      mutable_data<A>(logit_sum)[row] = result.sum;
+      f(row, label, result.top, result.total);
+    }
+  });
+  return {top, total, label_logit, logit_sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_cpu(const Tensor& logits_in, const Tensor& labels, int64_t first,
+                                                          int64_t n_valid) {
+  const Tensor logits = dense(logits_in);
+  std::tuple<Tensor, Tensor, Tensor, Tensor> result;
+  for_dtype("cross_entropy", logits, [&](auto zero) {
+    MEGAGPT_BRANCH("cross_entropy.cpu.statistics");
+    result = statistics_then<decltype(zero)>(logits, labels, first, n_valid, [](auto...) {});
+  });
+  return result;
+}
+
+void require_dense(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.is_contiguous(), "cross_entropy in place: got logits with gaps, wanted contiguous ones");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> with_gradient_cpu(const Tensor& logits, const Tensor& labels,
+                                                             double expected_grad, int64_t first, int64_t n_valid,
+                                                             int64_t vocab, double label_smoothing, double z_loss) {
+  require_dense(logits);
+  const Loss loss{first, n_valid, vocab, label_smoothing, z_loss};
+  const int64_t columns = logits.size(1);
+  std::tuple<Tensor, Tensor, Tensor, Tensor> result;
+  for_dtype("cross_entropy_with_gradient_", logits, [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    MEGAGPT_BRANCH("cross_entropy.cpu.with_gradient");
+    result = statistics_then<T>(logits, labels, first, n_valid, [&](int64_t row, int64_t label, A top, A total) {
+      T* z = mutable_data<T>(logits) + row * columns;
+      write_gradient(z, z, columns, label, top, total, static_cast<A>(expected_grad), loss);
+    });
+  });
+  return result;
+}
+
+template <typename T>
+MEGAGPT_CLONES void row_scale(T* x, int64_t n, acc_t<T> factor) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) x[i] = store<T>(load(x[i]) * factor);
+}
+
+void rescale_cpu(const Tensor& gradient, const Tensor& grad_in, double expected_grad, int64_t n_valid) {
+  require_dense(gradient);
+  const Tensor grad = dense(grad_in);
+  const int64_t n_rows = gradient.size(0), columns = gradient.size(1);
+  for_dtype("cross_entropy_rescale_", gradient, [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    MEGAGPT_BRANCH("cross_entropy.cpu.rescale");
+    parallel(n_rows, row_grain(n_valid), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const A got = data<A>(grad)[row], expected = static_cast<A>(expected_grad);
+        if (got != expected) row_scale(mutable_data<T>(gradient) + row * columns, n_valid, got / expected);
+      }
+    });
+  });
+}
+
+// Every row's gradient, into `out`, which may be the logits.
 void gradient(const Tensor& logits, const Tensor& out, const Tensor& labels_in, const Tensor& top_in,
               const Tensor& total_in, const Tensor& grad_in, const Loss& loss) {
   const Tensor labels = dense(labels_in), top = dense(top_in), total = dense(total_in), grad = dense(grad_in);
@@ -161,7 +222,7 @@ void gradient_in_place_cpu(const Tensor& logits, const Tensor& labels, const Ten
                            const Tensor& grad, int64_t first, int64_t n_valid, int64_t vocab, double label_smoothing,
                            double z_loss) {
   MEGAGPT_BRANCH("cross_entropy.cpu.in_place");
-  STD_TORCH_CHECK(logits.is_contiguous(), "cross_entropy_gradient_: got logits with gaps, wanted contiguous ones");
+  require_dense(logits);
   gradient(logits, logits, labels, top, total, grad, {first, n_valid, vocab, label_smoothing, z_loss});
 }
 
@@ -170,6 +231,8 @@ void gradient_in_place_cpu(const Tensor& logits, const Tensor& labels, const Ten
 
 MEGAGPT_CPU_KERNELS(m) {
   m.impl("cross_entropy_statistics", TORCH_BOX(&megagpt::statistics_cpu));
+  m.impl("cross_entropy_with_gradient_", TORCH_BOX(&megagpt::with_gradient_cpu));
+  m.impl("cross_entropy_rescale_", TORCH_BOX(&megagpt::rescale_cpu));
   m.impl("cross_entropy_backward", TORCH_BOX(&megagpt::backward_cpu));
   m.impl("cross_entropy_gradient_", TORCH_BOX(&megagpt::gradient_in_place_cpu));
 }

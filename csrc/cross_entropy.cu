@@ -9,6 +9,19 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kUnroll = 4;  // packs that a thread loads before it uses the first
 
+// exp(x) to about 2 units in the last place; 0 where it would be below 2^-126, for which CUDA's own __expf takes more
+// instructions: they, not the memory, would set the pace.
+__device__ __forceinline__ float fast_exp(float x) {
+  const float power = x * 1.44269504088896341f;
+#ifdef MEGAGPT_EMULATED_CUDA
+  return exp2f(power);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(power));
+  return y;
+#endif
+}
+
 // Where the packs of a row lie: elements [0, head) and [tail, n) stand alone, those between are whole packs.
 struct Span {
   int head, tail;
@@ -34,10 +47,10 @@ struct Online {
     float new_top = top;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) new_top = fmaxf(new_top, z[k]);
-    total *= __expf(top - new_top);
+    total *= fast_exp(top - new_top);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      total += __expf(z[k] - new_top);
+      total += fast_exp(z[k] - new_top);
       sum += z[k];
     }
     top = new_top;
@@ -46,7 +59,7 @@ struct Online {
 
 // Row z, all of it, by all threads of the block; every thread gets the result.
 template <typename T>
-__device__ __forceinline__ Online row_statistics(const T* __restrict__ z, int n, float* scratch) {
+__device__ __forceinline__ Online row_statistics(const T* z, int n, float* scratch) {
   constexpr int kSize = Pack<T>::kSize;
   const Span span = span_of(z, n);
   const int step = blockDim.x * kSize;
@@ -72,27 +85,47 @@ __device__ __forceinline__ Online row_statistics(const T* __restrict__ z, int n,
   }
   Online row;
   row.top = block_reduce<Max>(seen.top, scratch);
-  row.total = block_reduce<Sum>(seen.total * __expf(seen.top - row.top), scratch);
+  row.total = block_reduce<Sum>(seen.total * fast_exp(seen.top - row.top), scratch);
   row.sum = block_reduce<Sum>(seen.sum, scratch);
   if (row.total == 0.0f) row.top = -std::numeric_limits<float>::infinity();  // no logit above -infinity
   return row;
 }
 
+// Where the statistics of the rows go.
+struct Statistics {
+  float *top, *total, *label_logit, *logit_sum;
+
+  __device__ __forceinline__ void put(int64_t row, const Online& seen, float logit) const {
+    top[row] = seen.top;
+    total[row] = seen.total;
+    label_logit[row] = logit;
+    logit_sum[row] = seen.sum;
+  }
+};
+
+// Which columns are which, and which loss is taken.
+struct Loss {
+  int64_t first;
+  int n_valid, columns;
+  float label_share, uniform_share, z_loss;  // 1 - label smoothing, label smoothing / vocabulary
+
+  // The column of a label, or -1 if it belongs to another rank.
+  __device__ __forceinline__ int column_of(int64_t label) const {
+    return label >= first && label < first + n_valid ? static_cast<int>(label - first) : -1;
+  }
+};
+
+// Each row's statistics, for the loss and for the ranks to merge.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) statistics(const T* __restrict__ logits, const int64_t* __restrict__ labels,
-                                                       float* __restrict__ top, float* __restrict__ total,
-                                                       float* __restrict__ label_logit, float* __restrict__ logit_sum,
-                                                       int64_t columns, int64_t first, int n_valid) {
+                                                       Statistics out, Loss loss) {
   __shared__ float scratch[kWarp];
   const int64_t row = blockIdx.x;
-  const T* z = logits + row * columns;
-  const Online seen = row_statistics(z, n_valid, scratch);
+  const T* z = logits + row * loss.columns;
+  const Online seen = row_statistics(z, loss.n_valid, scratch);
   if (threadIdx.x > 0) return;
-  const int64_t label = labels[row] - first;
-  top[row] = seen.top;
-  total[row] = seen.total;
-  label_logit[row] = label >= 0 && label < n_valid ? to_float(z[label]) : 0.0f;
-  logit_sum[row] = seen.sum;
+  const int label = loss.column_of(labels[row]);
+  out.put(row, seen, label < 0 ? 0.0f : to_float(z[label]));
 }
 
 // What turns a row of logits into its gradient: exp(z - top) scale - shift, less `at_label` in the label's column.
@@ -100,13 +133,20 @@ struct Row {
   float top, scale, shift, at_label;
   int label;  // -1 if it belongs to another rank
 
+  __device__ __forceinline__ Row(float row_top, float total, float grad, int row_label, const Loss& loss)
+      : top(row_top),
+        scale(grad * (1.0f + 2.0f * loss.z_loss * (row_top + logf(total))) / total),
+        shift(grad * loss.uniform_share),
+        at_label(grad * loss.label_share),
+        label(row_label) {}
+
   __device__ __forceinline__ float gradient(float z, int column) const {
-    const float d = __expf(z - top) * scale - shift;
+    const float d = fast_exp(z - top) * scale - shift;
     return column == label ? d - at_label : d;
   }
 };
 
-// dz may be z: each element is read and written by one thread.
+// Row z's gradient and zeros for the padding, by all threads of the block; dz may be z: who reads an element writes it.
 template <typename T>
 __device__ __forceinline__ void write_gradient(const T* z, T* dz, int n, int columns, const Row& row) {
   constexpr int kSize = Pack<T>::kSize;
@@ -128,28 +168,52 @@ __device__ __forceinline__ void write_gradient(const T* z, T* dz, int n, int col
   for (int column = n + threadIdx.x; column < columns; column += blockDim.x) dz[column] = from_float<T>(0.0f);
 }
 
-// Which columns are which, and which loss is taken.
-struct Loss {
-  int64_t first;
-  int n_valid, columns;
-  float label_share, uniform_share, z_loss;  // 1 - label smoothing, label smoothing / vocabulary
-};
-
+// Each row's gradient, into `out`, which may be the logits.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) gradient(const T* logits, T* out, const int64_t* __restrict__ labels,
                                                      const float* __restrict__ top, const float* __restrict__ total,
                                                      const float* __restrict__ grad, Loss loss) {
-  const int64_t index = blockIdx.x;
-  const int64_t label = labels[index] - loss.first;
-  const float g = grad[index], lse = top[index] + logf(total[index]);
-  Row row;
-  row.top = top[index];
-  row.scale = g * (1.0f + 2.0f * loss.z_loss * lse) / total[index];
-  row.shift = g * loss.uniform_share;
-  row.at_label = g * loss.label_share;
-  row.label = label >= 0 && label < loss.n_valid ? static_cast<int>(label) : -1;
-  const int64_t offset = index * loss.columns;
+  const int64_t index = blockIdx.x, offset = index * loss.columns;
+  const Row row(top[index], total[index], grad[index], loss.column_of(labels[index]), loss);
   write_gradient(logits + offset, out + offset, loss.n_valid, loss.columns, row);
+}
+
+// The statistics, and then the gradient over the logits, which the block still finds in the L2 cache.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) with_gradient(T* logits, const int64_t* __restrict__ labels, Statistics out,
+                                                          float expected_grad, Loss loss) {
+  __shared__ float scratch[kWarp];
+  const int64_t index = blockIdx.x;
+  T* z = logits + index * loss.columns;
+  const Online seen = row_statistics(z, loss.n_valid, scratch);
+  const int label = loss.column_of(labels[index]);
+  if (threadIdx.x == 0) out.put(index, seen, label < 0 ? 0.0f : to_float(z[label]));
+  __syncthreads();  // the label's logit is read before it is written
+  const Row row(seen.top, seen.total, expected_grad, label, loss);
+  write_gradient(z, z, loss.n_valid, loss.columns, row);
+}
+
+// Rows whose gradient is not the expected one; the others are not even read.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) rescale(T* gradient, const float* __restrict__ grad, float expected_grad,
+                                                    int64_t columns, int n) {
+  constexpr int kSize = Pack<T>::kSize;
+  const float got = grad[blockIdx.x];
+  if (got == expected_grad) return;
+  const float factor = got / expected_grad;
+  T* row = gradient + blockIdx.x * columns;
+  const Span span = span_of(row, n);
+  for (int i = span.head + threadIdx.x * kSize; i < span.tail; i += blockDim.x * kSize) {
+    float x[kSize];
+    load_pack(row + i, x);
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) x[k] *= factor;
+    store_pack(row + i, x);
+  }
+  for (int j = threadIdx.x; j < span.head + n - span.tail; j += blockDim.x) {
+    T& x = row[j < span.head ? j : j - span.head + span.tail];
+    x = from_float<T>(to_float(x) * factor);
+  }
 }
 
 // Threads for a row: a pack each where that is enough.
@@ -158,25 +222,71 @@ int row_threads(int64_t columns) {
   return threads_for(ceil_div(columns, Pack<T>::kSize), kThreads);
 }
 
-void require_short(int64_t columns) {
+Loss loss_of(const Tensor& logits, int64_t first, int64_t n_valid, int64_t vocab = 1, double label_smoothing = 0,
+             double z_loss = 0) {
+  const int64_t columns = logits.size(1);
   STD_TORCH_CHECK(columns < (int64_t{1} << 30), "cross_entropy: got ", columns, " columns, wanted fewer than 2^30");
+  return {first,
+          static_cast<int>(n_valid),
+          static_cast<int>(columns),
+          static_cast<float>(1 - label_smoothing),
+          static_cast<float>(label_smoothing / static_cast<double>(vocab)),
+          static_cast<float>(z_loss)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_cuda(const Tensor& logits_in, const Tensor& labels_in,
-                                                           int64_t first, int64_t n_valid) {
+void require_dense(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.is_contiguous(), "cross_entropy in place: got logits with gaps, wanted contiguous ones");
+}
+
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+FourTensors new_statistics(const Tensor& logits) {
+  const auto numbers = [&] { return torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Float); };
+  return {numbers(), numbers(), numbers(), numbers()};
+}
+
+Statistics pointers(const FourTensors& of) {
+  return {mutable_data<float>(std::get<0>(of)), mutable_data<float>(std::get<1>(of)),
+          mutable_data<float>(std::get<2>(of)), mutable_data<float>(std::get<3>(of))};
+}
+
+FourTensors statistics_cuda(const Tensor& logits_in, const Tensor& labels_in, int64_t first, int64_t n_valid) {
   const Tensor logits = dense(logits_in), labels = dense(labels_in);
-  const int64_t n_rows = logits.size(0), columns = logits.size(1);
-  require_short(columns);
-  const auto numbers = [&] { return torch::stable::new_empty(logits, {n_rows}, ScalarType::Float); };
-  const Tensor top = numbers(), total = numbers(), label_logit = numbers(), logit_sum = numbers();
+  const FourTensors result = new_statistics(logits);
+  const Loss loss = loss_of(logits, first, n_valid);
   for_cuda_dtype("cross_entropy", logits, [&](auto zero) {
     using T = decltype(zero);
     MEGAGPT_BRANCH("cross_entropy.cuda.statistics");
-    launch(statistics<T>, dim3(n_rows), row_threads<T>(n_valid), 0, logits, data<T>(logits), data<int64_t>(labels),
-           mutable_data<float>(top), mutable_data<float>(total), mutable_data<float>(label_logit),
-           mutable_data<float>(logit_sum), columns, first, n_valid);
+    launch(statistics<T>, dim3(logits.size(0)), row_threads<T>(n_valid), 0, logits, data<T>(logits),
+           data<int64_t>(labels), pointers(result), loss);
   });
-  return {top, total, label_logit, logit_sum};
+  return result;
+}
+
+FourTensors with_gradient_cuda(const Tensor& logits, const Tensor& labels_in, double expected_grad, int64_t first,
+                               int64_t n_valid, int64_t vocab, double label_smoothing, double z_loss) {
+  require_dense(logits);
+  const Tensor labels = dense(labels_in);
+  const FourTensors result = new_statistics(logits);
+  const Loss loss = loss_of(logits, first, n_valid, vocab, label_smoothing, z_loss);
+  for_cuda_dtype("cross_entropy_with_gradient_", logits, [&](auto zero) {
+    using T = decltype(zero);
+    MEGAGPT_BRANCH("cross_entropy.cuda.with_gradient");
+    launch(with_gradient<T>, dim3(logits.size(0)), row_threads<T>(n_valid), 0, logits, mutable_data<T>(logits),
+           data<int64_t>(labels), pointers(result), expected_grad, loss);
+  });
+  return result;
+}
+
+void rescale_cuda(const Tensor& gradient, const Tensor& grad_in, double expected_grad, int64_t n_valid) {
+  require_dense(gradient);
+  const Tensor grad = dense(grad_in);
+  for_cuda_dtype("cross_entropy_rescale_", gradient, [&](auto zero) {
+    using T = decltype(zero);
+    MEGAGPT_BRANCH("cross_entropy.cuda.rescale");
+    launch(rescale<T>, dim3(gradient.size(0)), row_threads<T>(n_valid), 0, gradient, mutable_data<T>(gradient),
+           data<float>(grad), expected_grad, gradient.size(1), n_valid);
+  });
 }
 
 void write_gradients(const Tensor& logits, const Tensor& out, const Tensor& labels_in, const Tensor& top_in,
@@ -187,17 +297,6 @@ void write_gradients(const Tensor& logits, const Tensor& out, const Tensor& labe
     launch(gradient<T>, dim3(logits.size(0)), row_threads<T>(loss.columns), 0, logits, data<T>(logits),
            mutable_data<T>(out), data<int64_t>(labels), data<float>(top), data<float>(total), data<float>(grad), loss);
   });
-}
-
-Loss loss_of(const Tensor& logits, int64_t first, int64_t n_valid, int64_t vocab, double label_smoothing,
-             double z_loss) {
-  require_short(logits.size(1));
-  return {first,
-          static_cast<int>(n_valid),
-          static_cast<int>(logits.size(1)),
-          static_cast<float>(1 - label_smoothing),
-          static_cast<float>(label_smoothing / static_cast<double>(vocab)),
-          static_cast<float>(z_loss)};
 }
 
 Tensor backward_cuda(const Tensor& logits_in, const Tensor& labels, const Tensor& top, const Tensor& total,
@@ -215,7 +314,7 @@ void gradient_in_place_cuda(const Tensor& logits, const Tensor& labels, const Te
                             const Tensor& grad, int64_t first, int64_t n_valid, int64_t vocab, double label_smoothing,
                             double z_loss) {
   MEGAGPT_BRANCH("cross_entropy.cuda.in_place");
-  STD_TORCH_CHECK(logits.is_contiguous(), "cross_entropy_gradient_: got logits with gaps, wanted contiguous ones");
+  require_dense(logits);
   const Loss loss = loss_of(logits, first, n_valid, vocab, label_smoothing, z_loss);
   write_gradients(logits, logits, labels, top, total, grad, loss);
 }
@@ -225,6 +324,8 @@ void gradient_in_place_cuda(const Tensor& logits, const Tensor& labels, const Te
 
 MEGAGPT_CUDA_KERNELS(m) {
   m.impl("cross_entropy_statistics", TORCH_BOX(&megagpt::statistics_cuda));
+  m.impl("cross_entropy_with_gradient_", TORCH_BOX(&megagpt::with_gradient_cuda));
+  m.impl("cross_entropy_rescale_", TORCH_BOX(&megagpt::rescale_cuda));
   m.impl("cross_entropy_backward", TORCH_BOX(&megagpt::backward_cuda));
   m.impl("cross_entropy_gradient_", TORCH_BOX(&megagpt::gradient_in_place_cuda));
 }

@@ -9,11 +9,13 @@ Shapes: N tokens, V columns of the logits, of which the first L are in use (`n_v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megagpt.ops.library import define, differentiable, runs_kernel
 
@@ -60,6 +62,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     combine: Callable[[Statistics], Statistics] | None = None,
     in_place: bool = False,
+    expected_grad: float | None = None,
     kernels: str = "auto",
 ) -> Tensor:
     """Negative log-likelihood of each label, in float32 (float64 for float64 logits).
@@ -67,28 +70,50 @@ def cross_entropy(
     n_valid: columns in use (default: all); further ones are padding, of any content, and get gradient 0.
     first: the id that column 0 stands for.  vocab: size of the whole vocabulary (default: n_valid).
     combine: merges this rank's statistics with those of the ranks that hold the rest; None: there is no rest.
-    in_place: the backward pass writes the gradient over the logits, where these are contiguous, and can run only once.
+    in_place: the backward pass writes the gradient over the logits (a copy, where these have gaps) and runs only once.
+    expected_grad: with in_place, what each token's gradient is going to be, e.g. 1/N for a mean. The kernel then writes
+    the gradient in the forward pass, which saves reading the logits again; the backward pass corrects what differs.
+    Only a hint: other ways than that kernel pass it over. With loss scaling it holds the scale, or float16 underflows.
     A label that no rank has counts as a label with logit 0.
     Shapes: logits_NV, labels_N int64 → loss_N.
     Source: Shoeybi et al. 2019, section 3; label smoothing: Szegedy et al. 2016, section 7; z-loss: Chowdhery et al.
     2022 (PaLM), section 5.
     Raises ValueError for shapes and settings that do not fit, RuntimeError for a second backward pass in place.
     """
-    if logits_NV.dim() != 2 or labels_N.shape != logits_NV.shape[:1]:
-        got = f"logits {tuple(logits_NV.shape)} and labels {tuple(labels_N.shape)}"
-        raise ValueError(f"cross_entropy: got {got}, wanted (N, V) and (N)")
+    _check(logits_NV, labels_N, label_smoothing, expected_grad)
     n_columns = logits_NV.shape[1]
     n_valid = n_columns if n_valid is None else n_valid
     if not 0 <= n_valid <= n_columns:
         raise ValueError(f"cross_entropy: got n_valid={n_valid}, wanted 0 to {n_columns}, the columns of the logits")
     if vocab is None and combine is not None:
         raise ValueError("cross_entropy: got combine without vocab, wanted the size of the whole vocabulary")
-    vocab = n_valid if vocab is None else vocab
+    loss = _Loss(first, n_valid, n_valid if vocab is None else vocab, label_smoothing, z_loss)
+    kernel = runs_kernel("cross_entropy_statistics", logits_NV, kernels)
+    differentiated = torch.is_grad_enabled() and logits_NV.requires_grad
+    logits_NV = logits_NV.contiguous() if in_place else logits_NV
+    one_pass = in_place and kernel and combine is None and differentiated
+    if one_pass and expected_grad is not None:
+        return _CrossEntropyInOnePass.apply(logits_NV, labels_N, loss, expected_grad)  # type: ignore[return-value]
+    return _CrossEntropy.apply(logits_NV, labels_N, loss, combine, in_place, kernel)  # type: ignore[return-value]
+
+
+def _check(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float, expected_grad: float | None) -> None:
+    """Raise ValueError for what the kernels, which look at nothing but addresses, could not take."""
+    if logits_NV.dim() != 2 or labels_N.shape != logits_NV.shape[:1]:
+        got = f"logits {tuple(logits_NV.shape)} and labels {tuple(labels_N.shape)}"
+        raise ValueError(f"cross_entropy: got {got}, wanted (N, V) and (N)")
+    if labels_N.dtype != torch.int64 or labels_N.device != logits_NV.device:
+        got = f"labels of {labels_N.dtype} on {labels_N.device}"
+        raise ValueError(f"cross_entropy: got {got}, wanted torch.int64 on {logits_NV.device}, where the logits are")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"cross_entropy: got label_smoothing={label_smoothing}, wanted 0 to 1")
-    loss = _Loss(first, n_valid, vocab, label_smoothing, z_loss)
-    kernel = runs_kernel("cross_entropy_statistics", logits_NV, kernels)
-    return _CrossEntropy.apply(logits_NV, labels_N, loss, combine, in_place, kernel)  # type: ignore[return-value]
+    if expected_grad is not None and not (expected_grad and math.isfinite(expected_grad)):
+        raise ValueError(f"cross_entropy: got expected_grad={expected_grad}, wanted a finite number other than 0")
+
+
+SECOND_BACKWARD = (
+    "cross_entropy: a second backward pass, but with in_place=True the first overwrote the logits; use in_place=False"
+)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -108,14 +133,12 @@ class _CrossEntropy(torch.autograd.Function):
         return _loss(statistics, loss)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator's signature
         if ctx.overwritten:
-            raise RuntimeError(
-                "cross_entropy: a second backward pass, but with in_place=True the first overwrote the "
-                "logits; use in_place=False"
-            )
+            raise RuntimeError(SECOND_BACKWARD)
         logits_NV, labels_N, top_N, total_N = ctx.saved_tensors
-        ctx.overwritten = ctx.in_place and logits_NV.is_contiguous()
+        ctx.overwritten = ctx.in_place
         given = (labels_N, top_N, total_N, grads[0], *ctx.loss)
         if ctx.overwritten:
             d_logits_NV = logits_NV.detach()
@@ -128,6 +151,30 @@ class _CrossEntropy(torch.autograd.Function):
             d_logits_NV = logits_NV.clone(memory_format=torch.contiguous_format)
             _write_gradient(d_logits_NV, *given)
         return d_logits_NV, None, None, None, None, None
+
+
+class _CrossEntropyInOnePass(torch.autograd.Function):
+    """Statistics and at once the gradient, for the upstream gradient that is expected; backward corrects it."""
+
+    @staticmethod
+    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, loss: _Loss, expected_grad: float) -> Tensor:
+        op = torch.ops.megagpt.cross_entropy_with_gradient_
+        statistics = Statistics(*op(logits_NV.detach(), labels_N, expected_grad, *loss))
+        torch.autograd.graph.increment_version(logits_NV)  # who else kept the logits for a gradient gets an error
+        ctx.save_for_backward(logits_NV)
+        ctx.n_valid, ctx.expected_grad, ctx.overwritten = loss.n_valid, expected_grad, False
+        return _loss(statistics, loss)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator's signature
+        if ctx.overwritten:
+            raise RuntimeError(SECOND_BACKWARD)
+        (gradient_NV,) = ctx.saved_tensors
+        ctx.overwritten = True
+        torch.ops.megagpt.cross_entropy_rescale_(gradient_NV.detach(), grads[0], ctx.expected_grad, ctx.n_valid)
+        torch.autograd.graph.increment_version(gradient_NV)
+        return gradient_NV.detach(), None, None, None
 
 
 def _loss(statistics: Statistics, loss: _Loss) -> Tensor:
@@ -193,7 +240,7 @@ def _chunks(logits_NL: Tensor) -> Iterator[slice]:
             yield slice(begin, begin + step)
 
 
-def _fake_statistics(logits: Tensor, labels: Tensor, first: int, n_valid: int) -> tuple[Tensor, ...]:
+def _fake_statistics(logits: Tensor, labels: Tensor, *_: float) -> tuple[Tensor, ...]:
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return tuple(logits.new_empty(labels.shape, dtype=wide) for _ in range(4))
 
@@ -206,15 +253,20 @@ def _no_gradient(ctx, *grads: Tensor) -> tuple:
     return None, None, None, None
 
 
-_GIVEN = (
-    "Tensor labels, Tensor top, Tensor total, Tensor grad, "
-    "int first, int n_valid, int vocab, float label_smoothing, float z_loss"
-)
+_LOSS = "int first, int n_valid, int vocab, float label_smoothing, float z_loss"
+_GIVEN = f"Tensor labels, Tensor top, Tensor total, Tensor grad, {_LOSS}"
+_STATISTICS = "(Tensor top, Tensor total, Tensor label_logit, Tensor logit_sum)"
 define(
-    "cross_entropy_statistics(Tensor logits, Tensor labels, int first, int n_valid) "
-    "-> (Tensor top, Tensor total, Tensor label_logit, Tensor logit_sum)",
+    f"cross_entropy_statistics(Tensor logits, Tensor labels, int first, int n_valid) -> {_STATISTICS}",
     _fake_statistics,
 )
 define(f"cross_entropy_backward(Tensor logits, {_GIVEN}) -> Tensor", lambda x, *_: x.new_empty(x.shape))
 define(f"cross_entropy_gradient_(Tensor(a!) logits, {_GIVEN}) -> ()", lambda *_: None)
+define(
+    f"cross_entropy_with_gradient_(Tensor(a!) logits, Tensor labels, float expected_grad, {_LOSS}) -> {_STATISTICS}",
+    _fake_statistics,
+)
+define(
+    "cross_entropy_rescale_(Tensor(a!) gradient, Tensor grad, float expected_grad, int n_valid) -> ()", lambda *_: None
+)
 differentiable("cross_entropy_statistics", _save_nothing, _no_gradient)

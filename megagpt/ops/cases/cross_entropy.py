@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,12 +70,33 @@ def parts(n_valid: int, n_others: int):
     return made
 
 
-def after_first(logits_NV: Tensor, labels_N: Tensor, **settings) -> Tensor:
-    """All tokens but the first: rows of odd length then begin anywhere, unlike those of the gradient."""
-    return cross_entropy(logits_NV[1:], labels_N[1:], **settings)
+def after_four(logits_NV: Tensor, labels_N: Tensor, **settings) -> Tensor:
+    """All tokens but the first four: rows of odd length in 16 bits then begin at other places than the gradient's."""
+    return cross_entropy(logits_NV[4:], labels_N[4:], **settings)
 
 
-SMOOTH = {"label_smoothing": 0.1, "z_loss": 1e-2}
+class _Replace(torch.autograd.Function):
+    """The identity; its gradient is a given one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return ctx.saved_tensors[0], None
+
+
+def as_expected(logits_NV: Tensor, labels_N: Tensor, expected_grad: float, **settings) -> Tensor:
+    """The loss of tokens all of which but the last get the gradient that was expected."""
+    loss = cross_entropy(logits_NV, labels_N, expected_grad=expected_grad, **settings)
+    grad = torch.full_like(loss, expected_grad)
+    grad[-1:] = 2.0
+    return _Replace.apply(loss, grad)  # type: ignore[return-value]
+
+
+SMOOTH: Any = {"label_smoothing": 0.1, "z_loss": 1e-2}
 CASES = (
     Case("one element", cross_entropy, tokens(1, 1, **SMOOTH)),
     Case("no tokens", cross_entropy, tokens(0, 16)),
@@ -85,14 +107,17 @@ CASES = (
     Case("one block", cross_entropy, tokens(2, 2048)),
     Case("several blocks", cross_entropy, tokens(3, 4999, **SMOOTH)),
     Case("part of a row of packs", cross_entropy, tokens(2, 17_001, scale=3.0, n_valid=16_999)),
-    Case("rows that begin anywhere", after_first, tokens(5, 75)),
+    Case("rows that begin anywhere", after_four, tokens(7, 75)),
     Case("far from zero", cross_entropy, tokens(4, 129, scale=1e4)),
     Case("labels of others", cross_entropy, tokens(8, 24, vocab=72, first=24)),
     Case("with other ranks", with_others, parts(7, 5)),
     Case("without columns", with_others, parts(0, 9)),
     Case("in place", cross_entropy, tokens(4, 100, in_place=True, **SMOOTH)),
+    Case("in one pass", cross_entropy, tokens(4, 77, n_valid=70, in_place=True, expected_grad=0.25, **SMOOTH)),
+    Case("in one pass, as expected", as_expected, tokens(4, 4099, in_place=True, expected_grad=0.25)),
     Case("extreme values", cross_entropy, extreme, nan=True),
     Case("extreme values in place", partial(cross_entropy, in_place=True), extreme, nan=True),
+    Case("extreme values in one pass", partial(cross_entropy, in_place=True, expected_grad=0.5), extreme, nan=True),
     Case("small", cross_entropy, tokens(3, 11, n_valid=9, **SMOOTH), gradcheck=True),
 )
 
@@ -104,7 +129,8 @@ def eager(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False) -> Tensor
 
 def liger():
     """liger-kernel's fused loss, which overwrites the logits during its forward pass."""
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # a peer, where it is installed
+    # A peer, which is not a requirement.
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # pyright: ignore[reportMissingImports]
 
     def call(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False) -> Tensor:
         settings = (None, -100, 0.0, 0.0, "none", None, False)
