@@ -12,6 +12,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int kWarpsPerBlock = 4;  // of the kernels that give each warp a row
+constexpr int kMostThreads = 512;  // of a block that keeps its row in registers, of which more threads have fewer
 
 // One row of the scores, and what is added to them; n_rows of them lie one after another.
 struct Rows {
@@ -86,7 +87,7 @@ __device__ __forceinline__ float exp_unless_masked(float x, float offset) {
 }
 
 // What the exponentials are multiplied by. In a row of NaN they are NaN or, where masked, 0, and so they stay.
-__device__ __forceinline__ float factor_of(float sum) { return sum > 0.0f ? 1.0f / sum : 1.0f; }
+__device__ __forceinline__ float factor_of(float sum) { return sum > 0.0f ? __fdividef(1.0f, sum) : 1.0f; }
 
 __device__ __forceinline__ float times_unless_zero(float a, float b) { return a == 0.0f ? 0.0f : a * b; }
 
@@ -108,7 +109,7 @@ __device__ __forceinline__ void load_row(const T* x, const Row& row, Pack<T> (&p
 }
 
 template <typename T, int kPacks, bool kOneWarp>
-__global__ void __launch_bounds__(kOneWarp ? kWarp * kWarpsPerBlock : 1024)
+__global__ void __launch_bounds__(kOneWarp ? kWarp * kWarpsPerBlock : kMostThreads, 1)
     softmax_registers(const T* __restrict__ scores, T* __restrict__ p, Rows rows) {
   using Us = Team<kOneWarp>;
   constexpr int kSize = Pack<T>::kSize;
@@ -206,7 +207,7 @@ __device__ __forceinline__ float gradient(float p, float grad, float sum, float 
 }
 
 template <typename T, int kPacks, bool kOneWarp>
-__global__ void __launch_bounds__(kOneWarp ? kWarp * kWarpsPerBlock : 1024)
+__global__ void __launch_bounds__(kOneWarp ? kWarp * kWarpsPerBlock : kMostThreads, 1)
     softmax_backward_registers(const T* __restrict__ grad, const T* __restrict__ p, T* __restrict__ dx, Rows rows) {
   using Us = Team<kOneWarp>;
   constexpr int kSize = Pack<T>::kSize;
@@ -297,7 +298,7 @@ void choose(int64_t n_rows, int64_t n_keys, F&& run, const P*... pointers) {
   } else if (n_packs <= 4 * kWarp) {
     MEGAGPT_BRANCH("softmax.cuda.warp.4");
     run(InRegisters<4, true>{}, shared_out, kThreads);
-  } else if (n_packs <= kPacks * 1024) {
+  } else if (n_packs <= kPacks * kMostThreads) {
     MEGAGPT_BRANCH("softmax.cuda.block");
     run(InRegisters<kPacks, false>{}, n_rows, threads_for(ceil_div(n_packs, kPacks)));
   } else {
