@@ -1,8 +1,8 @@
 // Scaled softmax of attention scores, in CUDA: see megagpt/ops/softmax.py.
 //
-// A row of up to 1024 keys is one warp's, a longer one a block's; up to 16K keys it stays in registers between its
-// one reading and its one writing. Rows that are longer or do not divide into packs are read twice, the second time
-// out of the cache. Only columns inside the band are read.
+// A row of up to 2 KB (1024 keys of 16 bits) is one warp's, a longer one a block's; up to 32 KB it stays in registers
+// between its one reading and its one writing. Rows that are longer or do not divide into packs are read twice, the
+// second time out of the cache. Only columns inside the band are read.
 
 #include "common.cuh"
 #include "softmax.h"
@@ -32,17 +32,17 @@ struct Row {
   // Whether any of `size` columns is in the band.
   __device__ __forceinline__ bool has(int column, int size) const { return column < end && column + size > begin; }
 
-  // Scaled and biased, or -inf. The bias counts from the last column of the band: a constant more or less is the same
-  // softmax, and there the numbers are smallest.
+  // x, the scores of every stride-th column, becomes scaled and biased, or -inf. The bias counts from the last column
+  // of the band: a constant more or less is the same softmax, and there the numbers are smallest.
   template <int kSize>
-  __device__ __forceinline__ void scale_and_mask(int column, float (&x)[kSize]) const {
+  __device__ __forceinline__ void scale_and_mask(int column, int stride, float (&x)[kSize]) const {
     const float distance = static_cast<float>(column - end + 1);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) x[k] = x[k] * scale + slope * (distance + k);
-    if (mask == nullptr && column >= begin && column + kSize <= end) return;
+    for (int k = 0; k < kSize; ++k) x[k] = x[k] * scale + slope * (distance + static_cast<float>(k * stride));
+    if (mask == nullptr && column >= begin && column + (kSize - 1) * stride < end) return;
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      const int c = column + k;
+      const int c = column + k * stride;
       if (c < begin || c >= end || (mask != nullptr && !mask[c])) x[k] = -kInfinity;
     }
   }
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kOneWarp ? kWarp * kWarpsPerBlock : kMostThrea
 #pragma unroll
     for (int k = 0; k < kSize; ++k) x[j][k] = to_float(packs[j].v[k]);
     if (!row.has(column, kSize)) continue;
-    row.scale_and_mask(column, x[j]);
+    row.scale_and_mask(column, 1, x[j]);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) most = Max::of(most, x[j][k]);
   }
@@ -150,34 +150,52 @@ __global__ void __launch_bounds__(kOneWarp ? kWarp * kWarpsPerBlock : kMostThrea
   }
 }
 
-// kSize elements at p: a pack, or the only one.
-template <typename T, int kSize>
-__device__ __forceinline__ void load_some(const T* p, float (&x)[kSize]) {
-  if constexpr (kSize == 1) {
-    x[0] = to_float(*p);
-  } else {
-    load_pack(p, x);
+// The elements that a thread takes at a time of a row too long for registers: a pack, or where rows do not divide into
+// packs as many elements, one in each of that many runs of the block.
+template <typename T, bool kPacked>
+struct Group {
+  static constexpr int kSize = Pack<T>::kSize;
+  int stride = kPacked ? 1 : Team<false>::size();
+  int first = kPacked ? Team<false>::rank() * kSize : Team<false>::rank();
+  int step = Team<false>::size() * kSize;
+
+  // 0 for columns outside of the band.
+  __device__ __forceinline__ void load(const T* x, const Row& row, int column, float (&v)[kSize]) const {
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) v[k] = 0.0f;
+    if constexpr (kPacked) {
+      if (row.has(column, kSize)) load_pack(x + row.start + column, v);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        if (row.has(column + k * stride, 1)) v[k] = to_float(x[row.start + column + k * stride]);
+      }
+    }
   }
-}
-template <typename T, int kSize>
-__device__ __forceinline__ void store_some(T* p, const float (&x)[kSize]) {
-  if constexpr (kSize == 1) {
-    *p = from_float<T>(x[0]);
-  } else {
-    store_pack(p, x);
+
+  __device__ __forceinline__ void store(T* y, const Row& row, int n_keys, int column, const float (&v)[kSize]) const {
+    if constexpr (kPacked) {
+      if (column < n_keys) store_pack(y + row.start + column, v);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        if (column + k * stride < n_keys) y[row.start + column + k * stride] = from_float<T>(v[k]);
+      }
+    }
   }
-}
+};
 
 // Rows of any length, one a block: the maximum and the sum of exp in one pass (Milakov & Gimelshein 2018), then p.
-template <typename T, int kSize>
+template <typename T, bool kPacked>
 __global__ void __launch_bounds__(1024) softmax_loop(const T* __restrict__ scores, T* __restrict__ p, Rows rows) {
   using Us = Team<false>;
+  constexpr int kSize = Pack<T>::kSize;
   const Row row = row_of(rows, Us::row());
-  const int n_keys = rows.band.n_keys, step = Us::size() * kSize, rank = Us::rank() * kSize;
+  const Group<T, kPacked> group;
   float most = -kInfinity, sum = 0.0f, x[kSize];
-  for (int column = row.begin / kSize * kSize + rank; column < row.end; column += step) {
-    load_some<T, kSize>(scores + row.start + column, x);
-    row.scale_and_mask(column, x);
+  for (int column = row.begin / kSize * kSize + group.first; column < row.end; column += group.step) {
+    group.load(scores, row, column, x);
+    row.scale_and_mask(column, group.stride, x);
     const float before = most;
 #pragma unroll
     for (int k = 0; k < kSize; ++k) most = Max::of(most, x[k]);
@@ -188,16 +206,13 @@ __global__ void __launch_bounds__(1024) softmax_loop(const T* __restrict__ score
   const float offset = offset_of(Us::template reduce<Max>(most));
   const float factor = factor_of(Us::template reduce<Sum>(times_unless_zero(sum, __expf(most - offset))));
 
-  for (int column = rank; column < n_keys; column += step) {
+  const int n_keys = rows.band.n_keys;
+  for (int column = group.first; column < n_keys; column += group.step) {
+    group.load(scores, row, column, x);
+    row.scale_and_mask(column, group.stride, x);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) x[k] = 0.0f;
-    if (row.has(column, kSize)) {
-      load_some<T, kSize>(scores + row.start + column, x);
-      row.scale_and_mask(column, x);
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) x[k] = exp_unless_masked(x[k], offset) * factor;
-    }
-    store_some<T, kSize>(p + row.start + column, x);
+    for (int k = 0; k < kSize; ++k) x[k] = exp_unless_masked(x[k], offset) * factor;
+    group.store(p, row, n_keys, column, x);
   }
 }
 
@@ -237,30 +252,29 @@ __global__ void __launch_bounds__(kOneWarp ? kWarp * kWarpsPerBlock : kMostThrea
   }
 }
 
-template <typename T, int kSize>
+template <typename T, bool kPacked>
 __global__ void __launch_bounds__(1024)
     softmax_backward_loop(const T* __restrict__ grad, const T* __restrict__ p, T* __restrict__ dx, Rows rows) {
   using Us = Team<false>;
+  constexpr int kSize = Pack<T>::kSize;
   const Row row = row_of(rows, Us::row());
-  const int n_keys = rows.band.n_keys, step = Us::size() * kSize, rank = Us::rank() * kSize;
+  const Group<T, kPacked> group;
   float sum = 0.0f, q[kSize], g[kSize];
-  for (int column = row.begin / kSize * kSize + rank; column < row.end; column += step) {
-    load_some<T, kSize>(p + row.start + column, q);
-    load_some<T, kSize>(grad + row.start + column, g);
+  for (int column = row.begin / kSize * kSize + group.first; column < row.end; column += group.step) {
+    group.load(p, row, column, q);
+    group.load(grad, row, column, g);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) sum += times_unless_zero(q[k], g[k]);
   }
   sum = Us::template reduce<Sum>(sum);
-  for (int column = rank; column < n_keys; column += step) {
+
+  const int n_keys = rows.band.n_keys;
+  for (int column = group.first; column < n_keys; column += group.step) {
+    group.load(p, row, column, q);
+    group.load(grad, row, column, g);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) q[k] = g[k] = 0.0f;
-    if (row.has(column, kSize)) {
-      load_some<T, kSize>(p + row.start + column, q);
-      load_some<T, kSize>(grad + row.start + column, g);
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) q[k] = gradient(q[k], g[k], sum, row.scale);
-    }
-    store_some<T, kSize>(dx + row.start + column, q);
+    for (int k = 0; k < kSize; ++k) q[k] = gradient(q[k], g[k], sum, row.scale);
+    group.store(dx, row, n_keys, column, q);
   }
 }
 
@@ -272,12 +286,12 @@ struct InRegisters {
   template <typename T>
   static constexpr auto backward = &softmax_backward_registers<T, kPacks, kOneWarp>;
 };
-template <int kSize>
+template <bool kPacked>
 struct Looping {
   template <typename T>
-  static constexpr auto forward = &softmax_loop<T, kSize>;
+  static constexpr auto forward = &softmax_loop<T, kPacked>;
   template <typename T>
-  static constexpr auto backward = &softmax_backward_loop<T, kSize>;
+  static constexpr auto backward = &softmax_backward_loop<T, kPacked>;
 };
 
 // Calls run(kernels, blocks, threads) with those for rows of `n_keys` at these pointers.
@@ -288,7 +302,7 @@ void choose(int64_t n_rows, int64_t n_keys, F&& run, const P*... pointers) {
   constexpr int kThreads = kWarp * kWarpsPerBlock;
   if (!packable<T>(n_keys, pointers...)) {
     MEGAGPT_BRANCH("softmax.cuda.elements");
-    run(Looping<1>{}, n_rows, threads_for(ceil_div(n_keys, kPacks)));
+    run(Looping<false>{}, n_rows, threads_for(ceil_div(n_keys, kSize)));
   } else if (n_packs <= kWarp) {
     MEGAGPT_BRANCH("softmax.cuda.warp.1");
     run(InRegisters<1, true>{}, shared_out, kThreads);
@@ -303,7 +317,7 @@ void choose(int64_t n_rows, int64_t n_keys, F&& run, const P*... pointers) {
     run(InRegisters<kPacks, false>{}, n_rows, threads_for(ceil_div(n_packs, kPacks)));
   } else {
     MEGAGPT_BRANCH("softmax.cuda.packs");
-    run(Looping<kSize>{}, n_rows, 1024);
+    run(Looping<true>{}, n_rows, 1024);
   }
 }
 
