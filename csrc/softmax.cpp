@@ -116,13 +116,15 @@ void clear_outside(T* y, int64_t begin, int64_t end, int64_t n) {
   std::memset(static_cast<void*>(y + end), 0, (n - end) * sizeof(T));
 }
 
+// Sum of grad * p. Where p is 0 the key may be masked, and its gradient anything; products come before the choice, so
+// that compilers see no branch.
 template <typename T>
 MEGAGPT_CLONES acc_t<T> dot(const T* __restrict grad, const T* __restrict p, int64_t n) {
   acc_t<T> sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    const acc_t<T> q = load(p[i]);
-    sum += q == 0 ? acc_t<T>(0) : load(grad[i]) * q;
+    const acc_t<T> q = load(p[i]), product = load(grad[i]) * q;
+    sum += q == 0 ? q : product;
   }
   return sum;
 }
@@ -132,8 +134,8 @@ MEGAGPT_CLONES void backward_row(const T* __restrict grad, const T* __restrict p
                                  acc_t<T> sum, acc_t<T> scale) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const acc_t<T> q = load(p[i]);
-    dx[i] = store<T>(q == 0 ? acc_t<T>(0) : scale * q * (load(grad[i]) - sum));
+    const acc_t<T> q = load(p[i]), d = scale * q * (load(grad[i]) - sum);
+    dx[i] = store<T>(q == 0 ? q : d);
   }
 }
 
