@@ -12,9 +12,9 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int kWarpsPerBlock = 4;  // of the kernels that give each warp a row
-constexpr int kMostThreads = 512;  // of a block that keeps its row in registers, of which more threads have fewer
+constexpr int kMostThreads = 512;  // of a block that keeps its row in registers: more would have too few of them each
 
-// One row of the scores, and what is added to them; n_rows of them lie one after another.
+// What all rows share.
 struct Rows {
   Band band;
   Mask mask;
@@ -23,6 +23,7 @@ struct Rows {
   const float* slopes;
 };
 
+// One query's row.
 struct Row {
   int64_t start;        // of its first column, in elements
   int begin, end;       // the columns of its band
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(kOneWarp ? kWarp * kWarpsPerBlock : kMostThrea
 }
 
 // The elements that a thread takes at a time of a row too long for registers: a pack, or where rows do not divide into
-// packs as many elements, one in each of that many runs of the block.
+// packs, as many elements that lie a block's width apart, so that neighbours are read by neighbours.
 template <typename T, bool kPacked>
 struct Group {
   static constexpr int kSize = Pack<T>::kSize;
