@@ -65,7 +65,7 @@ def case(name: str, make: Callable[[Draw], Arguments], looser: float = 3.0, **ke
     return Case(name, attention_softmax, make, looser=looser, why_looser=CANCELS, **keywords)
 
 
-EDGES = (1, 31, 32, 33, 1023, 1024, 1025, 1032, 4096, 4097)
+EDGES = (1, 31, 32, 33, 256, 264, 512, 520, 1024, 1025, 1032, 4096, 4097)
 CASES = (
     case("one element", scores(1, 1, 1, 1, scale=0.5)),
     case("empty", scores(2, 3, 0, 8, causal=True)),
