@@ -34,12 +34,13 @@ MEGAGPT_INLINE float exp_below_zero(float x) {
   return x < -87.0f ? 0.0f : p * power;
 }
 
-// One row's band: n columns. A key is masked where `mask` is not null and holds false.
+// One row's band: n columns, and after them `padding` that is masked, so that loops end on whole vectors. A key is
+// masked where `mask` is not null and holds false.
 template <typename T>
 struct Row {
   const T* scores;
   const uint8_t* mask;
-  int64_t n;
+  int64_t n, padding;
   acc_t<T> scale, slope;
 };
 
@@ -63,6 +64,7 @@ template <typename T>
 void scale_and_mask(const Row<T>& row, acc_t<T>* x) {
   const auto pass = row.mask ? &scale_and_mask<T, true> : &scale_and_mask<T, false>;
   pass(row.scores, row.mask, x, row.n, row.scale, row.slope);
+  std::fill_n(x + row.n, row.padding, -kInfinity<T>);
 }
 
 // The largest of x, NaN left out.
@@ -98,15 +100,22 @@ MEGAGPT_CLONES void divide(const acc_t<T>* e, T* y, int64_t n, acc_t<T> sum) {
 // masked keys get 0 even so.
 template <typename T>
 void softmax_row(const Row<T>& row, acc_t<T>* x, T* y) {
+  const int64_t n = row.n + row.padding;
   scale_and_mask(row, x);
-  const acc_t<T> most = largest(x, row.n);
+  const acc_t<T> most = largest(x, n);
   if (std::isfinite(most)) {
-    const acc_t<T> sum = exponentiate(x, row.n, most);
-    if (std::isfinite(sum)) return divide<T>(x, y, row.n, sum);
+    const acc_t<T> sum = exponentiate(x, n, most);
+    if (std::isfinite(sum)) return divide<T>(x, y, n, sum);
     scale_and_mask(row, x);
   }
   constexpr acc_t<T> kNaN = std::numeric_limits<acc_t<T>>::quiet_NaN();
-  for (int64_t i = 0; i < row.n; ++i) y[i] = store<T>(x[i] == -kInfinity<T> ? acc_t<T>(0) : kNaN);
+  for (int64_t i = 0; i < n; ++i) y[i] = store<T>(x[i] == -kInfinity<T> ? acc_t<T>(0) : kNaN);
+}
+
+// How many more columns make [begin, end) whole vectors, where the row has them.
+int64_t padding_of(int64_t begin, int64_t end, int64_t n_keys) {
+  constexpr int64_t kVector = 16;
+  return std::min((begin - end) & (kVector - 1), n_keys - end);
 }
 
 // Zeros outside of [begin, end) of a row.
@@ -116,13 +125,15 @@ void clear_outside(T* y, int64_t begin, int64_t end, int64_t n) {
   std::memset(static_cast<void*>(y + end), 0, (n - end) * sizeof(T));
 }
 
+// Sum of grad * p. Where p is 0 the key may be masked, and its gradient anything; products come before the choice, so
+// that compilers see no branch.
 template <typename T>
 MEGAGPT_CLONES acc_t<T> dot(const T* __restrict grad, const T* __restrict p, int64_t n) {
   acc_t<T> sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    const acc_t<T> q = load(p[i]);
-    sum += q == 0 ? acc_t<T>(0) : load(grad[i]) * q;
+    const acc_t<T> q = load(p[i]), product = load(grad[i]) * q;
+    sum += q == 0 ? q : product;
   }
   return sum;
 }
@@ -132,8 +143,8 @@ MEGAGPT_CLONES void backward_row(const T* __restrict grad, const T* __restrict p
                                  acc_t<T> sum, acc_t<T> scale) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const acc_t<T> q = load(p[i]);
-    dx[i] = store<T>(q == 0 ? acc_t<T>(0) : scale * q * (load(grad[i]) - sum));
+    const acc_t<T> q = load(p[i]), d = scale * q * (load(grad[i]) - sum);
+    dx[i] = store<T>(q == 0 ? q : d);
   }
 }
 
@@ -157,10 +168,10 @@ struct Softmax {
       const uint8_t* seen = mask.row(head / n_heads, h, t);
       const bool all_masked = seen && mask.key == 0 && !*seen;
       const int64_t begin = band.begin(t), end = all_masked ? begin : band.end(t);
-      const int64_t start = (head * n_queries + t) * n_keys;
-      const Row<T> row = {scores + start + begin, seen && mask.key == 1 ? seen + begin : nullptr, end - begin,
+      const int64_t start = (head * n_queries + t) * n_keys, padding = padding_of(begin, end, n_keys);
+      const Row<T> row = {scores + start + begin, seen && mask.key == 1 ? seen + begin : nullptr, end - begin, padding,
                           static_cast<acc_t<T>>(scale), slopes ? slopes[h] : acc_t<T>(0)};
-      clear_outside(p + start, begin, end, n_keys);
+      clear_outside(p + start, begin, end + padding, n_keys);
       if constexpr (std::is_same_v<T, acc_t<T>>) {
         softmax_row(row, p + start + begin, p + start + begin);
       } else {
@@ -197,7 +208,8 @@ Tensor softmax_backward_cpu(const Tensor& grad_in, const Tensor& p_in, double sc
     using T = decltype(zero);
     parallel(p.numel() / n_keys, row_grain(n_keys), [&](int64_t first, int64_t stop) {
       for (int64_t i = first; i < stop; ++i) {
-        const int64_t t = balanced(i % n_queries, n_queries), begin = band.begin(t), end = band.end(t);
+        const int64_t t = balanced(i % n_queries, n_queries), begin = band.begin(t);
+        const int64_t end = band.end(t) + padding_of(begin, band.end(t), n_keys);  // p is 0 in the padding
         const int64_t start = (i - i % n_queries + t) * n_keys;
         const T *g = data<T>(grad) + start + begin, *q = data<T>(p) + start + begin;
         T* d = mutable_data<T>(dx) + start;
