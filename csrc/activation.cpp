@@ -112,7 +112,7 @@ Tensor activation_cpu(const Tensor& x_in, const std::optional<Tensor>& bias_in, 
   return y;
 }
 
-// sums[column] += parts[part][column], in order; rounded to T.
+// sums[column] = the sum of parts[...][column], taken in order; rounded to T.
 template <typename T>
 void sum_parts(const std::vector<acc_t<T>>& parts, T* sums, int64_t n_columns) {
   std::vector<acc_t<T>> total(n_columns, 0);
