@@ -5,61 +5,68 @@
 namespace megagpt {
 namespace {
 
+template <bool kBias, typename T>
+MEGAGPT_INLINE acc_t<T> plus_bias(T x, const T* bias, int64_t i) {
+  return kBias ? load(x) + load(bias[i]) : load(x);
+}
+
 // y = f(x + bias), row by row.
-template <typename Op, typename T>
+template <typename Op, bool kBias, typename T>
 MEGAGPT_CLONES void forward(const T* __restrict x, const T* __restrict bias, T* __restrict y, int64_t n_rows,
                             int64_t n_columns) {
   for (; n_rows > 0; --n_rows, x += n_columns, y += n_columns) {
 #pragma omp simd
-    for (int64_t i = 0; i < n_columns; ++i) y[i] = store<T>(Op::at(load(x[i]) + load(bias[i])).value);
+    for (int64_t i = 0; i < n_columns; ++i) y[i] = store<T>(Op::at(plus_bias<kBias>(x[i], bias, i)).value);
   }
 }
 
 // y = f(gate + bias) (up + bias), where a row of x and the bias are [gate | up], n_columns each.
-template <typename Op, typename T>
+template <typename Op, bool kBias, typename T>
 MEGAGPT_CLONES void forward_gated(const T* __restrict x, const T* __restrict bias, T* __restrict y, int64_t n_rows,
                                   int64_t n_columns) {
-  const T *const gate_bias = bias, *const up_bias = bias + n_columns;
+  const T *const gate_bias = bias, *const up_bias = kBias ? bias + n_columns : nullptr;
   for (; n_rows > 0; --n_rows, x += 2 * n_columns, y += n_columns) {
     const T *const gate = x, *const up = x + n_columns;
 #pragma omp simd
     for (int64_t i = 0; i < n_columns; ++i) {
-      y[i] = store<T>(Op::at(load(gate[i]) + load(gate_bias[i])).value * (load(up[i]) + load(up_bias[i])));
+      y[i] = store<T>(Op::at(plus_bias<kBias>(gate[i], gate_bias, i)).value * plus_bias<kBias>(up[i], up_bias, i));
     }
   }
 }
 
 // dx = grad f'(x + bias); its sum over rows is added to dbias.
-template <typename Op, typename T>
+template <typename Op, bool kBias, typename T>
 MEGAGPT_CLONES void backward(const T* __restrict grad, const T* __restrict x, const T* __restrict bias,
                              T* __restrict dx, acc_t<T>* __restrict dbias, int64_t n_rows, int64_t n_columns) {
   for (; n_rows > 0; --n_rows, grad += n_columns, x += n_columns, dx += n_columns) {
 #pragma omp simd
     for (int64_t i = 0; i < n_columns; ++i) {
-      const acc_t<T> d = load(grad[i]) * Op::at(load(x[i]) + load(bias[i])).slope;
+      const acc_t<T> d = load(grad[i]) * Op::at(plus_bias<kBias>(x[i], bias, i)).slope;
       dx[i] = store<T>(d);
-      dbias[i] += d;
+      if constexpr (kBias) dbias[i] += d;
     }
   }
 }
 
-template <typename Op, typename T>
+template <typename Op, bool kBias, typename T>
 MEGAGPT_CLONES void backward_gated(const T* __restrict grad, const T* __restrict x, const T* __restrict bias,
                                    T* __restrict dx, acc_t<T>* __restrict dbias, int64_t n_rows, int64_t n_columns) {
-  const T *const gate_bias = bias, *const up_bias = bias + n_columns;
-  acc_t<T>*__restrict const dgate_bias = dbias, *__restrict const dup_bias = dbias + n_columns;
+  const T *const gate_bias = bias, *const up_bias = kBias ? bias + n_columns : nullptr;
+  acc_t<T>*__restrict const dgate_bias = dbias, *__restrict const dup_bias = kBias ? dbias + n_columns : nullptr;
   for (; n_rows > 0; --n_rows, grad += n_columns, x += 2 * n_columns, dx += 2 * n_columns) {
     const T *const gate = x, *const up = x + n_columns;
     T *__restrict const dgate = dx, *__restrict const dup = dx + n_columns;
 #pragma omp simd
     for (int64_t i = 0; i < n_columns; ++i) {
       const acc_t<T> g = load(grad[i]);
-      const Point<acc_t<T>> f = Op::at(load(gate[i]) + load(gate_bias[i]));
-      const acc_t<T> d_gate = g * (load(up[i]) + load(up_bias[i])) * f.slope, d_up = g * f.value;
+      const Point<acc_t<T>> f = Op::at(plus_bias<kBias>(gate[i], gate_bias, i));
+      const acc_t<T> d_gate = g * plus_bias<kBias>(up[i], up_bias, i) * f.slope, d_up = g * f.value;
       dgate[i] = store<T>(d_gate);
       dup[i] = store<T>(d_up);
-      dgate_bias[i] += d_gate;
-      dup_bias[i] += d_up;
+      if constexpr (kBias) {
+        dgate_bias[i] += d_gate;
+        dup_bias[i] += d_up;
+      }
     }
   }
 }
@@ -76,14 +83,6 @@ struct Layout {
   }
 };
 
-// The bias, or a row of zeros where there is none: one loop instead of two, and the zeros stay in cache.
-template <typename T>
-const T* bias_or_zeros(const std::optional<Tensor>& bias, int64_t width, std::vector<T>& zeros) {
-  if (bias) return data<T>(*bias);
-  zeros.assign(width, store<T>(0));
-  return zeros.data();
-}
-
 Tensor activation_cpu(const Tensor& x_in, const std::optional<Tensor>& bias_in, std::string kind, bool gated) {
   const Tensor x = dense(x_in);
   const std::optional<Tensor> bias = dense(bias_in);
@@ -95,21 +94,25 @@ Tensor activation_cpu(const Tensor& x_in, const std::optional<Tensor>& bias_in, 
     for_dtype("activation", x, [&](auto zero) {
       using Op = decltype(op);
       using T = decltype(zero);
-      std::vector<T> zeros;
-      const T* b = bias_or_zeros(bias, l.width, zeros);
-      if (gated) MEGAGPT_BRANCH("activation.cpu.gated");
-      else MEGAGPT_BRANCH("activation.cpu");
-      parallel(l.n_rows, row_grain(l.width), [&](int64_t begin, int64_t end) {
-        (gated ? forward_gated<Op, T> : forward<Op, T>)(data<T>(x) + begin * l.width, b,
-                                                        mutable_data<T>(y) + begin * l.n_columns, end - begin,
-                                                        l.n_columns);
-      });
+      const auto run = [&](auto* rows) {
+        parallel(l.n_rows, row_grain(l.width), [&](int64_t begin, int64_t end) {
+          rows(data<T>(x) + begin * l.width, data<T>(bias), mutable_data<T>(y) + begin * l.n_columns, end - begin,
+               l.n_columns);
+        });
+      };
+      if (gated) {
+        MEGAGPT_BRANCH("activation.cpu.gated");
+        run(bias ? forward_gated<Op, true, T> : forward_gated<Op, false, T>);
+      } else {
+        MEGAGPT_BRANCH("activation.cpu");
+        run(bias ? forward<Op, true, T> : forward<Op, false, T>);
+      }
     });
   });
   return y;
 }
 
-// sums[column] += parts[part][column], in order; rounded to T.
+// sums[column] = the sum of parts[...][column], taken in order; rounded to T.
 template <typename T>
 void sum_parts(const std::vector<acc_t<T>>& parts, T* sums, int64_t n_columns) {
   std::vector<acc_t<T>> total(n_columns, 0);
@@ -131,19 +134,23 @@ std::tuple<Tensor, Tensor> activation_backward_cpu(const Tensor& grad_in, const 
     for_dtype("activation_backward", x, [&](auto zero) {
       using Op = decltype(op);
       using T = decltype(zero);
-      std::vector<T> zeros;
-      const T* b = bias_or_zeros(bias, l.width, zeros);
-      std::vector<acc_t<T>> parts(l.n_parts * l.width, 0);
-      if (gated) MEGAGPT_BRANCH("activation_backward.cpu.gated");
-      else MEGAGPT_BRANCH("activation_backward.cpu");
-      parallel(l.n_parts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t part = begin; part < end; ++part) {
-          const int64_t row = part * l.rows_per_part, n = std::min(l.rows_per_part, l.n_rows - row);
-          (gated ? backward_gated<Op, T> : backward<Op, T>)(
-              data<T>(grad) + row * l.n_columns, data<T>(x) + row * l.width, b, mutable_data<T>(dx) + row * l.width,
-              parts.data() + part * l.width, n, l.n_columns);
-        }
-      });
+      std::vector<acc_t<T>> parts(bias ? l.n_parts * l.width : 0, 0);
+      const auto run = [&](auto* rows) {
+        parallel(l.n_parts, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t part = begin; part < end; ++part) {
+            const int64_t row = part * l.rows_per_part, n = std::min(l.rows_per_part, l.n_rows - row);
+            rows(data<T>(grad) + row * l.n_columns, data<T>(x) + row * l.width, data<T>(bias),
+                 mutable_data<T>(dx) + row * l.width, bias ? parts.data() + part * l.width : nullptr, n, l.n_columns);
+          }
+        });
+      };
+      if (gated) {
+        MEGAGPT_BRANCH("activation_backward.cpu.gated");
+        run(bias ? backward_gated<Op, true, T> : backward_gated<Op, false, T>);
+      } else {
+        MEGAGPT_BRANCH("activation_backward.cpu");
+        run(bias ? backward<Op, true, T> : backward<Op, false, T>);
+      }
       if (bias) sum_parts(parts, mutable_data<T>(dbias), l.width);
     });
   });

@@ -10,7 +10,10 @@ namespace megagpt {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRowsAThread = 16;  // forward: enough for the bias to cost little
+constexpr int kRowsAThread = 16;  // forward: enough that the bias costs little
+
+// Rows beyond the last are read as the last, and not written: so loads have no branches and are all in flight at once.
+__device__ __forceinline__ int64_t at_most(int64_t row, int64_t last) { return row < last ? row : last; }
 
 // The bias of N columns, 0 where there is none.
 template <int N, typename T>
@@ -35,9 +38,7 @@ __global__ void forward(const T* __restrict__ x, const T* __restrict__ bias, T* 
   for (int64_t row = blockIdx.y * kRows; row < n_rows; row += gridDim.y * kRows) {
     Elements<T, N> values[kRows];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (row + i < n_rows) values[i] = read<N>(x + (row + i) * n_columns + column);
-    }
+    for (int i = 0; i < kRows; ++i) values[i] = read<N>(x + at_most(row + i, n_rows - 1) * n_columns + column);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
@@ -61,9 +62,9 @@ __global__ void forward_gated(const T* __restrict__ x, const T* __restrict__ bia
     Elements<T, N> gate[kRows], up[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (row + i >= n_rows) continue;
-      gate[i] = read<N>(x + (row + i) * 2 * n_columns + column);
-      up[i] = read<N>(x + ((row + i) * 2 + 1) * n_columns + column);
+      const int64_t r = at_most(row + i, n_rows - 1);
+      gate[i] = read<N>(x + r * 2 * n_columns + column);
+      up[i] = read<N>(x + (r * 2 + 1) * n_columns + column);
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -90,9 +91,9 @@ __global__ void backward(const T* __restrict__ grad, const T* __restrict__ x, co
     Elements<T, N> grads[kRows], values[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (row + i >= n_rows) continue;
-      grads[i] = read<N>(grad + (row + i) * n_columns + column);
-      values[i] = read<N>(x + (row + i) * n_columns + column);
+      const int64_t r = at_most(row + i, n_rows - 1);
+      grads[i] = read<N>(grad + r * n_columns + column);
+      values[i] = read<N>(x + r * n_columns + column);
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -124,10 +125,10 @@ __global__ void backward_gated(const T* __restrict__ grad, const T* __restrict__
     Elements<T, N> grads[kRows], gate[kRows], up[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (row + i >= n_rows) continue;
-      grads[i] = read<N>(grad + (row + i) * n_columns + column);
-      gate[i] = read<N>(x + (row + i) * 2 * n_columns + column);
-      up[i] = read<N>(x + ((row + i) * 2 + 1) * n_columns + column);
+      const int64_t r = at_most(row + i, n_rows - 1);
+      grads[i] = read<N>(grad + r * n_columns + column);
+      gate[i] = read<N>(x + r * 2 * n_columns + column);
+      up[i] = read<N>(x + (r * 2 + 1) * n_columns + column);
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -162,7 +163,10 @@ struct Layout {
     n_columns = gated ? width / 2 : width;
     n_rows = width == 0 ? 0 : x.numel() / width;
   }
-  int threads(int per_thread) const { return threads_for(ceil_div(n_columns, per_thread), kThreads); }
+  int threads(int per_thread) const {  // so many that the last block of a row has no fewer than the others
+    const int64_t items = ceil_div(n_columns, per_thread), blocks = std::max<int64_t>(ceil_div(items, kThreads), 1);
+    return threads_for(ceil_div(items, blocks), kThreads);
+  }
   int64_t blocks_across(int per_thread) const { return ceil_div(n_columns, threads(per_thread) * per_thread); }
 };
 
@@ -201,10 +205,10 @@ Tensor activation_cuda(const Tensor& x_in, const std::optional<Tensor>& bias_in,
   return y;
 }
 
-// Blocks down the rows: about eight blocks a multiprocessor in all, and no more parts than rows are worth.
+// Blocks down the rows: about 16 blocks a multiprocessor in all, of 32 rows or more, or parts would cost too much.
 int64_t n_parts(const Tensor& x, const Layout& l, int64_t blocks_across) {
-  const int64_t wanted = ceil_div(8 * n_multiprocessors(x), std::max<int64_t>(blocks_across, 1));
-  return std::min<int64_t>({wanted, ceil_div(l.n_rows, kRowsAThread), 65535});
+  const int64_t wanted = ceil_div(16 * n_multiprocessors(x), std::max<int64_t>(blocks_across, 1));
+  return std::min(wanted, ceil_div(l.n_rows, 32));
 }
 
 std::tuple<Tensor, Tensor> activation_backward_cuda(const Tensor& grad_in, const Tensor& x_in,

@@ -44,20 +44,24 @@ __device__ __forceinline__ void read_table(const float* __restrict__ p, float fa
   }
 }
 
-// y = x rotated. Threads_per_head threads share a head: thread j of them has its packs `first` and `second`.
+// y = x rotated. `threads_per_head` threads share a head: thread j of them has its packs `first` and `second`.
 template <bool kInterleaved, typename T, int N>
 __global__ void rotate_rows(const T* __restrict__ x, T* __restrict__ y, const float* __restrict__ cos,
                             const float* __restrict__ sin, const int64_t* __restrict__ positions, float sign,
                             int threads_per_head, Layout l) {
+  constexpr int kHeads = 2;  // in flight
   const int64_t row = blockIdx.x;
   const int64_t position = positions == nullptr ? row % l.seq_len : __ldg(positions + row);
   const bool known = 0 <= position && position < l.table_rows;  // others give NaN: there is no error to raise from here
-  const int n_packs = l.d_head / N, n_turned = l.n_pairs / N;    // n_turned threads have a pack of each partner
-  const int n_items = (n_packs + 1) / 2;
+  const int n_packs = l.d_head / N, n_turned = l.n_pairs / N, n_items = (n_packs + 1) / 2;
+  const int stride = blockDim.x / threads_per_head;
+  x += row * l.n_heads * l.d_head;
+  y += row * l.n_heads * l.d_head;
   for (int j = threadIdx.x % threads_per_head; j < n_items; j += threads_per_head) {
-    const bool turned = j < n_turned;
+    const bool turned = j < n_turned;  // both packs are whole partners; beyond, they are any two that are left
     const int first = turned ? (kInterleaved ? 2 * j : j) : n_turned + j;
-    const int second = turned ? (kInterleaved ? 2 * j + 1 : n_turned + j) : n_items + j;
+    const int partner = turned ? (kInterleaved ? 2 * j + 1 : n_turned + j) : n_items + j;
+    const int second = partner < n_packs ? partner : first;  // an odd one out is its own: written twice
     float c[N], s[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) c[i] = s[i] = std::numeric_limits<float>::quiet_NaN();
@@ -65,14 +69,22 @@ __global__ void rotate_rows(const T* __restrict__ x, T* __restrict__ y, const fl
       read_table(cos + position * l.n_pairs + j * N, 1.0f, c);
       read_table(sin + position * l.n_pairs + j * N, sign, s);
     }
-#pragma unroll 4
-    for (int head = threadIdx.x / threads_per_head; head < l.n_heads; head += blockDim.x / threads_per_head) {
-      const int64_t at = (row * l.n_heads + head) * l.d_head;
-      Elements<T, N> a = read<N>(x + at + first * N), b = a;
-      if (second < n_packs) b = read<N>(x + at + second * N);
-      if (turned && head % l.per_group < l.n_rotated) rotate<kInterleaved>(a, b, c, s);
-      write(y + at + first * N, a);
-      if (second < n_packs) write(y + at + second * N, b);
+    for (int begin = threadIdx.x / threads_per_head; begin < l.n_heads; begin += kHeads * stride) {
+      Elements<T, N> a[kHeads], b[kHeads];
+#pragma unroll
+      for (int i = 0; i < kHeads; ++i) {
+        const int head = begin + i * stride, at = (head < l.n_heads ? head : begin) * l.d_head;
+        a[i] = read<N>(x + at + first * N);
+        b[i] = read<N>(x + at + second * N);
+      }
+#pragma unroll
+      for (int i = 0; i < kHeads; ++i) {
+        const int head = begin + i * stride, at = head * l.d_head;
+        if (head >= l.n_heads) continue;
+        if (turned && head % l.per_group < l.n_rotated) rotate<kInterleaved>(a[i], b[i], c, s);
+        write(y + at + first * N, a[i]);
+        write(y + at + second * N, b[i]);
+      }
     }
   }
 }

@@ -24,7 +24,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activation(x: Tensor, bias: Tensor | None = None, *, kind: Kind, gated: bool = False, kernels="auto") -> Tensor:
+def activation(
+    x: Tensor, bias: Tensor | None = None, *, kind: Kind, gated: bool = False, kernels: str = "auto"
+) -> Tensor:
     """f(x + bias); gated, x and bias are packed [gate | up]: f(gate + bias) · (up + bias), e.g. SwiGLU for "silu".
 
     x + bias is not rounded; backward computes it anew from x and bias, so that nothing else is kept.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from torch import Tensor
-
 from megagpt.ops.activation import FUNCTIONS, activation
 from megagpt.ops.case import Arguments, Case, Draw, Shape, Spec
 
@@ -75,18 +73,6 @@ def shape(name: str, make: Callable[[Draw], Arguments], *devices: str) -> Shape:
     return Shape(name, make, forward_bytes=nbytes(1, 1), backward_bytes=nbytes(2, 1), devices=devices)
 
 
-def liger() -> Callable[..., Tensor]:
-    """Triton kernels of Liger: SwiGLU only, gate and up apart."""
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
-    def call(x: Tensor, bias: Tensor | None = None, *, kind: str, gated: bool = False) -> Tensor:
-        if kind != "silu" or not gated or bias is not None:
-            raise NotImplementedError("Liger has silu, gated, without bias")
-        return LigerSiLUMulFunction.apply(*x.chunk(2, dim=-1))
-
-    return call
-
-
 SPEC = Spec(
     op="activation",
     call=activation,
@@ -99,5 +85,4 @@ SPEC = Spec(
         shape("bias gelu tanh, 16K x 16K", shaped(16384, 16384, kind="gelu_tanh"), "cuda"),
         shape("SwiGLU, 16K x 2*11008", shaped(16384, 22016, kind="silu", gated=True, bias=False), "cuda"),
     ),
-    peers={"liger": liger},
 )
