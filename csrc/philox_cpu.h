@@ -7,7 +7,7 @@
 namespace megagpt {
 namespace {
 
-constexpr int64_t kPhiloxMost = 256;  // blocks that one call may draw: a multiple of those drawn side by side
+constexpr int64_t kPhiloxMost = 128;  // blocks that one call may draw: a multiple of those drawn side by side
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
 
