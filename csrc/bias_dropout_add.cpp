@@ -74,7 +74,7 @@ void forward(const Inputs& in, const Tensor& y, const DropoutMask& mask, bool pl
 Tensor bias_dropout_add_cpu(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& residual,
                             const Tensor& sample_ids, double p, int64_t seed, int64_t site, int64_t offset) {
   const Inputs in{dense(x), dense(bias), dense(residual), dense(sample_ids)};
-  check_sample_ids("bias_dropout_add", in.x, in.sample_ids);
+  check_sample_ids("bias_dropout_add", in.x, in.sample_ids, 2);
   const Tensor y = torch::stable::empty_like(in.x);
   if (y.numel() == 0) return y;
   const bool plain = p == 0.0;
@@ -113,7 +113,7 @@ void backward(const Tensor& grad, const Tensor& sample_ids, const DropoutMask& m
 std::tuple<Tensor, Tensor> bias_dropout_add_backward_cpu(const Tensor& grad_in, const Tensor& sample_ids_in, double p,
                                                          int64_t seed, int64_t site, int64_t offset) {
   const Tensor grad = dense(grad_in), sample_ids = dense(sample_ids_in);
-  check_sample_ids("bias_dropout_add_backward", grad, sample_ids);
+  check_sample_ids("bias_dropout_add_backward", grad, sample_ids, 2);
   const int64_t columns = grad.size(-1);
   const Tensor dx = torch::stable::empty_like(grad), dbias = torch::stable::new_zeros(grad, {columns});
   if (grad.numel() == 0) return {dx, dbias};

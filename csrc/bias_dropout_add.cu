@@ -165,7 +165,7 @@ Tensor bias_dropout_add_cuda(const Tensor& x_in, const std::optional<Tensor>& bi
                              const Tensor& sample_ids_in, double p, int64_t seed, int64_t site, int64_t offset) {
   const Tensor x = dense(x_in), residual = dense(residual_in), sample_ids = dense(sample_ids_in);
   const std::optional<Tensor> bias = dense(bias_in);
-  check_sample_ids("bias_dropout_add", x, sample_ids);
+  check_sample_ids("bias_dropout_add", x, sample_ids, 2);
   const Tensor y = torch::stable::empty_like(x);
   if (x.numel() == 0) return y;
   const Extent extent = extent_of(x, offset);
@@ -187,7 +187,7 @@ Tensor bias_dropout_add_cuda(const Tensor& x_in, const std::optional<Tensor>& bi
 std::tuple<Tensor, Tensor> bias_dropout_add_backward_cuda(const Tensor& grad_in, const Tensor& sample_ids_in, double p,
                                                           int64_t seed, int64_t site, int64_t offset) {
   const Tensor grad = dense(grad_in), sample_ids = dense(sample_ids_in);
-  check_sample_ids("bias_dropout_add_backward", grad, sample_ids);
+  check_sample_ids("bias_dropout_add_backward", grad, sample_ids, 2);
   const Tensor dx = torch::stable::empty_like(grad);
   if (grad.numel() == 0) return {dx, torch::stable::new_zeros(grad, {grad.size(-1)})};
   const Extent extent = extent_of(grad, offset);

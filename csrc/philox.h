@@ -72,9 +72,9 @@ struct DropoutMask {
   }
 };
 
-// The kernels read an id for each sample of x.
-inline void check_sample_ids(const char* op, const Tensor& x, const Tensor& sample_ids) {
-  STD_TORCH_CHECK(x.dim() >= 1 && sample_ids.dim() == 1 && sample_ids.numel() == x.size(0), op, ": got x ",
+// The kernels read an id for each sample of x, which has that and at least `least - 1` more dimensions.
+inline void check_sample_ids(const char* op, const Tensor& x, const Tensor& sample_ids, int64_t least = 1) {
+  STD_TORCH_CHECK(x.dim() >= least && sample_ids.dim() == 1 && sample_ids.numel() == x.size(0), op, ": got x ",
                   shape_of(x), " and sample_ids ", shape_of(sample_ids), ", wanted an id for each sample");
   STD_TORCH_CHECK(sample_ids.scalar_type() == ScalarType::Long, op, ": got sample_ids of another type than int64");
 }

@@ -7,12 +7,27 @@
 namespace megagpt {
 namespace {
 
-constexpr int64_t kPhiloxMost = 256;  // blocks that one call may draw: a multiple of those drawn side by side
+constexpr int64_t kPhiloxMost = 128;  // blocks that one call may draw: a multiple of those drawn side by side
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
 
 using Lanes4 = uint64_t __attribute__((vector_size(32)));
 using Lanes8 = uint64_t __attribute__((vector_size(64)));
+
+// The low halves of c0 to c3, block after block, for lanes that hold the blocks 0, 4, 1, 5, … or 0, 2, 1, 3.
+template <typename Lanes>
+MEGAGPT_INLINE void store_words(const Lanes& c0, const Lanes& c1, const Lanes& c2, const Lanes& c3, uint32_t* words) {
+  const Lanes w01 = (c0 & 0xFFFFFFFFu) | (c1 << 32), w23 = (c2 & 0xFFFFFFFFu) | (c3 << 32);
+  Lanes ordered[2];
+  if constexpr (std::is_same_v<Lanes, Lanes8>) {
+    ordered[0] = __builtin_shuffle(w01, w23, Lanes{0, 8, 2, 10, 4, 12, 6, 14});
+    ordered[1] = __builtin_shuffle(w01, w23, Lanes{1, 9, 3, 11, 5, 13, 7, 15});
+  } else {
+    ordered[0] = __builtin_shuffle(w01, w23, Lanes{0, 4, 2, 6});
+    ordered[1] = __builtin_shuffle(w01, w23, Lanes{1, 5, 3, 7});
+  }
+  std::memcpy(words, ordered, sizeof(ordered));
+}
 
 // words[4 b + i] = word i of block first + b, for b in [0, n), n rounded up to kSets vectors. A counter word fills the
 // low half of a 64-bit lane: the instruction multiplies low halves into 64 bits, whose high half is one result and
@@ -27,7 +42,7 @@ MEGAGPT_INLINE void philox_lanes(uint64_t first, int64_t n, uint64_t sample, uin
   for (int64_t b = 0; b < n; b += kSets * kLanes) {
     Lanes c0[kSets], c1[kSets], c2[kSets], c3[kSets];
     for (int j = 0; j < kSets; ++j) {
-      // Which block a lane draws is chosen so that the shuffles below leave the words in order.
+      // Which block a lane draws is chosen so that two shuffles put the words in order (store_words).
       if constexpr (kLanes == 8) c0[j] = Lanes{0, 4, 1, 5, 2, 6, 3, 7};
       if constexpr (kLanes == 4) c0[j] = Lanes{0, 2, 1, 3};
       c0[j] += first + b + j * kLanes;
@@ -47,18 +62,7 @@ MEGAGPT_INLINE void philox_lanes(uint64_t first, int64_t n, uint64_t sample, uin
         c3[j] = p0;
       }
     }
-    for (int j = 0; j < kSets; ++j) {
-      const Lanes w01 = (c0[j] & 0xFFFFFFFFu) | (c1[j] << 32), w23 = (c2[j] & 0xFFFFFFFFu) | (c3[j] << 32);
-      Lanes ordered[2];
-      if constexpr (kLanes == 8) {
-        ordered[0] = __builtin_shuffle(w01, w23, Lanes{0, 8, 2, 10, 4, 12, 6, 14});
-        ordered[1] = __builtin_shuffle(w01, w23, Lanes{1, 9, 3, 11, 5, 13, 7, 15});
-      } else {
-        ordered[0] = __builtin_shuffle(w01, w23, Lanes{0, 4, 2, 6});
-        ordered[1] = __builtin_shuffle(w01, w23, Lanes{1, 5, 3, 7});
-      }
-      std::memcpy(words + 4 * (b + j * kLanes), ordered, sizeof(ordered));
-    }
+    for (int j = 0; j < kSets; ++j) store_words(c0[j], c1[j], c2[j], c3[j], words + 4 * (b + j * kLanes));
   }
 }
 

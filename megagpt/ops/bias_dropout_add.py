@@ -31,6 +31,8 @@ def bias_dropout_add(
     Raises ValueError unless 0 <= p < 1 and the shapes and dtypes are as said.
     """
     require_mask("bias_dropout_add", x_BTD, sample_ids_B, p)
+    if x_BTD.dim() < 2:
+        raise ValueError(f"bias_dropout_add: got x {tuple(x_BTD.shape)}, wanted (B, *, D)")
     for name, tensor, shape in (("bias", bias_D, x_BTD.shape[-1:]), ("residual", residual_BTD, x_BTD.shape)):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != x_BTD.dtype):
             got = f"{name} {tuple(tensor.shape)} of {tensor.dtype}"

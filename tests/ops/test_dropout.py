@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megagpt.ops.bias_dropout_add import bias_dropout_add
 from megagpt.ops.dropout import dropout, philox_reference
 from megagpt.ops.library import EMULATED_CUDA, KERNEL_DTYPES, MISSING_KERNELS, has_kernel, kernel_status
 from tests.tolerances import assert_equal
@@ -166,6 +167,39 @@ def test_threads_do_not_change_the_mask():
         torch.set_num_threads(n_threads)
         results.append(dropout(x, ids, p=0.1, seed=1, site=1))
     assert_equal(*results)
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+def test_bias_dropout_add_has_the_mask_of_dropout(kernels):
+    ids, where = torch.tensor([3, 2**40]), {"p": 0.3, "seed": 7, "site": 3, "offset": 5}
+    x = torch.randn(2, 9, 33, requires_grad=True)
+    bias = torch.zeros(33, requires_grad=True)
+    fused = bias_dropout_add(x, bias, torch.zeros_like(x), ids, **where, kernels=kernels)
+    alone = dropout(x, ids, **where)
+    assert_equal(fused, alone)
+    assert_equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (fused, alone)))
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+def test_bias_dropout_add_rounds_once(kernels):
+    # 1 + 2^-9 is no bfloat16: rounded in between, the sum would be 0.
+    one, small = torch.ones(1, 1, dtype=torch.bfloat16), torch.full((1,), 2**-9, dtype=torch.bfloat16)
+    y = bias_dropout_add(one, small, -one, torch.zeros(1, dtype=torch.int64), p=0.0, seed=0, site=0, kernels=kernels)
+    assert y.item() == 2**-9
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "residual", "message"),
+    [
+        (torch.ones(2), None, torch.ones(2), r"got x \(2,\), wanted \(B, \*, D\)"),
+        (torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), r"got bias \(2,\).*wanted \(3,\)"),
+        (torch.ones(2, 3), None, torch.ones(2, 4), r"got residual \(2, 4\).*wanted \(2, 3\)"),
+        (torch.ones(2, 3), None, torch.ones(2, 3).double(), "got residual .*float64, wanted .*float32"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_an_error(x, bias, residual, message):
+    with pytest.raises(ValueError, match=message):
+        bias_dropout_add(x, bias, residual, torch.arange(2), p=0.1, seed=0, site=0)
 
 
 @needs_kernel
