@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,14 @@ def test_every_replacement_still_finds_its_place():
     python_file = next(iter(FILES)).format(EXAMPLE)
     assert render((ROOT / python_file).read_text(), "mish").startswith('"""mish: TODO')
     assert "TODO: your formula, in words." in render(text, "mish")
+
+
+def test_the_code_that_the_guide_shows_is_that_of_the_example():
+    guide = (ROOT / "docs" / "adding-a-kernel.md").read_text()
+    sources = {line for f in FILES for line in (ROOT / f.format(EXAMPLE)).read_text().splitlines()}
+    shown = re.findall(r"^```(?:python|cpp)\n(.*?)^```", guide, flags=re.DOTALL | re.MULTILINE)
+    assert len(shown) >= 6
+    assert not [line for block in shown for line in block.splitlines() if line not in sources]
 
 
 def copy_repository(root: Path) -> None:
