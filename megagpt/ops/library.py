@@ -18,7 +18,6 @@ from torch import Tensor
 LIBRARY = torch.library.Library("megagpt", "DEF")
 KERNELS: set[tuple[str, str]] = set()  # (op, device) of what is compiled; filled while ops are declared
 UNUSABLE: dict[str, str] = {}  # device: why its compiled kernels cannot run here
-CHOICES = ("auto", "cuda", "cpu", "reference")
 
 # Element types that kernels are written for.
 DTYPES = {
