@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 NAME = "a_new_op_of_the_longest_name_x"
 
 
+@pytest.mark.timeout(300)  # builds twice; half a minute on an idle machine
 def test_what_is_laid_is_proven_and_what_is_wrong_is_found(tmp_path):
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")
@@ -149,7 +150,7 @@ def python(root: Path, *arguments: str, env: dict[str, str] | None = None) -> su
         env=environment | {"PATH": path} | (env or {}),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
     )
 
