@@ -169,7 +169,7 @@ void gradient_in_place_cpu(const Tensor& logits, const Tensor& labels, const Ten
 }  // namespace megagpt
 
 MEGAGPT_CPU_KERNELS(m) {
-  m.impl("cross_entropy_statistics", TORCH_BOX(&megagpt::statistics_cpu));
+  m.impl("cross_entropy", TORCH_BOX(&megagpt::statistics_cpu));
   m.impl("cross_entropy_backward", TORCH_BOX(&megagpt::backward_cpu));
   m.impl("cross_entropy_gradient_", TORCH_BOX(&megagpt::gradient_in_place_cpu));
 }

@@ -87,7 +87,7 @@ def cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"cross_entropy: got label_smoothing={label_smoothing}, wanted 0 to 1")
     loss = _Loss(first, n_valid, vocab, label_smoothing, z_loss)
-    kernel = runs_kernel("cross_entropy_statistics", logits_NV, kernels)
+    kernel = runs_kernel("cross_entropy", logits_NV, kernels)
     return _CrossEntropy.apply(logits_NV, labels_N, loss, combine, in_place, kernel)  # type: ignore[return-value]
 
 
@@ -97,7 +97,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_NV: Tensor, labels_N: Tensor, loss: _Loss, combine, in_place: bool, kernel: bool) -> Tensor:
         if kernel:
-            op = torch.ops.megagpt.cross_entropy_statistics
+            op = torch.ops.megagpt.cross_entropy
             statistics = Statistics(*op(logits_NV, labels_N, loss.first, loss.n_valid))
         else:
             statistics = _statistics(logits_NV, labels_N, loss)
@@ -211,10 +211,10 @@ _GIVEN = (
     "int first, int n_valid, int vocab, float label_smoothing, float z_loss"
 )
 define(
-    "cross_entropy_statistics(Tensor logits, Tensor labels, int first, int n_valid) "
+    "cross_entropy(Tensor logits, Tensor labels, int first, int n_valid) "
     "-> (Tensor top, Tensor total, Tensor label_logit, Tensor logit_sum)",
     _fake_statistics,
 )
 define(f"cross_entropy_backward(Tensor logits, {_GIVEN}) -> Tensor", lambda x, *_: x.new_empty(x.shape))
 define(f"cross_entropy_gradient_(Tensor(a!) logits, {_GIVEN}) -> ()", lambda *_: None)
-differentiable("cross_entropy_statistics", _save_nothing, _no_gradient)
+differentiable("cross_entropy", _save_nothing, _no_gradient)
