@@ -230,7 +230,7 @@ void gradient_in_place_cpu(const Tensor& logits, const Tensor& labels, const Ten
 }  // namespace megagpt
 
 MEGAGPT_CPU_KERNELS(m) {
-  m.impl("cross_entropy_statistics", TORCH_BOX(&megagpt::statistics_cpu));
+  m.impl("cross_entropy", TORCH_BOX(&megagpt::statistics_cpu));
   m.impl("cross_entropy_with_gradient_", TORCH_BOX(&megagpt::with_gradient_cpu));
   m.impl("cross_entropy_rescale_", TORCH_BOX(&megagpt::rescale_cpu));
   m.impl("cross_entropy_backward", TORCH_BOX(&megagpt::backward_cpu));

@@ -323,7 +323,7 @@ void gradient_in_place_cuda(const Tensor& logits, const Tensor& labels, const Te
 }  // namespace megagpt
 
 MEGAGPT_CUDA_KERNELS(m) {
-  m.impl("cross_entropy_statistics", TORCH_BOX(&megagpt::statistics_cuda));
+  m.impl("cross_entropy", TORCH_BOX(&megagpt::statistics_cuda));
   m.impl("cross_entropy_with_gradient_", TORCH_BOX(&megagpt::with_gradient_cuda));
   m.impl("cross_entropy_rescale_", TORCH_BOX(&megagpt::rescale_cuda));
   m.impl("cross_entropy_backward", TORCH_BOX(&megagpt::backward_cuda));

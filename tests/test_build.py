@@ -28,6 +28,15 @@ from torch.utils import cpp_extension
 torch.version.cuda, cpp_extension.CUDA_HOME = "13.0", sys.argv.pop(1)
 runpy.run_path("setup.py", run_name="__main__")
 """
+# ... that does not take this host compiler.
+REFUSING_TORCH = CUDA_TORCH.replace(
+    "runpy.run_path",
+    """
+def refuse(*_):
+    raise RuntimeError("gcc 99 is too new for CUDA 13.0\\nand more")
+cpp_extension._check_cuda_version = refuse
+runpy.run_path""",
+)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +120,14 @@ def test_cpu_kernels_are_built_where_the_toolkit_does_not_fit(tree, release):
     run = build(tree, home)
     (line,) = [line for line in run.stderr.splitlines() if "CUDA kernels not built" in line]
     assert "install the CUDA toolkit 13.x" in line and (not release or "12.4" in line)
+    assert library(tree).on_cpu() == 1
+
+
+@needs_compiler
+def test_cpu_kernels_are_built_where_torch_refuses_the_host_compiler(tree):
+    run = build(tree, nvcc(tree, "exit 1"), program=REFUSING_TORCH)
+    (line,) = [line for line in run.stderr.splitlines() if "not built" in line]
+    assert "CUDA kernels not built: gcc 99 is too new for CUDA 13.0. GPUs run" in line
     assert library(tree).on_cpu() == 1
 
 
@@ -200,11 +217,12 @@ def nvcc(tree: Path, script: str, release: str = "13.0") -> Path:
     return tree / "cuda"
 
 
-def start(tree: Path, cuda_home: Path | None = None, **env: str) -> subprocess.Popen[str]:
-    program = ["-c", CUDA_TORCH, str(cuda_home)] if cuda_home else ["setup.py"]
+def start(tree: Path, cuda_home: Path | None = None, program: str = CUDA_TORCH, **env: str) -> subprocess.Popen[str]:
+    """setup.py in a process group of its own."""
+    command = ["-c", program, str(cuda_home)] if cuda_home else ["setup.py"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MEGAGPT", "TORCH_CUDA")) and k != "CXX"}
     return subprocess.Popen(
-        [sys.executable, *program, "build_ext", "--inplace"],
+        [sys.executable, *command, "build_ext", "--inplace"],
         cwd=tree,
         env=kept | {"PATH": NINJA} | env,
         stdout=subprocess.PIPE,
@@ -214,8 +232,10 @@ def start(tree: Path, cuda_home: Path | None = None, **env: str) -> subprocess.P
     )
 
 
-def build(tree: Path, cuda_home: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    process = start(tree, cuda_home, **env)
+def build(
+    tree: Path, cuda_home: Path | None = None, program: str = CUDA_TORCH, **env: str
+) -> subprocess.CompletedProcess[str]:
+    process = start(tree, cuda_home, program, **env)
     out, err = process.communicate(timeout=60)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

@@ -88,7 +88,7 @@ def cross_entropy(
     if vocab is None and combine is not None:
         raise ValueError("cross_entropy: got combine without vocab, wanted the size of the whole vocabulary")
     loss = _Loss(first, n_valid, n_valid if vocab is None else vocab, label_smoothing, z_loss)
-    kernel = runs_kernel("cross_entropy_statistics", logits_NV, kernels)
+    kernel = runs_kernel("cross_entropy", logits_NV, kernels)
     differentiated = torch.is_grad_enabled() and logits_NV.requires_grad
     logits_NV = logits_NV.contiguous() if in_place else logits_NV
     one_pass = in_place and kernel and combine is None and differentiated
@@ -122,7 +122,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_NV: Tensor, labels_N: Tensor, loss: _Loss, combine, in_place: bool, kernel: bool) -> Tensor:
         if kernel:
-            op = torch.ops.megagpt.cross_entropy_statistics
+            op = torch.ops.megagpt.cross_entropy
             statistics = Statistics(*op(logits_NV, labels_N, loss.first, loss.n_valid))
         else:
             statistics = _statistics(logits_NV, labels_N, loss)
@@ -257,7 +257,7 @@ _LOSS = "int first, int n_valid, int vocab, float label_smoothing, float z_loss"
 _GIVEN = f"Tensor labels, Tensor top, Tensor total, Tensor grad, {_LOSS}"
 _STATISTICS = "(Tensor top, Tensor total, Tensor label_logit, Tensor logit_sum)"
 define(
-    f"cross_entropy_statistics(Tensor logits, Tensor labels, int first, int n_valid) -> {_STATISTICS}",
+    f"cross_entropy(Tensor logits, Tensor labels, int first, int n_valid) -> {_STATISTICS}",
     _fake_statistics,
 )
 define(f"cross_entropy_backward(Tensor logits, {_GIVEN}) -> Tensor", lambda x, *_: x.new_empty(x.shape))
@@ -269,4 +269,4 @@ define(
 define(
     "cross_entropy_rescale_(Tensor(a!) gradient, Tensor grad, float expected_grad, int n_valid) -> ()", lambda *_: None
 )
-differentiable("cross_entropy_statistics", _save_nothing, _no_gradient)
+differentiable("cross_entropy", _save_nothing, _no_gradient)

@@ -15,6 +15,7 @@ import torch
 
 import megagpt
 from megagpt.ops import library
+from megagpt.ops.case import all_specs
 from megagpt.ops.softcap import softcap
 
 PROGRAM = """
@@ -101,3 +102,9 @@ def test_the_library_needs_of_torch_its_stable_abi_only():
     assert any(name.startswith(("aoti_torch_", "torch_")) for name in names)
     bound = [name for name in names if re.search(r"\b(c10|at|torch|caffe2)::", name) or name.startswith("Py")]
     assert not bound
+
+
+@pytest.mark.parametrize("spec", [pytest.param(s, id=s.op) for s in all_specs() if s.branches])
+def test_an_op_goes_by_the_name_of_its_cases(spec):
+    """Else the start-up table, and a check of --kernels, look for a kernel that is there and do not find it."""
+    assert hasattr(torch.ops.megagpt, spec.op)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 NAME = "a_new_op_of_the_longest_name_x"
 
 
+@pytest.mark.timeout(300)  # builds twice; half a minute on an idle machine
 def test_what_is_laid_is_proven_and_what_is_wrong_is_found(tmp_path):
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")
@@ -109,6 +111,14 @@ def test_every_replacement_still_finds_its_place():
     assert "TODO: your formula, in words." in render(text, "mish")
 
 
+def test_the_code_that_the_guide_shows_is_that_of_the_example():
+    guide = (ROOT / "docs" / "adding-a-kernel.md").read_text()
+    sources = {line for f in FILES for line in (ROOT / f.format(EXAMPLE)).read_text().splitlines()}
+    shown = re.findall(r"^```(?:python|cpp)\n(.*?)^```", guide, flags=re.DOTALL | re.MULTILINE)
+    assert len(shown) >= 6
+    assert not [line for block in shown for line in block.splitlines() if line not in sources]
+
+
 def copy_repository(root: Path) -> None:
     """The parts that an op is made of, with no other op than softcap to compile."""
     for folder in ("megagpt", "tests/ops"):
@@ -140,7 +150,7 @@ def python(root: Path, *arguments: str, env: dict[str, str] | None = None) -> su
         env=environment | {"PATH": path} | (env or {}),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
     )
 
