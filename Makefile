@@ -29,7 +29,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test parity plan bench-data bench-train bench-kernels lint format build clean
+.PHONY: help train test parity plan bench-data bench-train bench-kernels gpu-check lint format build clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -56,6 +56,11 @@ bench-train: $(ready) ## Measure training, beside a plain PyTorch GPT-2 doing th
 
 bench-kernels: $(ready) ## Measure each fused kernel, or those of OP, beside PyTorch, torch.compile and a copy of its bytes
 	$(bin)/python -m benchmarks.kernels $(OP) $(ARGS)
+
+gpu-check: ## Build, prove, benchmark and train on this machine's GPU, by PYTHON as it is: installs nothing
+	@$(PYTHON) -c 'import torch, numpy' || { echo "error: $(PYTHON) lacks torch or numpy; name a Python that has \
+	both: make gpu-check PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 lint: $(ready) ## Check style, format and types
 	@failed=; set -x; \

@@ -137,6 +137,7 @@ def main() -> None:
     if len(sys.argv) != 3:
         raise UserError("got other than two arguments; wanted FILE.json FILE.png")
     figures = json.loads(Path(sys.argv[1]).read_text())
+    figures |= figures.get("parts", {}).get("bench", {})  # of gpu_check.py
     plot(figures, Path(sys.argv[2]))
 
 
