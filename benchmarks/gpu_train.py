@@ -19,6 +19,7 @@ import yaml
 from megagpt import metrics
 from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megagpt.data.loader import MicroBatch, micro_batches
+from megagpt.engine.optim import learning_rate
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.plan.plan import Plan, make_plan
@@ -130,7 +131,7 @@ def plain_loop(config: RunConfig, plan: Plan, device: str) -> Iterator[Step]:
             master.grad, weight.grad = weight.grad.float(), None
         torch.nn.utils.clip_grad_norm_(masters, optim.clip)
         for group in optimizer.param_groups:
-            group["lr"] = optim.lr * min(1.0, (step + 1) / max(1, optim.warmup_steps))
+            group["lr"] = learning_rate(step, optim, config.train.train_steps)
         optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(weights, masters)

@@ -32,9 +32,10 @@ PASSES = ("forward", "backward")
 OURS = "kernel"
 WARM_UP_CALLS = 3
 MIN_ROUNDS, MAX_ROUNDS = 10, 1000
+COPY_SECONDS = 0.3  # long enough for a GPU's clocks to rise
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # larger than any cache
 # Writing this much empties a GPU's cache, and takes it long enough that what follows is queued before it begins:
-# only the GPU's own time counts.
+# only the GPU's own time counts. What then waits in the cache to be written stands for what the call leaves there.
 FLUSH_BYTES = 1 << 30
 
 Implementation = Callable[..., Any]
@@ -112,10 +113,10 @@ class Clock:
         return result, self.start.elapsed_time(self.end) / 1e3
 
     def copy_bandwidth(self) -> float:
-        """Bytes per second, read and written, of a copy larger than the caches: the median of 10."""
+        """Bytes per second, read and written, of a copy larger than the caches: the median."""
         source = torch.ones(COPY_BYTES[self.device], dtype=torch.int8, device=self.device)
         target = torch.ones_like(source)
-        times_s = [self.time(lambda: target.copy_(source))[1] for _ in range(WARM_UP_CALLS + 10)]
+        times_s = [self.time(lambda: target.copy_(source))[1] for _ in rounds(COPY_SECONDS)]
         return 2 * source.numel() / statistics.median(times_s[WARM_UP_CALLS:])
 
 
@@ -175,8 +176,8 @@ def measure_shape(
             times_s[name] = []
         except Exception as error:  # one that fails is named in the table, and the others are measured
             row["failed"][name] = first_line(error)
-    for round_, names in enumerate(_turns(list(times_s), seconds)):
-        for name in names if round_ % 2 == 0 else reversed(names):
+    for turn in rounds(seconds):
+        for name in times_s if turn % 2 == 0 else reversed(times_s):
             times_s[name].append(time_once(implementations[name], arguments, clock))
     for name, taken in times_s.items():
         for which, series in zip(PASSES, zip(*taken, strict=True), strict=False):  # no gradient: no backward
@@ -199,12 +200,13 @@ def time_once(function: Implementation, arguments: Arguments, clock: Clock) -> t
     return forward_s, backward_s
 
 
-def _turns(names: list[str], seconds: float) -> Iterator[list[str]]:
+def rounds(seconds: float) -> Iterator[int]:
+    """0, 1, … until the time is over: at least MIN_ROUNDS of them, at most MAX_ROUNDS."""
     end = time.perf_counter() + seconds
-    for turn in range(MAX_ROUNDS if names else 0):
+    for turn in range(MAX_ROUNDS):
         if turn >= MIN_ROUNDS and time.perf_counter() > end:
             return
-        yield names
+        yield turn
 
 
 def _summary(times_s: Sequence[float]) -> dict[str, Any]:

@@ -167,10 +167,15 @@ def test_goals_are_held():
     assert bound["got"] == pytest.approx(2 / 1.2, abs=1e-3) and not bound["met"]
 
 
-def test_without_deepspeed_a_plain_loop_trains(monkeypatch):
+def test_the_loop_without_deepspeed_does_what_the_engine_does(monkeypatch):
+    settings = ("tiny", "cpu", 6, 1, 0.0, "auto")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    engine = gpu_check.in_process("train", "benchmarks.gpu_train", "train", *settings)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    run = gpu_train.train("tiny", "cpu", steps=4, batch=1, dropout=0.0, kernels="auto")
-    assert run["trained_by"] == "plain PyTorch loop" and run["last_loss"] < run["first_loss"]
+    plain = gpu_train.train(*settings)
+    assert (engine["trained_by"], plain["trained_by"]) == ("engine", "plain PyTorch loop")
+    assert plain["losses"] == pytest.approx(engine["losses"], rel=0.02)  # bf16
 
 
 def test_setup_leaves_out_what_needs_a_missing_package(tmp_path: Path):
