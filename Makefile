@@ -73,6 +73,7 @@ format: $(ready) ## Mend what ruff can mend
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 
+build: export MEGAGPT_REQUIRE_EXT := 1
 build: $(ready) ## Compile csrc/
 	$(bin)/python setup.py build_ext --inplace
 

@@ -1,4 +1,5 @@
-"""Training beside a plain-PyTorch GPT-2 of transformers doing the same step in the same run; memory beside the plan.
+"""Training beside a plain-PyTorch GPT-2 of transformers doing the same step in the same run, and beside itself without
+its kernels; memory beside the plan.
 
     python benchmarks/train.py                                    every row, some minutes on 2 cores
     python benchmarks/train.py --shapes tiny --layouts one tp2    some of them
@@ -53,6 +54,7 @@ from megagpt.parallel.parameter import part_of
 from megagpt.plan.plan import Plan, make_plan
 
 PEERS = {"fp32": ("fp32",), "bf16": ("autocast", "bf16 weights")}  # by our precision
+KERNELS_OFF = "kernels off"  # our own engine on plain PyTorch ops
 PEER_MODULE = "transformers.models.gpt2.modeling_gpt2"
 WARM_UP_STEPS = 1
 N_CORES = os.cpu_count() or 1
@@ -154,9 +156,10 @@ def measure(config: RunConfig, layout: Layout, rounds: int) -> dict[str, Any]:
         return run_ranks(function, n, config, plan, *args, n_threads=layout.n_threads, timeout_s=TIMEOUT_S)
 
     race = on_ranks(run_race, rounds)[0]
+    peers = (KERNELS_OFF, *PEERS[config.train.precision])
     peaks = {"ours": on_ranks(peak_bytes, "ours")}
     if n == 1:
-        peaks |= {peer: on_ranks(peak_bytes, peer) for peer in PEERS[config.train.precision]}
+        peaks |= {peer: on_ranks(peak_bytes, peer) for peer in peers}
     return {
         "layout": str(layout),
         "processes": n,
@@ -172,7 +175,7 @@ def measure(config: RunConfig, layout: Layout, rounds: int) -> dict[str, Any]:
                 "loss_difference": max(abs(a.loss - b.loss) for a, b in zip(race[peer], race["ours"], strict=True)),
                 "peak_mib": _mib(peaks[peer][0]) if peer in peaks else None,
             }
-            for peer in PEERS[config.train.precision]
+            for peer in peers
         },
         "peak_mib": [_mib(peak) for peak in peaks["ours"]],
         "plan_mib": [_mib(stage.memory.total) for stage in plan.stages for _ in range(n // plan.pp)],
@@ -198,9 +201,9 @@ class Contestant(Protocol):
 
 def run_race(config: RunConfig, plan: Plan, rounds: int) -> dict[str, list[Step]]:
     """Every step, warm-up included, of ours and, on rank 0, of each peer. They alternate, and who begins does too."""
-    contestants: dict[str, Contestant] = {"ours": Ours(config, plan)}
+    contestants: dict[str, Contestant] = {name: build(config, plan, name) for name in ("ours", KERNELS_OFF)}
     if dist.get_rank() == 0:
-        contestants |= {peer: Peer(config, peer) for peer in PEERS[config.train.precision]}
+        contestants |= {peer: build(config, plan, peer) for peer in PEERS[config.train.precision]}
     steps: dict[str, list[Step]] = {name: [] for name in contestants}
     for step in range(WARM_UP_STEPS + rounds):
         names = list(contestants) if step % 2 == 0 else list(reversed(contestants))
@@ -228,12 +231,19 @@ def _timed(contestant: Contestant, step: int) -> Step:
 def peak_bytes(config: RunConfig, plan: Plan, contestant: str) -> int:
     """Most bytes that this process's tensors held at one time while a contestant was built and trained 2 steps."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        trained = Ours(config, plan) if contestant == "ours" else Peer(config, contestant)
+        trained = build(config, plan, contestant)
         for step in range(2):
             trained.step(step)
     events: Any = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]  # in order of time
     sizes = (event.nbytes() for event in events if event.name() == "[memory]")  # negative: given back
     return max(itertools.accumulate(sizes))
+
+
+def build(config: RunConfig, plan: Plan, name: str) -> Contestant:
+    """A contestant by its name: ours, ours without kernels, or a peer."""
+    if name == KERNELS_OFF:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, kernels="reference"))
+    return Ours(config, plan) if name in ("ours", KERNELS_OFF) else Peer(config, name)
 
 
 class Ours:

@@ -63,6 +63,20 @@ __device__ __forceinline__ void store_pack(T* p, const float (&x)[Pack<T>::kSize
   *reinterpret_cast<Pack<T>*>(p) = pack;
 }
 
+// N neighbouring elements as they are stored, a pack or fewer, for kernels written once for packs and for elements.
+template <typename T, int N>
+struct alignas(N * sizeof(T)) Elements {
+  T v[N];
+};
+template <int N, typename T>
+__device__ __forceinline__ Elements<T, N> read(const T* p) {
+  return *reinterpret_cast<const Elements<T, N>*>(p);
+}
+template <int N, typename T>
+__device__ __forceinline__ void write(T* p, const Elements<T, N>& x) {
+  *reinterpret_cast<Elements<T, N>*>(p) = x;
+}
+
 struct Sum {
   static constexpr float kIdentity = 0.0f;
   __device__ __forceinline__ static float of(float a, float b) { return a + b; }

@@ -6,20 +6,28 @@
 namespace megagpt {
 namespace {
 
+template <typename A>
+MEGAGPT_INLINE A value(A x, A cap) {
+  return cap * vtanh(x / cap);  // formula
+}
+
+template <typename A>
+MEGAGPT_INLINE A slope(A x, A cap) {
+  const A t = vtanh(x / cap);  // formula
+  return 1 - t * t;            // formula
+}
+
 template <typename T>
 MEGAGPT_CLONES void forward(const T* __restrict x, T* __restrict y, int64_t n, acc_t<T> cap) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] = store<T>(cap * vtanh(load(x[i]) / cap));
+  for (int64_t i = 0; i < n; ++i) y[i] = store<T>(value(load(x[i]), cap));
 }
 
 template <typename T>
 MEGAGPT_CLONES void backward(const T* __restrict grad, const T* __restrict x, T* __restrict dx, int64_t n,
                              acc_t<T> cap) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const acc_t<T> t = vtanh(load(x[i]) / cap);
-    dx[i] = store<T>(load(grad[i]) * (1 - t * t));
-  }
+  for (int64_t i = 0; i < n; ++i) dx[i] = store<T>(load(grad[i]) * slope(load(x[i]), cap));
 }
 
 Tensor softcap_cpu(const Tensor& x_in, double cap) {

@@ -7,7 +7,16 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// y = cap tanh(x / cap), a pack of 16 bytes a thread.
+__device__ __forceinline__ float value(float x, float cap) {
+  return cap * tanhf(x / cap);  // formula
+}
+
+__device__ __forceinline__ float slope(float x, float cap) {
+  const float t = tanhf(x / cap);  // formula
+  return 1.0f - t * t;             // formula
+}
+
+// A pack of 16 bytes a thread.
 template <typename T>
 __global__ void softcap_packs(const T* __restrict__ x, T* __restrict__ y, int64_t n_packs, float cap) {
   constexpr int kSize = Pack<T>::kSize;
@@ -16,7 +25,7 @@ __global__ void softcap_packs(const T* __restrict__ x, T* __restrict__ y, int64_
   float v[kSize];
   load_pack(x + i * kSize, v);
 #pragma unroll
-  for (int k = 0; k < kSize; ++k) v[k] = cap * tanhf(v[k] / cap);
+  for (int k = 0; k < kSize; ++k) v[k] = value(v[k], cap);
   store_pack(y + i * kSize, v);
 }
 
@@ -24,7 +33,7 @@ __global__ void softcap_packs(const T* __restrict__ x, T* __restrict__ y, int64_
 template <typename T>
 __global__ void softcap_elements(const T* __restrict__ x, T* __restrict__ y, int64_t n, float cap) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < n) y[i] = from_float<T>(cap * tanhf(to_float(x[i]) / cap));
+  if (i < n) y[i] = from_float<T>(value(to_float(x[i]), cap));
 }
 
 template <typename T>
@@ -37,10 +46,7 @@ __global__ void softcap_backward_packs(const T* __restrict__ grad, const T* __re
   load_pack(grad + i * kSize, g);
   load_pack(x + i * kSize, v);
 #pragma unroll
-  for (int k = 0; k < kSize; ++k) {
-    const float t = tanhf(v[k] / cap);
-    g[k] *= 1.0f - t * t;
-  }
+  for (int k = 0; k < kSize; ++k) g[k] *= slope(v[k], cap);
   store_pack(dx + i * kSize, g);
 }
 
@@ -48,9 +54,7 @@ template <typename T>
 __global__ void softcap_backward_elements(const T* __restrict__ grad, const T* __restrict__ x, T* __restrict__ dx,
                                           int64_t n, float cap) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= n) return;
-  const float t = tanhf(to_float(x[i]) / cap);
-  dx[i] = from_float<T>(to_float(grad[i]) * (1.0f - t * t));
+  if (i < n) dx[i] = from_float<T>(to_float(grad[i]) * slope(to_float(x[i]), cap));
 }
 
 Tensor softcap_cuda(const Tensor& x_in, double cap) {

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from megagpt.errors import UserError
+from megagpt.kernels import Kernels
 
 
 def require(ok: bool, got: str, wanted: str, remedy: str) -> None:
@@ -61,10 +62,14 @@ class ModelConfig:
     """Context length in tokens, and the length of a training sample."""
     vocab_size: Annotated[int | None, arg(aliases=["--vocab-size"])] = None
     """Tokens of the vocabulary; default the tokenizer's. Padding for tp is added by itself."""
-    position: Literal["learned", "none"] = "learned"
-    """Position information: learned absolute embeddings (GPT-2), or none."""
-    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
-    """MLP activation: GPT-2's tanh form, or the exact GELU."""
+    position: Literal["learned", "rotary", "alibi", "none"] = "learned"
+    """Position information: learned absolute embeddings (GPT-2), rotary (RoFormer), ALiBi, or none."""
+    rotary_base: float = 10000.0
+    """Base of the rotary wavelengths."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before each sub-block and before the head."""
+    activation: Literal["gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu"] = "gelu_tanh"
+    """MLP activation: GPT-2's tanh form, the exact GELU, ReLU, its square, or a gated unit (SiLU or GELU gate)."""
     tied_embeddings: bool = True
     """Use the token embedding as output matrix too."""
     dropout_embedding: float = 0.0
@@ -91,6 +96,7 @@ class ModelConfig:
             "vocab_size",
             "norm_eps",
             "init_std",
+            "rotary_base",
         )
         _fraction("model", self, "dropout_embedding", "dropout_attention", "dropout_residual")
         require(
@@ -99,6 +105,17 @@ class ModelConfig:
             "must divide evenly",
             f"try n_heads in {divisors(self.d_model)[:12]}, or set d_head",
         )
+        require(
+            self.position != "rotary" or self.head_width % 2 == 0,
+            f"model.position=rotary with heads of width {self.head_width}",
+            "must turn pairs of numbers: an even width",
+            "set d_head to an even number",
+        )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP's hidden width comes twice, as gate and as value."""
+        return self.activation.endswith("glu")
 
     @property
     def head_width(self) -> int:
@@ -218,6 +235,8 @@ class TrainConfig:
     """Sequences in one optimizer step, over all processes."""
     precision: Annotated[Literal["fp32", "bf16", "fp16"], arg(aliases=["--precision"])] = "fp32"
     """Number format of weights and activations; optimizer states stay fp32."""
+    kernels: Annotated[str, arg(aliases=["--kernels"])] = "auto"
+    """auto | cuda | cpu | reference (plain PyTorch), with exceptions by op: auto,softmax=reference."""
     seed: Annotated[int, arg(aliases=["--seed"])] = 1234
     """Seed of weights, dropout and data order."""
     deepspeed_config: Annotated[str | None, arg(aliases=["--deepspeed_config", "--deepspeed-config"])] = None
@@ -225,6 +244,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive("train", self, "train_steps", "micro_batch_size", "global_batch_size")
+        Kernels.parse(self.kernels)  # raises
         require(
             0 <= self.seed < 2**32,
             f"train.seed={self.seed}",

@@ -1,7 +1,8 @@
 """One run, any layout: train the same few steps on many layouts and compare what comes out.
 
-The promise: losses, gradient norms and final weights do not depend on tp, pp, dp, the ZeRO stage, the micro-batch size
-or recompute, up to float32 round-off, with clipping active and dropout on. The bounds are in `Bounds`, with reasons.
+The promise: losses, gradient norms and final weights do not depend on tp, pp, dp, the ZeRO stage, the micro-batch
+size, recompute, or which kernels run, up to float32 round-off, with clipping active and dropout on. The bounds are in
+`Bounds`, with reasons.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Layout:
     micro_batch_size: int = 4
     recompute: bool = False
     offload_optimizer: bool = False
+    kernels: str = "auto"
 
     @property
     def world_size(self) -> int:
@@ -52,6 +54,7 @@ class Layout:
 
     def __str__(self) -> str:
         extras = " recompute" * self.recompute + " offload" * self.offload_optimizer
+        extras += f" kernels={self.kernels}" * (self.kernels != "auto")
         return f"tp={self.tp} pp={self.pp} dp={self.dp} zero={self.zero_stage} micro={self.micro_batch_size}{extras}"
 
 
@@ -129,7 +132,7 @@ class RankReport:
     weights: list[Piece]
 
 
-REFERENCE = Layout(micro_batch_size=8)
+REFERENCE = Layout(micro_batch_size=8, kernels="reference")  # so that each layout proves its kernels too
 STEPS = 20
 
 
@@ -151,7 +154,7 @@ def parity_config(model: ModelConfig | None = None, precision: Precision = "fp32
 
 def all_layouts(max_processes: int = 8, precision: Precision = "fp32") -> list[Layout]:
     """Every allowed combination of sizes and ZeRO stage, each with two micro-batch sizes and recompute on and off."""
-    found = []
+    found = [Layout(kernels="reference")]
     for tp, pp, dp in itertools.product((1, 2, 4), repeat=3):
         if tp * pp * dp > max_processes:
             continue
@@ -187,7 +190,7 @@ def spread_out(config: RunConfig, layout: Layout) -> RunConfig:
             recompute=layout.recompute,
             offload_optimizer=layout.offload_optimizer,
         ),
-        train=dataclasses.replace(config.train, micro_batch_size=layout.micro_batch_size),
+        train=dataclasses.replace(config.train, micro_batch_size=layout.micro_batch_size, kernels=layout.kernels),
     )
 
 

@@ -14,11 +14,14 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from megagpt import metrics, metrics_file
@@ -27,6 +30,17 @@ from megagpt.errors import UserError
 WINDOW_STEPS = 20
 PLAIN_INTERVAL_S = 2.0
 PLAIN_WIDTH = 100  # of tables, where there is no terminal to ask
+
+
+def kernel_table(rows: Iterable[tuple[str, str, str]]) -> Table:
+    """Which implementation each op runs, and why."""
+    table = Table(box=SIMPLE, title="ops", title_justify="left", show_header=False, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 class Reporter:

@@ -27,13 +27,15 @@ from megagpt.engine.engine import Engine
 from megagpt.engine.masters import read_counters
 from megagpt.engine.start import distributed
 from megagpt.errors import UserError
-from megagpt.ops.library import kernel_status
+from megagpt.kernels import Kernels
+from megagpt.model.gpt import ops_used
+from megagpt.ops.status import check_kernels, kernel_rows
 from megagpt.parallel.agree import RankError, together
 from megagpt.parallel.mesh import Mesh
 from megagpt.plan.plan import Plan, make_plan
 from megagpt.plan.table import config_table, plan_table
 from megagpt.plot import plot_runs
-from megagpt.report import Reporter
+from megagpt.report import Reporter, kernel_table
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def train(config: RunConfig) -> None:
     with distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp) as mesh:
         run = _set_up(config, plan, mesh)
         engine = Engine(config, plan, mesh)
+        kernels = Kernels.parse(config.train.kernels)
+        together(lambda: check_kernels(kernels, ops_used(config.model, kernels), engine.device.type))
         resumed = checkpoint.load(engine, run.resume_from) if run.resume_from else None
         done = resumed.step if resumed else 0
         with _reporter(run, engine, done) as report:
@@ -164,7 +168,9 @@ def _reporter(run: Run, engine: Engine, done: int) -> Reporter:
     )
     report.show(config_table(config))
     report.show(plan_table(config, plan))
-    report.message(f"optimizer: {engine.optimizer_name} | dropout: {kernel_status('dropout', engine.device.type)}")
+    kernels = Kernels.parse(config.train.kernels)
+    report.show(kernel_table(kernel_rows(kernels, ops_used(config.model, kernels), engine.device.type)))
+    report.message(f"optimizer: {engine.optimizer_name}")
     return report
 
 

@@ -29,8 +29,8 @@ def build_optimizer(parameters: list[Named], config: OptimConfig) -> tuple[torch
 
     The rate starts at 0 and is set before every step, so that nothing moves before the schedule says so.
     """
-    matrices = [n.parameter for n in parameters if len(n.part.shape) >= 2]
-    vectors = [n.parameter for n in parameters if len(n.part.shape) < 2]
+    matrices = [n.parameter for n in parameters if _decays(n)]
+    vectors = [n.parameter for n in parameters if not _decays(n)]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -44,3 +44,7 @@ def build_optimizer(parameters: list[Named], config: OptimConfig) -> tuple[torch
         return FusedAdam(groups, adam_w_mode=True, **settings), "apex FusedAdam"
     reason = "apex is not installed" if on_gpu else "no GPU for apex"
     return torch.optim.AdamW(groups, fused=True, **settings), f"torch AdamW, fused ({reason})"
+
+
+def _decays(named: Named) -> bool:
+    return len(named.part.shape) >= 2 and not named.name.endswith(".bias")  # a gated MLP's bias is (2, F)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megagpt.config import RunConfig
 from megagpt.engine.named import Named, named_parameters
+from megagpt.kernels import Kernels
 from megagpt.model.gpt import GPT, Head, layer_list
 from megagpt.parallel.mesh import Mesh
 from megagpt.plan.plan import Plan
@@ -28,7 +29,8 @@ class GPTStage(PipelineModule):
 
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
         self.plan_bounds = list(plan.bounds)
-        layers = layer_list(config.model, mesh.model, config.train.seed, config.parallel.recompute)
+        kernels = Kernels.parse(config.train.kernels)
+        layers = layer_list(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
         self.names = [layer.name for layer in layers]
         specs = [LayerSpec(layer.kind, *layer.arguments) for layer in layers]
         if config.model.tied_embeddings:
@@ -72,7 +74,8 @@ def build_module(config: RunConfig, plan: Plan, mesh: Mesh) -> tuple[GPT | GPTSt
     Comm: with pipeline stages, collective (groups are made, the tied weight broadcast).
     """
     if mesh.pipe.size == 1:
-        model = GPT(config.model, mesh.model, config.train.seed, config.parallel.recompute)
+        kernels = Kernels.parse(config.train.kernels)
+        model = GPT(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
         return model, named_parameters(model)
     stage = GPTStage(config, plan, mesh)
     return stage, stage.canonical_parameters()

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config import ModelConfig
+from megagpt.kernels import AUTO, Kernels
 from megagpt.model.attention import Attention
 from megagpt.model.dropout import Dropout, block_site
 from megagpt.model.mlp import MLP
-from megagpt.model.norm import LayerNorm
+from megagpt.model.norm import Norm
 from megagpt.parallel.axis import Axis
-from megagpt.parallel.parameter import NamedNormal
 
 
 class Block(nn.Module):
@@ -22,16 +22,24 @@ class Block(nn.Module):
     Source: Radford et al. 2019 (pre-norm); Shoeybi et al. 2019, section 3.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, axis: Axis, seed: int, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        axis: Axis,
+        seed: int,
+        recompute: bool = False,
+        kernels: Kernels = AUTO,
+    ) -> None:
         super().__init__()
         name = f"blocks.{layer}"
         self.recompute = recompute
-        self.norm_1 = LayerNorm(config.d_model, config.norm_eps, NamedNormal(seed, f"{name}.norm_1"))
-        self.attention = Attention(config, layer, axis, seed, f"{name}.attention")
-        self.norm_2 = LayerNorm(config.d_model, config.norm_eps, NamedNormal(seed, f"{name}.norm_2"))
-        self.mlp = MLP(config, axis, seed, f"{name}.mlp")
-        self.dropout_1 = Dropout(config.dropout_residual, seed, block_site(layer, 1))
-        self.dropout_2 = Dropout(config.dropout_residual, seed, block_site(layer, 2))
+        self.norm_1 = Norm(config, seed, f"{name}.norm_1", kernels)
+        self.attention = Attention(config, layer, axis, seed, f"{name}.attention", kernels)
+        self.norm_2 = Norm(config, seed, f"{name}.norm_2", kernels)
+        self.mlp = MLP(config, axis, seed, f"{name}.mlp", kernels)
+        self.dropout_1 = Dropout(config.dropout_residual, seed, block_site(layer, 1), kernels)
+        self.dropout_2 = Dropout(config.dropout_residual, seed, block_site(layer, 2), kernels)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x_BTD, sample_ids_B = inputs
@@ -43,5 +51,10 @@ class Block(nn.Module):
         return x_BTD, sample_ids_B
 
     def _forward(self, x_BTD: Tensor, sample_ids_B: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.dropout_1(self.attention(self.norm_1(x_BTD), sample_ids_B), sample_ids_B)
-        return x_BTD + self.dropout_2(self.mlp(self.norm_2(x_BTD)), sample_ids_B)
+        h_BTD = self.norm_1(x_BTD)
+        if self.dropout_1.active:
+            x_BTD = self.attention(h_BTD, sample_ids_B, epilogue=self.dropout_1.join(x_BTD, sample_ids_B))
+            h_BTD = self.norm_2(x_BTD)
+        else:
+            h_BTD, x_BTD = self.norm_2(self.attention(h_BTD, sample_ids_B), x_BTD)
+        return self.mlp(h_BTD, epilogue=self.dropout_2.join(x_BTD, sample_ids_B))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from megagpt.kernels import AUTO, Kernels
+from megagpt.ops.bias_dropout_add import bias_dropout_add
 from megagpt.ops.dropout import dropout
+from megagpt.parallel.linear import Epilogue
 
 EMBEDDING_SITE = 0
 SITES_PER_BLOCK = 3  # attention probabilities, attention output, MLP output
@@ -18,9 +21,9 @@ def block_site(layer: int, which: int) -> int:
 class Dropout(nn.Module):
     """Zero with probability p while training. `offset`: first element, in its sample, of the shard that x holds."""
 
-    def __init__(self, p: float, seed: int, site: int) -> None:
+    def __init__(self, p: float, seed: int, site: int, kernels: Kernels = AUTO) -> None:
         super().__init__()
-        self.p, self.seed, self.site = p, seed, site
+        self.p, self.seed, self.site, self.kernels = p, seed, site, kernels
 
     @property
     def active(self) -> bool:
@@ -30,7 +33,32 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor, sample_ids_B: Tensor, offset: int = 0) -> Tensor:
         if not self.active:
             return x
-        return dropout(x, sample_ids_B, p=self.p, seed=self.seed, site=self.site, offset=offset)
+        return dropout(
+            x,
+            sample_ids_B,
+            p=self.p,
+            seed=self.seed,
+            site=self.site,
+            offset=offset,
+            kernels=self.kernels["dropout"],
+        )
+
+    def join(self, residual_BTD: Tensor, sample_ids_B: Tensor) -> Epilogue:
+        """What ends a sub-block: residual + dropout(x + bias), as the epilogue of its last linear layer."""
+
+        def epilogue(x_BTD: Tensor, bias_D: Tensor) -> Tensor:
+            return bias_dropout_add(
+                x_BTD,
+                bias_D,
+                residual_BTD,
+                sample_ids_B,
+                p=self.p if self.active else 0.0,
+                seed=self.seed,
+                site=self.site,
+                kernels=self.kernels["bias_dropout_add"],
+            )
+
+        return epilogue
 
     def extra_repr(self) -> str:
         return f"p={self.p}, site={self.site}"

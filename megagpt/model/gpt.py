@@ -12,22 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
+from megagpt.kernels import AUTO, Kernels
 from megagpt.model.block import Block
 from megagpt.model.dropout import EMBEDDING_SITE, Dropout
-from megagpt.model.norm import LayerNorm
+from megagpt.model.loss import vocab_parallel_cross_entropy
+from megagpt.model.norm import Norm
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.embedding import VocabParallelEmbedding, vocab_parallel_logits
-from megagpt.parallel.loss import vocab_parallel_cross_entropy
 from megagpt.parallel.parameter import NamedNormal, part_of, replicated
 
 
 class Embedding(nn.Module):
-    """Token embedding plus learned positions.
+    """Token embedding, plus positions where they are learned.
 
     Shapes: (tokens_BT, sample_ids_B) → (x_BTD, sample_ids_B).  Comm: forward all-reduce of x over the model axis.
     """
 
-    def __init__(self, config: ModelConfig, axis: Axis, seed: int) -> None:
+    def __init__(self, config: ModelConfig, axis: Axis, seed: int, kernels: Kernels = AUTO) -> None:
         super().__init__()
         draw = NamedNormal(seed, "embedding.tokens", config.init_std)
         self.tokens = VocabParallelEmbedding(config.vocab, config.d_model, axis, draw)
@@ -36,7 +37,7 @@ class Embedding(nn.Module):
             self.positions = replicated(draw("positions", (config.seq_len, config.d_model)))
         else:
             self.positions = None
-        self.dropout = Dropout(config.dropout_embedding, seed, EMBEDDING_SITE)
+        self.dropout = Dropout(config.dropout_embedding, seed, EMBEDDING_SITE, kernels)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         tokens_BT, sample_ids_B = inputs
@@ -55,11 +56,16 @@ class Head(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, axis: Axis, seed: int, tokens: VocabParallelEmbedding | None = None
+        self,
+        config: ModelConfig,
+        axis: Axis,
+        seed: int,
+        kernels: Kernels = AUTO,
+        tokens: VocabParallelEmbedding | None = None,
     ) -> None:
         super().__init__()
-        self.axis = axis
-        self.norm = LayerNorm(config.d_model, config.norm_eps, NamedNormal(seed, "head.norm"))
+        self.axis, self.kernels = axis, kernels["cross_entropy"]
+        self.norm = Norm(config, seed, "head.norm", kernels)
         name = "embedding.tokens" if config.tied_embeddings else "head.tokens"
         draw = NamedNormal(seed, name, config.init_std)
         self.tokens = tokens or VocabParallelEmbedding(config.vocab, config.d_model, axis, draw)
@@ -69,9 +75,27 @@ class Head(nn.Module):
         return vocab_parallel_logits(self.norm(x_BTD), self.tokens.weight, self.axis)
 
     def loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token: a scalar, equal on every rank of the model axis."""
+        """Mean cross-entropy in nats per token: a scalar, equal on every rank of the model axis.
+
+        The backward pass writes the gradient over the logits, which nothing else needs by then.
+        """
         part = part_of(self.tokens.weight)
-        return vocab_parallel_cross_entropy(logits_BTV, labels_BT, part, self.axis).mean()
+        loss_BT = vocab_parallel_cross_entropy(
+            logits_BTV, labels_BT, part, self.axis, in_place=True, kernels=self.kernels
+        )
+        return loss_BT.mean()
+
+
+def ops_used(config: ModelConfig, kernels: Kernels) -> list[str]:
+    """The ops of megagpt/ops that training such a model calls; softmax only where flash attention does not serve."""
+    ops = ["norm", "activation", "bias_dropout_add", "cross_entropy"]
+    if config.dropout_attention > 0 or config.position == "alibi" or kernels["softmax"] != "auto":
+        ops.append("softmax")
+    if config.dropout_attention > 0 or config.dropout_embedding > 0:
+        ops.append("dropout")
+    if config.position == "rotary":
+        ops.append("rotary")
+    return ops
 
 
 @dataclass(frozen=True)
@@ -87,13 +111,15 @@ class Layer:
         return self.kind(*self.arguments)
 
 
-def layer_list(config: ModelConfig, axis: Axis, seed: int, recompute: bool = False) -> list[Layer]:
+def layer_list(
+    config: ModelConfig, axis: Axis, seed: int, recompute: bool = False, kernels: Kernels = AUTO
+) -> list[Layer]:
     """The whole model in order: embedding, blocks.0 …, head."""
-    blocks = [Layer(f"blocks.{i}", Block, (config, i, axis, seed, recompute)) for i in range(config.n_layers)]
+    blocks = [Layer(f"blocks.{i}", Block, (config, i, axis, seed, recompute, kernels)) for i in range(config.n_layers)]
     return [
-        Layer("embedding", Embedding, (config, axis, seed)),
+        Layer("embedding", Embedding, (config, axis, seed, kernels)),
         *blocks,
-        Layer("head", Head, (config, axis, seed)),
+        Layer("head", Head, (config, axis, seed, kernels)),
     ]
 
 
@@ -103,11 +129,14 @@ class GPT(nn.Module):
     Shapes: forward(tokens_BT, sample_ids_B) → logits_BTV; with labels_BT → mean loss, a scalar.
     """
 
-    def __init__(self, config: ModelConfig, axis: Axis, seed: int = 0, recompute: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, axis: Axis, seed: int = 0, recompute: bool = False, kernels: Kernels = AUTO
+    ) -> None:
         super().__init__()
-        self.embedding = Embedding(config, axis, seed)
-        self.blocks = nn.ModuleList(Block(config, i, axis, seed, recompute) for i in range(config.n_layers))
-        self.head = Head(config, axis, seed, tokens=self.embedding.tokens if config.tied_embeddings else None)
+        self.embedding = Embedding(config, axis, seed, kernels)
+        self.blocks = nn.ModuleList(Block(config, i, axis, seed, recompute, kernels) for i in range(config.n_layers))
+        tied = self.embedding.tokens if config.tied_embeddings else None
+        self.head = Head(config, axis, seed, kernels, tokens=tied)
 
     def forward(self, tokens_BT: Tensor, sample_ids_B: Tensor | None = None, labels_BT: Tensor | None = None) -> Tensor:
         if sample_ids_B is None:  # only dropout looks at them

@@ -62,8 +62,10 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
     Raises UserError where GPT-2 has no place for the architecture.
     """
-    if config.position != "learned":
-        raise UserError(f"model.position={config.position} cannot be exported as GPT-2; it has position=learned")
+    for field, theirs in (("position", ("learned",)), ("norm", ("layernorm",)), ("activation", ("gelu_tanh", "gelu"))):
+        value = getattr(config, field)
+        if value not in theirs:
+            raise UserError(f"model.{field}={value} cannot be exported as GPT-2; it has {field}={' or '.join(theirs)}")
     if config.head_width * config.n_heads != config.d_model:
         raise UserError(
             f"model.d_head={config.head_width} cannot be exported as GPT-2; its d_head is d_model / n_heads, "

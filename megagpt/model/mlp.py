@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
+from megagpt.kernels import AUTO, Kernels
+from megagpt.ops.activation import activation
 from megagpt.parallel.axis import Axis
-from megagpt.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megagpt.parallel.linear import ColumnParallelLinear, Epilogue, RowParallelLinear
 from megagpt.parallel.parameter import NamedNormal
+
+ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}  # what a gated unit does to its gate
 
 
 class MLP(nn.Module):
-    """W₂ gelu(W₁ x + b₁) + b₂.
+    """W₂ f(W₁ x + b₁) + b₂, or with a gate W₂ (f(W₁ x + b₁) ⊙ (W₃ x + b₃)) + b₂ (Shazeer 2020).
 
     Shapes: x_BTD → y_BTD.  Comm: those of its column- and row-parallel layers.
     """
 
-    def __init__(self, config: ModelConfig, axis: Axis, seed: int, name: str) -> None:
+    def __init__(self, config: ModelConfig, axis: Axis, seed: int, name: str, kernels: Kernels = AUTO) -> None:
         super().__init__()
         std, residual_std = config.init_std, config.init_std / math.sqrt(2 * config.n_layers)
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
-        self.up = ColumnParallelLinear(config.d_model, config.ff_width, axis, NamedNormal(seed, f"{name}.up", std))
+        self.kind = ACTIVATIONS.get(config.activation, config.activation)
+        self.gated, self.kernels = config.gated, kernels["activation"]
+        draw = NamedNormal(seed, f"{name}.up", std)
+        self.up = ColumnParallelLinear(config.d_model, config.ff_width, axis, draw, packs=2 if self.gated else 1)
         self.down = RowParallelLinear(
             config.ff_width, config.d_model, axis, NamedNormal(seed, f"{name}.down", residual_std)
         )
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BTD), approximate=self.approximate))
+    def forward(self, x_BTD: Tensor, epilogue: Epilogue | None = None) -> Tensor:
+        return self.down(self.up(x_BTD, epilogue=self._activate), epilogue)
+
+    def _activate(self, x_BTF: Tensor, bias_F: Tensor) -> Tensor:
+        return activation(x_BTF, bias_F, kind=self.kind, gated=self.gated, kernels=self.kernels)

@@ -1,21 +1,34 @@
-"""LayerNorm (Ba et al. 2016), replicated over the model axis."""
+"""LayerNorm (Ba et al. 2016) and RMSNorm (Zhang & Sennrich 2019), replicated over the model axis."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagpt.parallel.parameter import Draw, replicated
+from megagpt.config import ModelConfig
+from megagpt.kernels import AUTO, Kernels
+from megagpt.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from megagpt.parallel.parameter import NamedNormal, replicated
 
 
-class LayerNorm(nn.Module):
-    """Shapes: x (*, D) → (*, D). Comm: none; its gradients are equal on every rank of the model axis."""
+class Norm(nn.Module):
+    """The norm that the configuration names.
 
-    def __init__(self, d_model: int, eps: float, draw: Draw) -> None:
+    Shapes: x (*, D) → norm(x) (*, D); with a residual (*, D) → (norm(x + residual), x + residual).
+    Comm: none; its gradients are equal on every rank of the model axis.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int, name: str, kernels: Kernels = AUTO) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = replicated(draw("gain", (d_model,)))
-        self.bias = replicated(draw("bias", (d_model,)))
+        self.eps, self.kernels = config.norm_eps, kernels["norm"]
+        draw = NamedNormal(seed, name)
+        self.weight = replicated(draw("gain", (config.d_model,)))
+        self.bias = replicated(draw("bias", (config.d_model,))) if config.norm == "layernorm" else None
 
-    def forward(self, x_D: Tensor) -> Tensor:
-        return F.layer_norm(x_D, self.weight.shape, self.weight, self.bias, self.eps)
+    def forward(self, x_D: Tensor, residual_D: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if self.bias is None and residual_D is None:
+            return rms_norm(x_D, self.weight, self.eps, kernels=self.kernels)
+        if self.bias is None:
+            return add_rms_norm(x_D, residual_D, self.weight, self.eps, kernels=self.kernels)
+        if residual_D is None:
+            return layer_norm(x_D, self.weight, self.bias, self.eps, kernels=self.kernels)
+        return add_layer_norm(x_D, residual_D, self.weight, self.bias, self.eps, kernels=self.kernels)

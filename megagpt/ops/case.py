@@ -99,6 +99,7 @@ class Spec:
 
 def all_specs() -> list[Spec]:
     """The SPEC of every file in ops/cases, by name."""
+    # Each of these files imports this one.
     package = importlib.import_module("megagpt.ops.cases")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     return [importlib.import_module(f"megagpt.ops.cases.{name}").SPEC for name in names]

@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megagpt.ops.library import LIBRARY
-
-LIBRARY.define("dropout(Tensor x, Tensor sample_ids, float p, int seed, int site, int offset) -> Tensor")
+from megagpt.ops.library import define, differentiable, runs_kernel
 
 
-def dropout(x: Tensor, sample_ids_B: Tensor, *, p: float, seed: int, site: int, offset: int = 0) -> Tensor:
+def dropout(
+    x: Tensor, sample_ids_B: Tensor, *, p: float, seed: int, site: int, offset: int = 0, kernels: str = "auto"
+) -> Tensor:
     """Zero elements of x with probability p and scale the rest by 1 / (1 - p).
 
     Shapes: x (B, *), sample_ids_B (B,) int64 → (B, *).
@@ -26,13 +26,20 @@ def dropout(x: Tensor, sample_ids_B: Tensor, *, p: float, seed: int, site: int, 
     the sequence passes its own offset and draws exactly its part of the whole mask.
     Raises ValueError unless 0 <= p < 1 and there is one id per sample.
     """
+    require_mask("dropout", x, sample_ids_B, p)
+    if p == 0.0:
+        return x
+    if runs_kernel("dropout", x, kernels):
+        return torch.ops.megagpt.dropout(x, sample_ids_B, p, seed, site, offset)
+    return dropout_reference(x, sample_ids_B, p, seed, site, offset)
+
+
+def require_mask(op: str, x: Tensor, sample_ids_B: Tensor, p: float) -> None:
+    """Raise ValueError unless 0 <= p < 1 and there is one id per sample."""
     if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout: got p={p}, wanted 0 <= p < 1")
-    if sample_ids_B.shape != x.shape[:1]:
-        raise ValueError(
-            f"dropout: got x {tuple(x.shape)} and ids {tuple(sample_ids_B.shape)}, wanted an id per sample"
-        )
-    return torch.ops.megagpt.dropout(x, sample_ids_B, p, seed, site, offset)
+        raise ValueError(f"{op}: got p={p}, wanted 0 <= p < 1")
+    if x.dim() == 0 or sample_ids_B.shape != x.shape[:1]:
+        raise ValueError(f"{op}: got x {tuple(x.shape)} and ids {tuple(sample_ids_B.shape)}, wanted an id per sample")
 
 
 def philox_reference(counter_lo: Tensor, counter_hi: Tensor, key: tuple[int, int]) -> list[Tensor]:
@@ -40,7 +47,7 @@ def philox_reference(counter_lo: Tensor, counter_hi: Tensor, key: tuple[int, int
     low = 0xFFFFFFFF
     c0, c1 = counter_lo & low, (counter_lo >> 32) & low
     c2, c3 = counter_hi & low, (counter_hi >> 32) & low
-    k0, k1 = key
+    k0, k1 = key[0] & low, key[1] & low
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps in int64; the 64 bits are right all the same
         c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
@@ -48,7 +55,8 @@ def philox_reference(counter_lo: Tensor, counter_hi: Tensor, key: tuple[int, int
     return [c0, c1, c2, c3]
 
 
-def _reference(x: Tensor, sample_ids: Tensor, p: float, seed: int, site: int, offset: int) -> Tensor:
+def dropout_reference(x: Tensor, sample_ids: Tensor, p: float, seed: int, site: int, offset: int) -> Tensor:
+    """What the kernels of `dropout` compute, in plain torch."""
     elements = x[0].numel() if x.shape[0] else 0
     first = offset // 4
     blocks_N = torch.arange(first, (offset + elements + 3) // 4, device=x.device)
@@ -60,13 +68,8 @@ def _reference(x: Tensor, sample_ids: Tensor, p: float, seed: int, site: int, of
     return torch.where(keep, wide * scale.to(wide), 0.0).to(x.dtype)
 
 
-# Runs on every device for which no kernel was compiled.
-LIBRARY.impl("dropout", _reference, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("megagpt::dropout")
 def _fake(x: Tensor, sample_ids: Tensor, p: float, seed: int, site: int, offset: int) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(x.shape)
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
@@ -79,4 +82,5 @@ def _backward(ctx, grad: Tensor) -> tuple:
     return torch.ops.megagpt.dropout(grad, sample_ids, *ctx.key), None, None, None, None, None
 
 
-torch.library.register_autograd("megagpt::dropout", _backward, setup_context=_save)
+define("dropout(Tensor x, Tensor sample_ids, float p, int seed, int site, int offset) -> Tensor", _fake)
+differentiable("dropout", _save, _backward)

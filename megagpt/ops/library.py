@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("megagpt", "DEF")
 KERNELS: set[tuple[str, str]] = set()  # (op, device) of what is compiled; filled while ops are declared
-CHOICES = ("auto", "cuda", "cpu", "reference")
+UNUSABLE: dict[str, str] = {}  # device: why its compiled kernels cannot run here
 
 # Element types that kernels are written for.
 DTYPES = {
@@ -40,8 +41,8 @@ def differentiable(op: str, save: Callable, backward: Callable) -> None:
 
 
 def has_kernel(op: str, device: str) -> bool:
-    """Whether the compiled library holds a kernel of `op` for "cpu" or "cuda"."""
-    return (op, device) in KERNELS
+    """Whether the compiled library holds a kernel of `op` for "cpu" or "cuda", and it runs here."""
+    return (op, device) in KERNELS and device not in UNUSABLE
 
 
 def runs_kernel(op: str, x: Tensor, choice: str = "auto") -> bool:
@@ -59,7 +60,7 @@ def runs_kernel(op: str, x: Tensor, choice: str = "auto") -> bool:
         raise RuntimeError(f"kernels={choice} for {op}, but its input is on the {device}; use {device} or auto")
     if choice == "auto":
         return False
-    why = MISSING_KERNELS or f"no kernel for {x.dtype} on {device}"
+    why = MISSING_KERNELS or UNUSABLE.get(device) or f"no kernel for {x.dtype} on {device}"
     raise RuntimeError(f"kernels={choice} for {op}, which has none: {why}; or use kernels=auto")
 
 
@@ -69,7 +70,42 @@ def kernel_status(op: str, device: str, choice: str = "auto") -> tuple[str, str]
         return "reference", "asked for"
     if has_kernel(op, device):
         return f"{device} kernel", "asked for" if choice == device else "built"
-    return "reference", MISSING_KERNELS or f"this build has no {device} kernel of it"
+    return "reference", MISSING_KERNELS or UNUSABLE.get(device) or f"this build has no {device} kernel of it"
+
+
+def supports(compiled: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code compiled for, say, sm_80, sm_90 and compute_90 runs on a GPU of this compute capability.
+
+    sm_XY runs on X.Y and what follows within X, compute_XY on X.Y and all that follows; sm_90a on 9.0 alone.
+    """
+    for name in compiled:
+        kind, _, number = name.partition("_")
+        digits = number.rstrip("af")
+        wanted = (int(digits[:-1]), int(digits[-1]))
+        follows = wanted <= capability and (kind == "compute" or wanted[0] == capability[0])
+        if capability == wanted or (follows and digits == number):
+            return True
+    return False
+
+
+def check_gpus(compiled: Sequence[str], capabilities: Sequence[tuple[int, int]]) -> None:
+    """Leave the CUDA kernels out, and say so once, where a GPU would answer "no kernel image is available"."""
+    strange = sorted({c for c in capabilities if not supports(compiled, c)})
+    if not compiled or not strange:  # a build without CUDA kernels says so by itself
+        return
+    numbers = ";".join(f"{major}.{minor}" for major, minor in strange)
+    UNUSABLE["cuda"] = (
+        f"compiled for {', '.join(compiled)}, but a GPU here is {numbers}: run "
+        f'`TORCH_CUDA_ARCH_LIST="{numbers}" make build`'
+    )
+    warnings.warn(f"megagpt's CUDA kernels do not run, PyTorch reference code does: {UNUSABLE['cuda']}", stacklevel=2)
+
+
+def _check_gpus_here() -> None:
+    if torch._C._dispatch_has_kernel_for_dispatch_key("megagpt::cuda_architectures", "CompositeExplicitAutograd"):
+        compiled = torch.ops.megagpt.cuda_architectures().split("+")
+        n_gpus = torch.cuda.device_count()
+        check_gpus([name for name in compiled if name], [torch.cuda.get_device_capability(i) for i in range(n_gpus)])
 
 
 def _load_kernels() -> str | None:
@@ -92,4 +128,7 @@ def _load_kernels() -> str | None:
 EMULATED_CUDA = os.environ.get("MEGAGPT_EMULATED_CUDA")
 KERNEL_DTYPES = {"cpu": DTYPES["cuda"]} if EMULATED_CUDA else DTYPES
 define("branches_reached() -> str[]", lambda: [])
+define("cuda_architectures() -> str", lambda: "")
 MISSING_KERNELS = _load_kernels()
+# Once CUDA starts, which importing this must not do: a process that has started it cannot fork.
+torch.cuda._lazy_call(_check_gpus_here)

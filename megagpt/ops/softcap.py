@@ -22,7 +22,7 @@ def softcap(x: Tensor, cap: float, *, kernels: str = "auto") -> Tensor:
         raise ValueError(f"softcap: got cap={cap}, wanted cap > 0")
     if runs_kernel("softcap", x, kernels):
         return torch.ops.megagpt.softcap(x, cap)
-    return cap * torch.tanh(x / cap)
+    return cap * torch.tanh(x / cap)  # formula
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:

@@ -5,6 +5,8 @@ Shapes: I inputs, O outputs, _local a shard over the axis.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,23 +14,34 @@ from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to, reduce_from
 from megagpt.parallel.parameter import DEFAULT_DRAW, Draw, replicated, sharded
 
+# (x Wᵀ, b) -> what takes the place of x Wᵀ + b: fuses the bias with what follows it. It runs inside of the layer's
+# forward, since ZeRO-3 gathers a layer's parameters for no longer than that.
+Epilogue = Callable[[Tensor, Tensor], Tensor]
+
 
 class ColumnParallelLinear(nn.Module):
     """y = x Wᵀ + b with the outputs shared out: each rank computes O / axis.size of them.
 
     Shapes: x (*, I) replicated → y (*, O_local).  weight (O_local, I), bias (O_local).
+    With `packs` > 1 there are that many matrices, their outputs side by side: weight (packs, O_local, I), bias
+    (packs, O_local), y (*, packs * O_local), so that a rank's part of a gate comes with its part of the value.
     Comm: forward none; backward all-reduce of the input's gradient over the axis.
     """
 
-    def __init__(self, n_inputs: int, n_outputs: int, axis: Axis, draw: Draw = DEFAULT_DRAW) -> None:
+    def __init__(self, n_inputs: int, n_outputs: int, axis: Axis, draw: Draw = DEFAULT_DRAW, *, packs: int = 1) -> None:
         super().__init__()
         _require_divisible("outputs", n_outputs, axis)
         self.axis = axis
-        self.weight = sharded(draw("weight", (n_outputs, n_inputs)), 0, axis)
-        self.bias = sharded(draw("bias", (n_outputs,)), 0, axis)
+        packed = () if packs == 1 else (packs,)
+        self.weight = sharded(draw("weight", (*packed, n_outputs, n_inputs)), len(packed), axis)
+        self.bias = sharded(draw("bias", (*packed, n_outputs)), len(packed), axis)
 
-    def forward(self, x_I: Tensor) -> Tensor:
-        return F.linear(copy_to(x_I, self.axis), self.weight, self.bias)
+    def forward(self, x_I: Tensor, epilogue: Epilogue | None = None) -> Tensor:
+        x_I = copy_to(x_I, self.axis)
+        weight_OI, bias_O = self.weight.view(-1, self.weight.shape[-1]), self.bias.view(-1)
+        if epilogue is None:
+            return F.linear(x_I, weight_OI, bias_O)
+        return epilogue(F.linear(x_I, weight_OI), bias_O)
 
     def extra_repr(self) -> str:
         return _sizes(self.weight)
@@ -48,10 +61,11 @@ class RowParallelLinear(nn.Module):
         self.weight = sharded(draw("weight", (n_outputs, n_inputs)), 1, axis)
         self.bias = replicated(draw("bias", (n_outputs,)))
 
-    def forward(self, x_I_local: Tensor) -> Tensor:
-        if self.axis.size == 1:
+    def forward(self, x_I_local: Tensor, epilogue: Epilogue | None = None) -> Tensor:
+        if self.axis.size == 1 and epilogue is None:
             return F.linear(x_I_local, self.weight, self.bias)
-        return reduce_from(F.linear(x_I_local, self.weight), self.axis) + self.bias
+        y_O = reduce_from(F.linear(x_I_local, self.weight), self.axis)
+        return y_O + self.bias if epilogue is None else epilogue(y_O, self.bias)
 
     def extra_repr(self) -> str:
         return _sizes(self.weight)

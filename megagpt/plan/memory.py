@@ -2,10 +2,10 @@
 
 Parameters, gradients, optimizer: Rajbhandari et al. 2020 (ZeRO), section 3.
 Activations: Korthikanti et al. 2022, section 4. Their 34 s b h bytes a layer in 16 bits are here
-w (4 D + 4 I/t + 2 F/t) a token, 32 D with I = D, F = 4 D, t = 1, w = 2; the other 2 are the masks of
-residual dropout, which megagpt recomputes and does not store. Their 5 a s² b, the attention probabilities
-before and after dropout and a mask, are 2 w H T/t a token, and only with attention dropout: flash attention
-keeps no probabilities.
+w (4 D + 4 I/t + 2 F/t) a token (3 F/t with a gate), 32 D with I = D, F = 4 D, t = 1, w = 2; the other 2 are the
+masks of residual dropout, which megagpt recomputes and does not store. Their 5 a s² b, the attention probabilities
+before and after dropout and a mask, are 2 w H T/t a token, and only with attention dropout (1 w H T/t with ALiBi
+alone): flash attention keeps no probabilities.
 Not counted: the framework itself, communication and all-gather buffers, fragmentation, the data.
 
 Letters: D d_model, I n_heads * d_head, F d_ff, H n_heads, T seq_len, t tensor parallel size, w bytes of one
@@ -86,9 +86,10 @@ def _activation_bytes_per_token(config: RunConfig, n_blocks: int, in_flight: int
     width = WEIGHT_BYTES[config.train.precision]
     D, F, I = model.d_model, model.ff_width, model.n_heads * model.head_width  # noqa: E741
     # Inputs of 2 norms and 2 column-parallel layers; q, k, v, attention output; the MLP's hidden twice.
-    block = 4 * D + (4 * I + 2 * F) // tp
-    if model.dropout_attention > 0:  # plain attention: probabilities before and after dropout
-        block += 2 * model.n_heads * model.seq_len // tp
+    block = 4 * D + (4 * I + (3 if model.gated else 2) * F) // tp
+    # Attention in plain steps: probabilities, and once more after dropout.
+    kept_probabilities = (model.dropout_attention > 0) + (model.dropout_attention > 0 or model.position == "alibi")
+    block += kept_probabilities * model.n_heads * model.seq_len // tp
     if config.parallel.recompute:
         kept, at_once = n_blocks * D, block  # each block's input, and the block that is being recomputed
     else:

@@ -59,9 +59,10 @@ def _embedding(model: ModelConfig, tp: int) -> LayerSize:
 
 def _block(model: ModelConfig, index: int, tp: int) -> LayerSize:
     D, F, I = model.d_model, model.ff_width, model.n_heads * model.head_width  # noqa: E741
-    matrices = D * 3 * I + I * D + D * F + F * D  # qkv, attention output, MLP up, MLP down
-    sharded = matrices + 3 * I + F  # and the biases of the column-parallel layers
-    replicated = 2 * D + 2 * 2 * D  # biases of the row-parallel layers; gain and bias of two norms
+    ups = 2 if model.gated else 1
+    matrices = D * 3 * I + I * D + ups * D * F + F * D  # qkv, attention output, MLP up (and gate), MLP down
+    sharded = matrices + 3 * I + ups * F  # and the biases of the column-parallel layers
+    replicated = 2 * D + 2 * _norm(model)  # biases of the row-parallel layers; two norms
     return LayerSize(
         name=f"blocks.{index}",
         params=sharded + replicated,
@@ -70,8 +71,13 @@ def _block(model: ModelConfig, index: int, tp: int) -> LayerSize:
     )
 
 
+def _norm(model: ModelConfig) -> int:
+    """Gain and bias, or the gain alone."""
+    return (2 if model.norm == "layernorm" else 1) * model.d_model
+
+
 def _head(model: ModelConfig, tp: int) -> LayerSize:
-    norm = 2 * model.d_model
+    norm = _norm(model)
     own = 0 if model.tied_embeddings else model.d_model
     return LayerSize(
         name="head",

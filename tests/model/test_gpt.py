@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.config import ModelConfig
+from megagpt.kernels import AUTO, Kernels
 from megagpt.model.dropout import Dropout
 from megagpt.model.gpt import GPT
 from megagpt.ops.dropout import dropout
@@ -25,6 +26,11 @@ from tests.tolerances import assert_close, assert_equal
 PLAIN = ModelConfig(n_layers=2, d_model=32, n_heads=4, seq_len=16, vocab_size=211)
 DROPPING = replace(PLAIN, dropout_embedding=0.1, dropout_attention=0.2, dropout_residual=0.3)
 WIDE_HEADS = replace(DROPPING, d_head=12, d_ff=40, tied_embeddings=False, position="none")
+LLAMA = replace(
+    DROPPING, position="rotary", norm="rmsnorm", activation="swiglu", d_ff=40, dropout_attention=0.0, rotary_base=300.0
+)
+ALIBI = replace(PLAIN, position="alibi", activation="relu2", dropout_residual=0.1)
+CONFIGS = {"gpt2": DROPPING, "wide-heads": WIDE_HEADS, "llama": LLAMA, "alibi": ALIBI}
 T = 13
 
 
@@ -35,9 +41,14 @@ def batch(n_samples: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_and_gradients(
-    config: ModelConfig, axis: Axis, inputs: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, recompute: bool = False
+    config: ModelConfig,
+    axis: Axis,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    dtype: torch.dtype,
+    recompute: bool = False,
+    kernels: Kernels = AUTO,
 ) -> tuple[Tensor, Tensor, Parts]:
-    model = GPT(config, axis, seed=3, recompute=recompute).to(dtype)
+    model = GPT(config, axis, seed=3, recompute=recompute, kernels=kernels).to(dtype)
     tokens_BT, ids_B, labels_BT = inputs
     logits_BTV = gather_logits(model(tokens_BT, ids_B), config.vocab, axis)
     loss = model(tokens_BT, ids_B, labels_BT)
@@ -52,7 +63,7 @@ def tensor_parallel(config: ModelConfig, inputs: tuple, dtype: torch.dtype) -> t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("config", [DROPPING, WIDE_HEADS], ids=["gpt2", "wide-heads"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_tensor_parallel_ranks_compute_the_same_with_dropout(config, tp, dtype):
     inputs = batch()
     loss, logits_BTV, grads = loss_and_gradients(config, SINGLE, inputs, dtype)
@@ -65,7 +76,7 @@ def test_tensor_parallel_ranks_compute_the_same_with_dropout(config, tp, dtype):
         assert_close(grad, expected[name], f"gradient of {name}")
 
 
-@pytest.mark.parametrize("config", [PLAIN, WIDE_HEADS], ids=["gpt2", "wide-heads"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("tp", [2, 4])
 def test_initial_weights_do_not_depend_on_the_layout(config, tp):
     whole = dict(GPT(config, SINGLE, seed=5).named_parameters())
@@ -114,7 +125,7 @@ def test_dropout_sites_are_unique():
 
 
 def test_tokens_do_not_see_what_comes_later():
-    for config in (PLAIN, replace(PLAIN, dropout_attention=0.1)):  # both ways to attend
+    for config in (PLAIN, replace(PLAIN, dropout_attention=0.1), ALIBI, LLAMA):  # all ways to attend
         model = GPT(config, SINGLE)
         x_BTD = torch.randn(2, T, PLAIN.d_model, requires_grad=True)
         ids_B = torch.arange(2)
@@ -206,3 +217,16 @@ def test_initial_loss_is_that_of_a_uniform_guess():
     tokens_BT, _, labels_BT = batch()
     loss = GPT(PLAIN, SINGLE)(tokens_BT, labels_BT=labels_BT)
     assert loss.item() == pytest.approx(math.log(PLAIN.vocab), abs=0.1)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_kernels_change_nothing_but_round_off(config):
+    inputs = batch()
+    (loss, logits_BTV, grads), (loss_2, logits_2_BTV, grads_2) = (
+        loss_and_gradients(config, SINGLE, inputs, torch.float32, kernels=Kernels.parse(choice))
+        for choice in ("auto", "reference")
+    )
+    assert_close(loss, loss_2)
+    assert_close(logits_BTV, logits_2_BTV)
+    for name in grads:
+        assert_close(grads[name][1], grads_2[name][1], name)

@@ -1,6 +1,7 @@
 """Compiles csrc/*.cu without a GPU: by nvcc for its report, and as C++ under cuda_emulation.h to run on the CPU.
 
-python -m tests.ops.cuda_build softcap      both for one op, then its cases over the emulated kernels
+python -m tests.ops.cuda_build softcap                      both for one op, then its cases over the emulated kernels
+python -m tests.ops.cuda_build bias_dropout_add dropout     the same for an op that calls another one
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,31 +67,29 @@ def parse_report(text: str) -> list[Usage]:
 
 def build_emulated(sources: list[Path], library: Path) -> Path:
     """Compile .cu files for the CPU into one library that stands in for csrc's (MEGAGPT_EMULATED_CUDA)."""
+    return compile_emulated([*sources, ROOT / "csrc" / "branches.cpp"], library, shared=True)
+
+
+def compile_emulated(sources: list[Path], output: Path, *, shared: bool) -> Path:
+    """Compile CUDA sources as C++ under cuda_emulation.h, two at a time, and link them."""
     compiler = os.environ.get("CXX", "g++").split()
-    flags = ["-shared", "-fPIC", "-O1", "-w", "-DMEGAGPT_EMULATED_CUDA", f"-I{ROOT / 'tests' / 'ops'}", *INCLUDES]
-    files = ["-x", "c++", *map(str, sources), str(ROOT / "csrc" / "branches.cpp")]
-    _run(
-        [
-            *compiler,
-            *flags,
-            *files,
-            "-x",
-            "none",
-            f"-L{TORCH / 'lib'}",
-            "-ltorch",
-            "-ltorch_cpu",
-            "-lc10",
-            "-o",
-            str(library),
-        ]
-    )
-    return library
+    flags = ["-fPIC", "-O1", "-w", "-DMEGAGPT_EMULATED_CUDA", f"-I{ROOT / 'tests' / 'ops'}", *INCLUDES]
+    objects = [output.with_name(f"{source.stem}.o") for source in sources]
+
+    def compile_one(source: Path, target: Path) -> None:
+        _run([*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, sources, objects))
+    libraries = ["-shared", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"] if shared else []
+    _run([*compiler, *map(str, objects), *libraries, "-o", str(output)])
+    return output
 
 
 def run_emulated(library: Path, *pytest_arguments: str) -> subprocess.CompletedProcess[str]:
     """tests/ops/test_every_op.py in a process of its own that has loaded the emulated kernels."""
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/ops/test_every_op.py", *pytest_arguments],
+        [sys.executable, "-m", "pytest", "tests/ops/test_every_op.py", *pytest_arguments],
         cwd=ROOT,
         env=os.environ | {"MEGAGPT_EMULATED_CUDA": str(library)},
         capture_output=True,
@@ -114,18 +114,19 @@ def _demangled(name: str) -> str:
     return re.sub(r"megagpt::|c10::|::|\(.*|void |\n", "", text.replace("(anonymous namespace)", ""))
 
 
-def main(op: str) -> int:
-    """Compile and run one op, and say what each of its kernels uses."""
-    source = ROOT / "csrc" / f"{op}.cu"
+def main(op: str, *others: str) -> int:
+    """Compile and run one op, and say what each of its kernels uses; `others` are ops that it calls."""
+    sources = [ROOT / "csrc" / f"{name}.cu" for name in (op, *others)]
     with tempfile.TemporaryDirectory() as folder:
-        if shutil.which("nvcc"):
-            for usage in nvcc_report(source, Path(folder)):
+        if shutil.which("nvcc") and sources[0].exists():
+            for usage in nvcc_report(sources[0], Path(folder)):
                 spilled = f"{usage.spilled_bytes:4} bytes spilled {usage.stack_bytes:4} of stack"
                 print(f"sm_{usage.architecture} {usage.registers:4} registers {spilled}  {usage.kernel}")
-        done = run_emulated(build_emulated([source], Path(folder) / "emulated.so"), "-k", f"{op}-")
+        built = build_emulated([source for source in sources if source.exists()], Path(folder) / "emulated.so")
+        done = run_emulated(built, "-k", f"{op}-")
         print(done.stdout[-3000:], done.stderr[-2000:])
         return done.returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

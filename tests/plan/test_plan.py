@@ -35,6 +35,8 @@ MODELS = {
     "untied": replace(SMALL, tied_embeddings=False),
     "no positions": replace(SMALL, position="none"),
     "own widths": replace(SMALL, d_head=16, d_ff=100),
+    "rotary, RMSNorm, SwiGLU": replace(SMALL, position="rotary", norm="rmsnorm", activation="swiglu"),
+    "ALiBi": replace(SMALL, position="alibi"),
 }
 
 

@@ -1,0 +1,56 @@
+"""Position information inside of attention. What it needs is computed from the configuration, never stored.
+
+The tables are no buffers: a model in 16 bits would round them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.config import ModelConfig
+from megagpt.kernels import AUTO, Kernels
+from megagpt.ops.rotary import rotary, rotary_tables
+from megagpt.ops.softmax import alibi_slopes
+
+
+class Rotary(nn.Module):
+    """Turns queries and keys by angles that grow with the position.
+
+    Shapes: qkv_BTHXK (X: q, k, v) → the same, v as it was.
+    Source: Su et al. 2021, section 3.4.2; halves as in GPT-NeoX and LLaMA.
+    """
+
+    def __init__(self, config: ModelConfig, kernels: Kernels = AUTO) -> None:
+        super().__init__()
+        self.seq_len, self.d_head, self.base = config.seq_len, config.head_width, config.rotary_base
+        self.kernels = kernels["rotary"]
+        self.tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, qkv_BTHXK: Tensor) -> Tensor:
+        dtype = torch.float64 if qkv_BTHXK.dtype == torch.float64 else torch.float32
+        key, T = (qkv_BTHXK.device, dtype), qkv_BTHXK.shape[1]
+        if key not in self.tables:
+            self.tables[key] = rotary_tables(
+                self.seq_len, self.d_head, base=self.base, device=qkv_BTHXK.device, dtype=dtype
+            )
+        cos_TR, sin_TR = self.tables[key]
+        return rotary(qkv_BTHXK, cos_TR[:T], sin_TR[:T], kernels=self.kernels)
+
+
+class Alibi(nn.Module):
+    """The slopes of this rank's heads: scores lose slope * distance.
+
+    Shapes: () → slopes_H float32.  Source: Press et al. 2022, section 3.
+    """
+
+    def __init__(self, n_heads: int, first_head: int, n_heads_local: int) -> None:
+        super().__init__()
+        self.heads = (n_heads, first_head, n_heads_local)
+        self.slopes: dict[torch.device, Tensor] = {}
+
+    def forward(self, device: torch.device) -> Tensor:
+        if device not in self.slopes:
+            n_heads, first, n_local = self.heads
+            self.slopes[device] = alibi_slopes(n_heads)[first : first + n_local].to(device)
+        return self.slopes[device]

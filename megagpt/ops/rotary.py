@@ -1,0 +1,110 @@
+"""Rotary position embedding of queries and keys where they lie, packed with the values, in one pass.
+
+Source: Su et al. 2021 (RoFormer), section 3.4.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megagpt.ops.library import define, differentiable, runs_kernel
+
+
+def rotary(
+    qkv_BTGXK: Tensor,
+    cos_SR: Tensor,
+    sin_SR: Tensor,
+    *,
+    positions_BT: Tensor | None = None,
+    n_rotated_heads: int | None = None,
+    interleaved: bool = False,
+    kernels: str = "auto",
+) -> Tensor:
+    """Turns pairs of elements (a, b) by their position's angles: (a cos - b sin, b cos + a sin); copies all the rest.
+
+    Of the X heads of a group the first n_rotated_heads are turned, by default all but the last: [queries, key, value].
+    Of a head's K elements the first 2R are. Their pairs are (i, R + i) as in GPT-NeoX and LLaMA or, interleaved,
+    (2i, 2i + 1) as in GPT-J. Token t has row t of the tables, or positions_BT[b, t]: for packed documents, decoding.
+    The tables are constants: no gradient reaches them.
+    Shapes: qkv (B, T, G, X, K), cos and sin (S, R) float32 (float64 for a float64 qkv), positions (B, T) int64
+    → (B, T, G, X, K) of qkv's dtype.
+    Raises ValueError for shapes and dtypes that do not fit together.
+    """
+    n = qkv_BTGXK.shape[3] - 1 if n_rotated_heads is None and qkv_BTGXK.dim() == 5 else n_rotated_heads
+    _check(qkv_BTGXK, cos_SR, sin_SR, positions_BT, n)
+    if runs_kernel("rotary", qkv_BTGXK, kernels):
+        return torch.ops.megagpt.rotary(qkv_BTGXK, cos_SR, sin_SR, positions_BT, n, interleaved, False)
+    rows = slice(qkv_BTGXK.shape[1]) if positions_BT is None else positions_BT
+    cos, sin = (table.detach()[rows].unsqueeze(-2).unsqueeze(-2) for table in (cos_SR, sin_SR))
+    heads, other_heads = qkv_BTGXK.tensor_split((n,), dim=-2)
+    x, rest = heads.tensor_split((2 * cos.shape[-1],), dim=-1)
+    a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    y = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat((torch.cat((y.to(x.dtype), rest), dim=-1), other_heads), dim=-2)
+
+
+def rotary_tables(
+    seq_len: int,
+    d_rotary: int,
+    *,
+    base: float = 10000.0,
+    scaling: float = 1.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · base^(-2i / d_rotary), computed in float64.
+
+    scaling > 1 divides positions, to reach so many times further than was trained (Chen et al. 2023, section 2.3).
+    Shapes: → two of (seq_len, d_rotary / 2), of dtype.
+    Raises ValueError for an odd d_rotary, or scaling <= 0.
+    """
+    if d_rotary % 2 or not scaling > 0:
+        raise ValueError(f"rotary_tables: got d_rotary={d_rotary}, scaling={scaling}, wanted an even one and one > 0")
+    position_S = torch.arange(seq_len, dtype=torch.float64) / scaling
+    frequency_R = base ** -(torch.arange(0, d_rotary, 2, dtype=torch.float64) / max(d_rotary, 1))
+    angle_SR = torch.outer(position_S, frequency_R)
+    return angle_SR.cos().to(device, dtype), angle_SR.sin().to(device, dtype)
+
+
+def _check(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_rotated_heads: int | None) -> None:
+    if qkv.dim() != 5 or not 0 <= n_rotated_heads <= qkv.shape[3]:
+        raise ValueError(
+            f"rotary: got qkv {_text(qkv)} of {n_rotated_heads} rotated heads, wanted (B, T, G, X, K), <= X"
+        )
+    if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > qkv.shape[4]:
+        raise ValueError(f"rotary: got cos {_text(cos)}, sin {_text(sin)}, wanted (S, R) with 2R <= {qkv.shape[4]}")
+    wanted = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    if cos.dtype != wanted or sin.dtype != wanted:
+        raise ValueError(f"rotary: got cos {_text(cos)}, sin {_text(sin)}, wanted {wanted} for qkv {_text(qkv)}")
+    if positions is None and cos.shape[0] < qkv.shape[1]:
+        raise ValueError(
+            f"rotary: got tables of {cos.shape[0]} rows, wanted at least {qkv.shape[1]}, the tokens of qkv"
+        )
+    if positions is not None and (positions.shape != qkv.shape[:2] or positions.dtype != torch.int64):
+        raise ValueError(f"rotary: got positions {_text(positions)}, wanted {tuple(qkv.shape[:2])} of torch.int64")
+
+
+def _text(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype}"
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    _, cos, sin, positions, *ctx.how = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _backward(ctx, grad: Tensor) -> tuple:
+    """A rotation's gradient is turned back."""
+    n_rotated_heads, interleaved, inverse = ctx.how
+    dqkv = torch.ops.megagpt.rotary(grad, *ctx.saved_tensors, n_rotated_heads, interleaved, not inverse)
+    return dqkv, None, None, None, None, None, None
+
+
+define(
+    "rotary(Tensor qkv, Tensor cos, Tensor sin, Tensor? positions, int n_rotated_heads, bool interleaved, bool inverse)"
+    " -> Tensor",
+    lambda qkv, cos, sin, positions, n_rotated_heads, interleaved, inverse: qkv.new_empty(qkv.shape),
+)
+differentiable("rotary", _save, _backward)
