@@ -20,6 +20,7 @@ from megagpt import metrics
 from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.engine.optim import learning_rate
+from megagpt.kernels import Kernels
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.plan.plan import Plan, make_plan
@@ -75,7 +76,9 @@ def run_config(preset: str, steps: int, batch: int, dropout: float, kernels: str
     return RunConfig(
         model=dataclasses.replace(model, vocab_size=model.vocab_size or 4096, **dropouts),
         optim=OptimConfig(**(sections.get("optim", {}) | {"warmup_steps": min(20, steps // 2)})),
-        train=TrainConfig(train_steps=steps, micro_batch_size=batch, global_batch_size=batch, precision="bf16"),
+        train=TrainConfig(
+            train_steps=steps, micro_batch_size=batch, global_batch_size=batch, precision="bf16", kernels=kernels
+        ),
     )
 
 
@@ -111,7 +114,8 @@ def engine_loop(config: RunConfig, plan: Plan, device: str) -> Iterator[Step]:
 @contextmanager
 def plain_loop(config: RunConfig, plan: Plan, device: str) -> Iterator[Step]:
     """What the engine does in bf16, where DeepSpeed is missing: bf16 weights, and fp32 copies that AdamW steps on."""
-    model = GPT(config.model, SINGLE, config.train.seed).to(device, torch.bfloat16)
+    model = GPT(config.model, SINGLE, config.train.seed, kernels=Kernels.parse(config.train.kernels))
+    model.to(device, torch.bfloat16)
     weights = list(model.parameters())
     masters = [weight.detach().float().requires_grad_() for weight in weights]
     optim = config.optim

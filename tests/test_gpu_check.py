@@ -47,8 +47,11 @@ def test_every_part_runs_and_writes_its_figures(tmp_path: Path):
     (op,) = parts["bench"]["ops"]
     assert op["op"] == "softcap" and op["rows"][0]["forward"]["implementations"].keys() >= {"kernel", "eager"}
     assert len(parts["bench"]["goals"]) == 4
-    run = parts["train"]["runs"][0]
-    assert run["tokens_per_s"] > 0 and run["steps"] == 3 and run["mfu"] is None
+    ours, plain = parts["train"]["runs"]
+    assert (ours["kernels"], plain["kernels"]) == ("auto", "reference,softmax=auto")
+    for run in (ours, plain):
+        assert run["tokens_per_s"] > 0 and run["steps"] == 3 and run["mfu"] is None
+    assert plain["losses"] == pytest.approx(ours["losses"], rel=0.02)  # bf16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
