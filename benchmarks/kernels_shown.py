@@ -122,7 +122,7 @@ def _draw(axes: Axes, rows: list[dict[str, Any]], names: list[str]) -> None:
         height = (i + 0.5) / len(names) - 0.5  # one above the other, that none hides another
         points = [(row[name]["share_of_copy"], y + 0.8 * height) for y, row in enumerate(rows) if name in row]
         x, y = zip(*points, strict=True) if points else ((), ())
-        axes.plot(x, y, linestyle="", color=colour, marker=marker, markersize=6, label=label)
+        axes.plot(x, y, linestyle="", color=colour, marker=marker, markersize=6, label=label, clip_on=False)
     axes.axvline(1.0, color="0.3", linewidth=1, linestyle="--", label="a copy", zorder=1)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
