@@ -2,12 +2,14 @@
 #   PYTHON=python3.12   the interpreter that .venv is made with
 #   ARGS="--tp 2"       passed on to the program of a target
 #   TESTS="-k norm"     passed on to pytest
+#   OP=softmax          the ops that bench-kernels measures
 PYTHON ?= python3
 VENV   ?= .venv
 TRAIN  ?= --tp 2 --pp 2
 RUN    := runs/$(shell date +%Y%m%d-%H%M%S)
 ARGS   ?=
 TESTS  ?=
+OP     ?=
 
 bin   := $(abspath $(VENV))/bin
 ready := $(VENV)/.ready
@@ -27,7 +29,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test parity plan bench-data bench-train lint format build clean
+.PHONY: help train test parity plan bench-data bench-train bench-kernels gpu-check lint format build clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -51,6 +53,14 @@ bench-data: $(ready) ## Measure preprocessing, beside Megatron-LM's way, and ind
 
 bench-train: $(ready) ## Measure training, beside a plain PyTorch GPT-2 doing the same step
 	$(bin)/python benchmarks/train.py $(ARGS)
+
+bench-kernels: $(ready) ## Measure each fused kernel, or those of OP, beside PyTorch, torch.compile and a copy of its bytes
+	$(bin)/python -m benchmarks.kernels $(OP) $(ARGS)
+
+gpu-check: ## Build, prove, benchmark and train on this machine's GPU, by PYTHON as it is: installs nothing
+	@$(PYTHON) -c 'import torch, numpy' || { echo "error: $(PYTHON) lacks torch or numpy; name a Python that has \
+	both: make gpu-check PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 lint: $(ready) ## Check style, format and types
 	@failed=; set -x; \

@@ -2,7 +2,7 @@
 
     pip install --no-build-isolation -e .        or        python setup.py build_ext --inplace
 
-- `megagpt._index_builder` needs a C++ compiler.
+- `megagpt._index_builder` needs a C++ compiler and pybind11.
 - `megagpt._C`, the ops, needs an importable torch too (hence no build isolation). CUDA sources are compiled
   iff a CUDA torch and an nvcc that fits it are there; a GPU is not asked for, so that a login node can build.
 
@@ -22,10 +22,13 @@ from contextlib import contextmanager, suppress
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
 from setuptools import Extension, setup
 
-NO_TORCH = ""
+NO_PYBIND11 = NO_TORCH = ""
+try:
+    from pybind11.setup_helpers import Pybind11Extension
+except ImportError as error:
+    NO_PYBIND11 = f"pybind11 is not importable here ({error}); install it and run `make build`"
 try:
     import torch
     from torch.utils import cpp_extension
@@ -49,7 +52,7 @@ CXX_FLAGS = [*STABLE_ABI, "-O3", *VECTORISE, *X86, *OPENMP]
 NVCC_FLAGS = [*STABLE_ABI, "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
 
 
-def index_builder() -> Pybind11Extension:
+def index_builder() -> Extension:
     """The sample maps. No fused multiply-add (a default on ARM): it would choose other samples than NumPy."""
     flags = ["-O3", "-ffp-contract=off"]
     return Pybind11Extension("megagpt._index_builder", [INDEX_BUILDER], cxx_std=17, extra_compile_args=flags)
@@ -138,6 +141,8 @@ class Build(BaseBuild):
     """Builds each extension aside, moves it into place whole, and goes on without one that fails."""
 
     def run(self) -> None:
+        if NO_PYBIND11:
+            explain(["megagpt._index_builder"], NO_PYBIND11)
         if NO_TORCH:
             explain(["megagpt._C"], NO_TORCH)
         elif torch.version.cuda and (why := why_no_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)):
@@ -241,7 +246,9 @@ def cuda_sources(ext: Extension) -> list[str]:
 
 def main() -> None:
     """Hand the extensions to setuptools."""
-    extensions: list[Extension] = [index_builder()]
+    extensions: list[Extension] = []
+    if not NO_PYBIND11:
+        extensions.append(index_builder())
     if not NO_TORCH:
         extensions.append(op_library())
     setup(ext_modules=extensions, cmdclass={"build_ext": Build})
