@@ -11,7 +11,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 OWN = {"megagpt", "tests", "tools", "examples", "benchmarks"}
-OPTIONAL = {"apex"}  # NVIDIA's, from source; the package of that name on the registry is another project
+# Found where they are. apex: NVIDIA's, from source; the package of that name on the registry is another project.
+OPTIONAL = {"apex", "liger_kernel"}
 BUILD = {"setuptools", "wheel", "pybind11", "ninja"}  # of setup.py
 # Required though the project does not import them itself: which needs them.
 BEHIND = {

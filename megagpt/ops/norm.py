@@ -82,9 +82,9 @@ def _check(what: str, x: Tensor, residual: Tensor | None, weight_D: Tensor, bias
 
 
 def _fake(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, center: bool) -> tuple:
-    statistics = {"dtype": torch.float64 if x.dtype == torch.float64 else torch.float32}
-    rstd = x.new_empty(x.shape[:-1], **statistics)
-    mean = x.new_empty(rstd.shape if center else 0, **statistics)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rstd = x.new_empty(x.shape[:-1], dtype=wide)
+    mean = x.new_empty(rstd.shape if center else (0,), dtype=wide)
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), mean, rstd
 
 

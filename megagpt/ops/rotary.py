@@ -31,14 +31,17 @@ def rotary(
     → (B, T, G, X, K) of qkv's dtype.
     Raises ValueError for shapes and dtypes that do not fit together.
     """
-    n = qkv_BTGXK.shape[3] - 1 if n_rotated_heads is None and qkv_BTGXK.dim() == 5 else n_rotated_heads
+    if qkv_BTGXK.dim() != 5:
+        raise ValueError(f"rotary: got qkv {_text(qkv_BTGXK)}, wanted (B, T, G, X, K)")
+    n = qkv_BTGXK.shape[3] - 1 if n_rotated_heads is None else n_rotated_heads
     _check(qkv_BTGXK, cos_SR, sin_SR, positions_BT, n)
     if runs_kernel("rotary", qkv_BTGXK, kernels):
         return torch.ops.megagpt.rotary(qkv_BTGXK, cos_SR, sin_SR, positions_BT, n, interleaved, False)
     rows = slice(qkv_BTGXK.shape[1]) if positions_BT is None else positions_BT
     cos, sin = (table.detach()[rows].unsqueeze(-2).unsqueeze(-2) for table in (cos_SR, sin_SR))
-    heads, other_heads = qkv_BTGXK.tensor_split((n,), dim=-2)
-    x, rest = heads.tensor_split((2 * cos.shape[-1],), dim=-1)
+    heads, other_heads = qkv_BTGXK.split((n, qkv_BTGXK.shape[3] - n), dim=-2)
+    n_turned = 2 * cos.shape[-1]
+    x, rest = heads.split((n_turned, heads.shape[-1] - n_turned), dim=-1)
     a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     turned = (a * cos - b * sin, b * cos + a * sin)
     y = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
@@ -68,8 +71,8 @@ def rotary_tables(
     return angle_SR.cos().to(device, dtype), angle_SR.sin().to(device, dtype)
 
 
-def _check(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_rotated_heads: int | None) -> None:
-    if qkv.dim() != 5 or not 0 <= n_rotated_heads <= qkv.shape[3]:
+def _check(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_rotated_heads: int) -> None:
+    if not 0 <= n_rotated_heads <= qkv.shape[3]:
         raise ValueError(
             f"rotary: got qkv {_text(qkv)} of {n_rotated_heads} rotated heads, wanted (B, T, G, X, K), <= X"
         )

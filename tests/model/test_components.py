@@ -23,7 +23,7 @@ SIZES = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 48, "seq_len": 16, 
 LLAMA = ModelConfig(
     **SIZES, position="rotary", rotary_base=500.0, norm="rmsnorm", activation="swiglu", tied_embeddings=False
 )
-MPT = ModelConfig(**{**SIZES, "d_ff": 64}, position="alibi", activation="gelu")
+MPT = ModelConfig(**{**SIZES, "d_ff": 128}, position="alibi", activation="gelu")
 
 
 def llama() -> torch.nn.Module:
@@ -36,9 +36,7 @@ def llama() -> torch.nn.Module:
 
 
 def mpt() -> torch.nn.Module:
-    config = transformers.MptConfig(
-        d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=16, vocab_size=211, no_bias=True
-    )
+    config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=16, vocab_size=211, no_bias=True)
     return transformers.MptForCausalLM(config).eval()
 
 

@@ -61,6 +61,7 @@ def eager() -> Callable[..., Result]:
 
 
 def apex() -> Callable[..., Result]:
+    # A peer, which is not a requirement.
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
 
     return unfused(
@@ -70,8 +71,11 @@ def apex() -> Callable[..., Result]:
 
 
 def liger() -> Callable[..., Result]:
-    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    # A peer, which is not a requirement.
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction  # pyright: ignore[reportMissingImports]
+
+    # The same.
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
 
     return unfused(
         LigerLayerNormFunction.apply,
