@@ -50,35 +50,59 @@ struct Forward {
   acc_t<T> eps;
 };
 
-// What the first pass over a row sums: elements where they are centered, else squares. Adds the residual on the way.
-template <typename T, bool kCenter>
-MEGAGPT_INLINE acc_t<T> first_sum(const Forward<T>& p, int64_t row) {
+template <typename A>
+struct Moments {
+  A mean, variance;
+};
+
+// Mean and variance of a row in one pass, about its first element, which is a better guess of the mean than 0. Where
+// that lies so far off that digits cancel, a second pass about the mean itself. Without kCenter: 0 and the mean square.
+// Adds the residual on the way, if there is one.
+template <typename T, bool kCenter, bool kAdd>
+MEGAGPT_INLINE Moments<acc_t<T>> moments(const T* __restrict x, const T* __restrict residual, T* __restrict sum,
+                                         int64_t n) {
   using A = acc_t<T>;
-  const T* __restrict x = p.x + row * p.columns;
-  if (!p.residual) {
-    return sum_over<A>(p.columns, [&](int64_t i) { return kCenter ? load(x[i]) : load(x[i]) * load(x[i]); });
-  }
-  const T* __restrict residual = p.residual + row * p.columns;
-  T* __restrict sum = p.sum + row * p.columns;
-  return sum_over<A>(p.columns, [&](int64_t i) {
+  const auto read = [&](int64_t i) {
+    if constexpr (!kAdd) return load(x[i]);
     sum[i] = store<T>(load(x[i]) + load(residual[i]));
-    return kCenter ? load(sum[i]) : load(sum[i]) * load(sum[i]);
+    return load(sum[i]);
+  };
+  if constexpr (!kCenter) {
+    return {0, sum_over<A>(n, [&](int64_t i) {
+              const A value = read(i);
+              return value * value;
+            }) / n};
+  }
+  const A guess = n > 0 ? read(0) : A(0);
+  A first = 0, second = 0;
+  two_sums_over<A>(n, first, second, [&](int64_t i, A& a, A& b) {
+    const A off = read(i) - guess;
+    a += off;
+    b += off * off;
   });
+  const A off = first / n, mean = guess + off, variance = second / n - off * off;
+  if (off * off <= 4 * variance) return {mean, variance};
+  const T* values = kAdd ? sum : x;
+  const auto squared = [&](int64_t i) { return (load(values[i]) - mean) * (load(values[i]) - mean); };
+  return {mean, sum_over<A>(n, squared) / n};
 }
 
-// The variance in a second pass, about the mean: E[x^2] - E[x]^2 would cancel.
 template <typename T, bool kCenter>
 MEGAGPT_CLONES void forward(const Forward<T>& p, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const int64_t n = p.columns;
   const T *__restrict weight = p.weight, *__restrict bias = p.bias;
   for (int64_t row = begin; row < end; ++row) {
-    const A first = first_sum<T, kCenter>(p, row) / n;
-    const T* __restrict x = (p.residual ? p.sum : p.x) + row * n;
+    const T* __restrict x = p.x + row * n;
     T* __restrict y = p.y + row * n;
-    const A mean = kCenter ? first : A(0);
-    const auto squared = [&](int64_t i) { return (load(x[i]) - mean) * (load(x[i]) - mean); };
-    const A rstd = 1 / std::sqrt((kCenter ? sum_over<A>(n, squared) / n : first) + p.eps);
+    Moments<A> m;
+    if (p.residual) {
+      m = moments<T, kCenter, true>(x, p.residual + row * n, p.sum + row * n, n);
+      x = p.sum + row * n;
+    } else {
+      m = moments<T, kCenter, false>(x, nullptr, nullptr, n);
+    }
+    const A mean = m.mean, rstd = 1 / std::sqrt(m.variance + p.eps);
     if (bias) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) y[i] = store<T>((load(x[i]) - mean) * rstd * load(weight[i]) + load(bias[i]));

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
 from megagpt.kernels import AUTO, Kernels
-from megagpt.ops.activation import activation
+from megagpt.ops.activation import Kind, activation
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.linear import ColumnParallelLinear, Epilogue, RowParallelLinear
 from megagpt.parallel.parameter import NamedNormal
 
-ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}  # what a gated unit does to its gate
+GATES: dict[str, Kind] = {"swiglu": "silu", "geglu": "gelu"}  # what a gated unit does to its gate
 
 
 class MLP(nn.Module):
@@ -25,7 +25,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, axis: Axis, seed: int, name: str, kernels: Kernels = AUTO) -> None:
         super().__init__()
         std, residual_std = config.init_std, config.init_std / math.sqrt(2 * config.n_layers)
-        self.kind = ACTIVATIONS.get(config.activation, config.activation)
+        self.kind: Kind = GATES.get(config.activation, config.activation)  # pyright: ignore[reportAttributeAccessIssue]
         self.gated, self.kernels = config.gated, kernels["activation"]
         draw = NamedNormal(seed, f"{name}.up", std)
         self.up = ColumnParallelLinear(config.d_model, config.ff_width, axis, draw, packs=2 if self.gated else 1)

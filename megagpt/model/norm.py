@@ -25,10 +25,10 @@ class Norm(nn.Module):
         self.bias = replicated(draw("bias", (config.d_model,))) if config.norm == "layernorm" else None
 
     def forward(self, x_D: Tensor, residual_D: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        if self.bias is None and residual_D is None:
-            return rms_norm(x_D, self.weight, self.eps, kernels=self.kernels)
+        if residual_D is None:
+            if self.bias is None:
+                return rms_norm(x_D, self.weight, self.eps, kernels=self.kernels)
+            return layer_norm(x_D, self.weight, self.bias, self.eps, kernels=self.kernels)
         if self.bias is None:
             return add_rms_norm(x_D, residual_D, self.weight, self.eps, kernels=self.kernels)
-        if residual_D is None:
-            return layer_norm(x_D, self.weight, self.bias, self.eps, kernels=self.kernels)
         return add_layer_norm(x_D, residual_D, self.weight, self.bias, self.eps, kernels=self.kernels)

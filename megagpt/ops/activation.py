@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagpt.ops.library import define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, runs_kernel
 
 Kind = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"]
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,7 +42,7 @@ def activation(
             f"activation: got bias {_text(bias)}, wanted ({x.shape[-1]},) of {x.dtype} as for x {_text(x)}"
         )
     if runs_kernel("activation", x, kernels):
-        return torch.ops.megagpt.activation(x, bias, kind, gated)
+        return call("activation", x, bias, kind, gated)
     z = x if bias is None else x + bias
     if not gated:
         return FUNCTIONS[kind](z)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megagpt.ops.dropout import dropout_reference, require_mask
-from megagpt.ops.library import define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, runs_kernel
 
 
 def bias_dropout_add(
@@ -38,7 +38,7 @@ def bias_dropout_add(
             got = f"{name} {tuple(tensor.shape)} of {tensor.dtype}"
             raise ValueError(f"bias_dropout_add: got {got}, wanted {tuple(shape)} of {x_BTD.dtype}")
     if runs_kernel("bias_dropout_add", x_BTD, kernels):
-        return torch.ops.megagpt.bias_dropout_add(x_BTD, bias_D, residual_BTD, sample_ids_B, p, seed, site, offset)
+        return call("bias_dropout_add", x_BTD, bias_D, residual_BTD, sample_ids_B, p, seed, site, offset)
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     x = x_BTD.to(wide) if bias_D is None else x_BTD.to(wide) + bias_D.to(wide)
     if p > 0.0:

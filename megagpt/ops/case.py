@@ -31,7 +31,7 @@ class Draw:
         x = torch.randn(shape, generator=self.generator, dtype=torch.float32) * scale
         return x.to(self.device, dtype or self.dtype).requires_grad_()
 
-    def values(self, values: Sequence[float] | Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    def values(self, values: Sequence | Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """A differentiable input of these very values."""
         x = torch.as_tensor(values, dtype=torch.float64)
         return x.to(self.device, dtype or self.dtype).requires_grad_()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megagpt.ops.library import define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, runs_kernel
 
 
 def dropout(
@@ -30,7 +30,7 @@ def dropout(
     if p == 0.0:
         return x
     if runs_kernel("dropout", x, kernels):
-        return torch.ops.megagpt.dropout(x, sample_ids_B, p, seed, site, offset)
+        return call("dropout", x, sample_ids_B, p, seed, site, offset)
     return dropout_reference(x, sample_ids_B, p, seed, site, offset)
 
 

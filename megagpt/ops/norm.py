@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagpt.ops.library import define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, runs_kernel
 
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float, *, kernels: str = "auto") -> Tensor:
@@ -22,7 +22,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float, *
     """
     _check("layer_norm", x, None, weight_D, bias_D)
     if runs_kernel("norm", x, kernels):
-        return torch.ops.megagpt.norm(x, None, weight_D, bias_D, eps, True)[0]
+        return call("norm", x, None, weight_D, bias_D, eps, True)[0]
     return F.layer_norm(x, weight_D.shape, weight_D, bias_D, eps)
 
 
@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, kernels: str = "auto") 
     """
     _check("rms_norm", x, None, weight_D, None)
     if runs_kernel("norm", x, kernels):
-        return torch.ops.megagpt.norm(x, None, weight_D, None, eps, False)[0]
+        return call("norm", x, None, weight_D, None, eps, False)[0]
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
 
 
@@ -48,7 +48,7 @@ def add_layer_norm(
     """
     _check("add_layer_norm", x, residual, weight_D, bias_D)
     if runs_kernel("norm", x, kernels):
-        y, total, _, _ = torch.ops.megagpt.norm(x, residual, weight_D, bias_D, eps, True)
+        y, total, _, _ = call("norm", x, residual, weight_D, bias_D, eps, True)
         return y, total
     total = x + residual
     return F.layer_norm(total, weight_D.shape, weight_D, bias_D, eps), total
@@ -64,7 +64,7 @@ def add_rms_norm(
     """
     _check("add_rms_norm", x, residual, weight_D, None)
     if runs_kernel("norm", x, kernels):
-        y, total, _, _ = torch.ops.megagpt.norm(x, residual, weight_D, None, eps, False)
+        y, total, _, _ = call("norm", x, residual, weight_D, None, eps, False)
         return y, total
     total = x + residual
     return F.rms_norm(total, weight_D.shape, weight_D, eps), total

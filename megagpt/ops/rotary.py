@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megagpt.ops.library import define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, runs_kernel
 
 
 def rotary(
@@ -36,7 +36,7 @@ def rotary(
     n = qkv_BTGXK.shape[3] - 1 if n_rotated_heads is None else n_rotated_heads
     _check(qkv_BTGXK, cos_SR, sin_SR, positions_BT, n)
     if runs_kernel("rotary", qkv_BTGXK, kernels):
-        return torch.ops.megagpt.rotary(qkv_BTGXK, cos_SR, sin_SR, positions_BT, n, interleaved, False)
+        return call("rotary", qkv_BTGXK, cos_SR, sin_SR, positions_BT, n, interleaved, False)
     rows = slice(qkv_BTGXK.shape[1]) if positions_BT is None else positions_BT
     cos, sin = (table.detach()[rows].unsqueeze(-2).unsqueeze(-2) for table in (cos_SR, sin_SR))
     heads, other_heads = qkv_BTGXK.split((n, qkv_BTGXK.shape[3] - n), dim=-2)

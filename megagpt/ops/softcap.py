@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megagpt.ops.library import define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, runs_kernel
 
 
 def softcap(x: Tensor, cap: float, *, kernels: str = "auto") -> Tensor:
@@ -21,7 +21,7 @@ def softcap(x: Tensor, cap: float, *, kernels: str = "auto") -> Tensor:
     if not cap > 0:
         raise ValueError(f"softcap: got cap={cap}, wanted cap > 0")
     if runs_kernel("softcap", x, kernels):
-        return torch.ops.megagpt.softcap(x, cap)
+        return call("softcap", x, cap)
     return cap * torch.tanh(x / cap)  # formula
 
 

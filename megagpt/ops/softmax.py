@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from megagpt.ops.library import define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, runs_kernel
 
 # Keys behind or ahead of a query: more than any row has.
 UNBOUNDED = 1 << 40
@@ -45,7 +45,7 @@ def attention_softmax(
     ahead = 0 if causal else behind
     if runs_kernel("softmax", scores_BHTS, kernels):
         slopes_H = None if slopes_H is None else slopes_H.float()
-        return torch.ops.megagpt.softmax(scores_BHTS, scale, behind, ahead, mask, slopes_H)
+        return call("softmax", scores_BHTS, scale, behind, ahead, mask, slopes_H)
     return _reference(scores_BHTS, scale, behind, ahead, mask, slopes_H)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from megagpt.errors import UserError
 from megagpt.kernels import Kernels
 from megagpt.ops import cases
-from megagpt.ops.library import MISSING_KERNELS, has_kernel, kernel_status
+from megagpt.ops.library import has_kernel, kernel_status
 
 
 class Status(NamedTuple):
@@ -36,7 +36,7 @@ def check_kernels(kernels: Kernels, ops: Sequence[str], device: str) -> None:
         if choice != device:
             raise UserError(f"train.kernels={choice} for {op}, but this run is on the {device}; use auto or {device}")
         if not has_kernel(op, device):
-            why = MISSING_KERNELS or f"this build has no {device} kernel of it"
+            _, why = kernel_status(op, device, choice)
             raise UserError(f"train.kernels={choice} for {op}: {why}; or use --kernels auto")
 
 

@@ -62,7 +62,10 @@ def eager() -> Callable[..., Result]:
 
 def apex() -> Callable[..., Result]:
     # A peer, which is not a requirement.
-    from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
+    from apex.normalization.fused_layer_norm import (  # pyright: ignore[reportMissingImports]
+        fused_layer_norm_affine,
+        fused_rms_norm_affine,
+    )
 
     return unfused(
         lambda x, weight, bias, eps: fused_layer_norm_affine(x, weight, bias, weight.shape, eps),
