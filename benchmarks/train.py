@@ -115,7 +115,7 @@ LAYOUTS = {
 
 def main() -> None:
     args = _parse()
-    console = Console(width=100)
+    console = Console(width=120)
     warm_up(PEER_MODULE)
     tables = []
     for shape, precision, dropout in itertools.product(args.shapes, args.precisions, args.dropouts):

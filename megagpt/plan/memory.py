@@ -20,7 +20,6 @@ from megagpt.config import ParallelConfig, RunConfig
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # bf16 gradients accumulate in fp32
-LOSS_BYTES = 12  # a logit at the peak: fp32 4 + 4 + 4, 16 bits 2 + 4 + 4 + 2 (logit, log p, p, its gradient)
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def estimate_memory(
         gradients=params_local * GRADIENT_BYTES[precision] // (dp if zero_stage >= 2 else 1),
         optimizer=0 if config.parallel.offload_optimizer else states,
         activations=tokens * _activation_bytes_per_token(config, n_blocks, in_flight, is_last),
-        logits=tokens * LOSS_BYTES * vocab_local if is_last else 0,
+        logits=tokens * _logit_bytes(config) * vocab_local if is_last else 0,
         host=states if config.parallel.offload_optimizer else 0,
     )
 
@@ -79,6 +78,11 @@ def _optimizer_bytes(precision: str, zero_stage: int) -> int:
     """Bytes a parameter: two fp32 moments, and an fp32 master if weights are narrower or ZeRO splits them."""
     has_master = precision != "fp32" or zero_stage >= 1
     return 8 + 4 * has_master
+
+
+def _logit_bytes(config: RunConfig) -> int:
+    """Of one logit. Its gradient is written over it; a pipeline's buffer holds those of the micro-batch before too."""
+    return WEIGHT_BYTES[config.train.precision] * (2 if config.parallel.pp > 1 else 1)
 
 
 def _activation_bytes_per_token(config: RunConfig, n_blocks: int, in_flight: int, is_last: bool) -> int:

@@ -122,7 +122,7 @@ CASES = (
 )
 
 
-def eager(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False) -> Tensor:
+def eager(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False, expected_grad: float | None = None) -> Tensor:
     """Plain torch, which has neither padding nor a way to work in place."""
     return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
 
@@ -132,7 +132,7 @@ def liger():
     # A peer, which is not a requirement.
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # pyright: ignore[reportMissingImports]
 
-    def call(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False) -> Tensor:
+    def call(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False, expected_grad: float | None = None) -> Tensor:
         settings = (None, -100, 0.0, 0.0, "none", None, False)
         return LigerCrossEntropyFunction.apply(logits_NV, labels_N, *settings)[0]
 
@@ -143,8 +143,8 @@ def nbytes(passes: int):
     return lambda arguments: passes * arguments["logits_NV"].numel() * arguments["logits_NV"].element_size()
 
 
-def shape(name: str, n_tokens: int, vocab: int, device: str) -> Shape:
-    make = tokens(n_tokens, vocab, in_place=True)
+def shape(name: str, n_tokens: int, vocab: int, device: str, **settings: Any) -> Shape:
+    make = tokens(n_tokens, vocab, in_place=True, **settings)
     return Shape(name, make, forward_bytes=nbytes(1), backward_bytes=nbytes(2), devices=(device,))
 
 
@@ -157,6 +157,7 @@ SPEC = Spec(
         shape("128K vocabulary, 64 tokens", 64, 131072, "cpu"),
         shape("GPT-2 vocabulary, 8192 tokens", 8192, 50304, "cuda"),
         shape("128K vocabulary, 8192 tokens", 8192, 131072, "cuda"),
+        shape("128K vocabulary, 8192 tokens, one pass", 8192, 131072, "cuda", expected_grad=1.0),
     ),
     eager=eager,
     peers={"liger": liger},
