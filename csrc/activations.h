@@ -22,7 +22,7 @@ struct Point {
 };
 
 // exp(x) and 1 / x for the functions below: in CUDA the hardware's approximations, whose error of some 1e-6 is far below
-// that of 16 bits; on the CPU two thirds of vexp()'s instructions, without its last denormals (0 below -87.7) and
+// that of 16 bits; on the CPU a shorter polynomial, without the last denormals (0 below -87.7) and
 // without NaN, which reaches every result below by a factor x of its own.
 #ifdef __CUDACC__
 MEGAGPT_HD float fast_exp(float x) { return __expf(x); }

@@ -26,28 +26,6 @@ MEGAGPT_INLINE const acc_t<T>* widen(const T* __restrict z, int64_t n, acc_t<T>*
   }
 }
 
-// exp(x) for x <= 0, to about 1e-7 relative; 0 below -87, where nothing is left of it beside the largest logit's 1.
-// vexp's polynomial, without what only larger and smaller arguments need.
-MEGAGPT_INLINE double exp_below_zero(double x) { return std::exp(x); }
-MEGAGPT_INLINE float exp_below_zero(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to a whole number, in its low bits
-  const float shifted = madd(x, 1.44269504088896341f, kRound), n = shifted - kRound;
-  const float r = madd(n, 2.12194440e-4f, madd(n, -0.693359375f, x));
-  float p = 1.9875691500e-4f;
-  p = madd(p, r, 1.3981999507e-3f);
-  p = madd(p, r, 8.3334519073e-3f);
-  p = madd(p, r, 4.1665795894e-2f);
-  p = madd(p, r, 1.6666665459e-1f);
-  p = madd(p, r, 5.0000001201e-1f);
-  p = madd(p * r, r, r + 1.0f);
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127u) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return x < -87.0f ? 0.0f : p * power;
-}
-
 // The top of a row without any logit above -infinity is -infinity, its total 0. NaN and +infinity: the total is NaN.
 template <typename T>
 MEGAGPT_CLONES void row_statistics(const T* __restrict z, int64_t n, Statistics<acc_t<T>>* result) {

@@ -12,28 +12,6 @@ namespace {
 template <typename T>
 constexpr acc_t<T> kInfinity = std::numeric_limits<acc_t<T>>::infinity();
 
-// e^x for x <= 0 to about 1e-7 relative, 0 below -87, NaN for NaN. Cheaper than vexp, whose range is wider: one factor
-// 2^n is enough, and adding 1.5 * 2^23 both rounds x / ln 2 to n and leaves n in the low bits.
-MEGAGPT_INLINE double exp_below_zero(double x) { return std::exp(x); }
-MEGAGPT_INLINE float exp_below_zero(float x) {
-  constexpr float kShift = 12582912.0f;
-  const float shifted = madd(x, 1.44269504088896341f, kShift), n = shifted - kShift;
-  const float r = madd(n, 2.12194440e-4f, madd(n, -0.693359375f, x));
-  float p = 1.9875691500e-4f;
-  p = madd(p, r, 1.3981999507e-3f);
-  p = madd(p, r, 8.3334519073e-3f);
-  p = madd(p, r, 4.1665795894e-2f);
-  p = madd(p, r, 1.6666665459e-1f);
-  p = madd(p, r, 5.0000001201e-1f);
-  p = madd(p * r, r, r + 1.0f);
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127u) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return x < -87.0f ? 0.0f : p * power;
-}
-
 // One row's band: n columns, and after them `padding` that is masked, so that loops end on whole vectors. A key is
 // masked where `mask` is not null and holds false.
 template <typename T>

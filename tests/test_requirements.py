@@ -12,7 +12,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 OWN = {"megagpt", "tests", "tools", "examples", "benchmarks"}
 # Found where they are. apex: NVIDIA's, from source; the package of that name on the registry is another project.
-OPTIONAL = {"apex", "liger_kernel"}
+OPTIONAL = {"apex", "liger_kernel", "quack"}
 BUILD = {"setuptools", "wheel", "pybind11", "ninja"}  # of setup.py
 # Required though the project does not import them itself: which needs them.
 BEHIND = {

@@ -139,6 +139,17 @@ def liger():
     return call
 
 
+def quack():
+    """quack's fused loss, which overwrites the logits during its backward pass."""
+    # A peer, which is not a requirement.
+    from quack.cross_entropy import cross_entropy as theirs  # pyright: ignore[reportMissingImports]
+
+    def call(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False, expected_grad: float | None = None) -> Tensor:
+        return theirs(logits_NV, labels_N, reduction="none", inplace_backward=in_place)
+
+    return call
+
+
 def nbytes(passes: int):
     return lambda arguments: passes * arguments["logits_NV"].numel() * arguments["logits_NV"].element_size()
 
@@ -160,5 +171,5 @@ SPEC = Spec(
         shape("128K vocabulary, 8192 tokens, one pass", 8192, 131072, "cuda", expected_grad=1.0),
     ),
     eager=eager,
-    peers={"liger": liger},
+    peers={"liger": liger, "quack": quack},
 )

@@ -86,6 +86,26 @@ def liger() -> Callable[..., Result]:
     )
 
 
+def quack() -> Callable[..., Result]:
+    """Its RMSNorm adds the residual itself; its LayerNorm has no gradient, and is left out."""
+    # A peer, which is not a requirement.
+    from quack.rmsnorm import rmsnorm  # pyright: ignore[reportMissingImports]
+
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        eps: float = 1e-5,
+        center: bool = True,
+    ) -> Result:
+        if center:
+            raise NotImplementedError("no LayerNorm with a gradient")
+        return rmsnorm(x, weight, residual=residual, eps=eps, prenorm=residual is not None)
+
+    return call
+
+
 def sized(
     *shape: int, add: bool = False, biased: bool = True, center: bool = True, eps: float = 1e-5, step: float = 1 / 16
 ) -> Callable[[Draw], Arguments]:
@@ -190,5 +210,5 @@ SPEC = Spec(
         *shapes(4096, 16384, "cuda"),
     ),
     eager=eager(),
-    peers={"apex": apex, "liger": liger},
+    peers={"apex": apex, "liger": liger, "quack": quack},
 )
