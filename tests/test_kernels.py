@@ -6,6 +6,7 @@ import pytest
 
 from megagpt.errors import UserError
 from megagpt.kernels import AUTO, Kernels
+from megagpt.model.gpt import GPT  # noqa: F401  # declares the ops that a model uses
 from megagpt.ops.library import MISSING_KERNELS
 from megagpt.ops.status import check_kernels, kernel_rows
 
@@ -42,3 +43,4 @@ def test_rows_say_what_runs_and_why():
     check_kernels(Kernels.parse("cpu"), OPS, "cpu")
     rows = kernel_rows(Kernels.parse("auto,norm=reference"), OPS, "cpu")
     assert rows == [("norm", "reference", "asked for"), ("softmax", "cpu kernel", "built")]
+    assert kernel_rows(AUTO, ["norm"], "cpu")[-1].runs == "torch's scaled_dot_product_attention"

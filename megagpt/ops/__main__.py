@@ -41,7 +41,9 @@ def list_ops() -> None:
     from megagpt.ops.case import all_specs  # slow to import, and not needed to lay files
     from megagpt.ops.library import DTYPES, kernel_status  # likewise
 
-    rows = [(spec.op, device, *kernel_status(spec.op, device)) for spec in all_specs() for device in DTYPES]
+    rows = [
+        (spec.op, device, *kernel_status(spec.op, device)) for spec in all_specs() if spec.branches for device in DTYPES
+    ]
     width = max(len(op) for op, *_ in rows) + 2
     for op, device, what, why in [("op", "device", "runs", "why"), *rows]:
         print(f"{op:{width}}{device:8}{what:13}{why}")

@@ -41,5 +41,8 @@ def check_kernels(kernels: Kernels, ops: Sequence[str], device: str) -> None:
 
 
 def kernel_rows(kernels: Kernels, ops: Sequence[str], device: str) -> list[Status]:
-    """A row for each of `ops`."""
-    return [Status(op, *kernel_status(op, device, kernels[op])) for op in ops]
+    """A row for each of `ops`; one for attention where torch's takes the place of softmax."""
+    rows = [Status(op, *kernel_status(op, device, kernels[op])) for op in ops]
+    if "softmax" not in ops:
+        rows.append(Status("attention", "torch's scaled_dot_product_attention", "no dropout or ALiBi in it"))
+    return rows
