@@ -21,7 +21,7 @@ LAYERS = (
     {"ops", "parallel", "data"},
     {"model"},
     {"engine"},
-    {"train", "trained", "evaluate", "generate", "report", "plot", "launch", "parity"},
+    {"train", "trained", "evaluate", "generate", "report", "plot", "launch", "parity", "parity_rank"},
 )
 STRANGERS = {"ops", "parallel", "data"}  # ... except these.
 PROGRAMS = ("tools", "examples", "benchmarks")  # above every layer

@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor
 
-from megagpt.config import RunConfig
+from megagpt.config import ModelConfig, RunConfig
 from megagpt.data import loader
 from megagpt.engine.stages import GPTStage
 from megagpt.model.dropout import Dropout
@@ -23,7 +23,6 @@ from megagpt.parity import (
     Difference,
     Layout,
     Outcome,
-    RankReport,
     all_layouts,
     compare,
     outcome_of,
@@ -31,8 +30,8 @@ from megagpt.parity import (
     require_lively,
     run_layout,
     spread_out,
-    train_on_rank,
 )
+from megagpt.parity_rank import RankReport, train_on_rank
 
 SAMPLE = [
     Layout(tp=2, pp=2, micro_batch_size=2),
@@ -57,6 +56,23 @@ def reference() -> Outcome:
 def test_a_layout_agrees_with_one_process(reference, layout):
     difference = compare(run_layout(parity_config(), layout), reference, parity_config())
     assert difference.ok, difference
+
+
+OTHER_MODELS = {
+    "rotary, RMSNorm, SwiGLU": {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "d_ff": 48},
+    "ALiBi, squared ReLU": {"position": "alibi", "activation": "relu2", "dropout_attention": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_other_architectures_agree_too(name):
+    sizes = {"n_layers": 4, "d_model": 32, "n_heads": 4, "seq_len": 24, "vocab_size": 211, "dropout_residual": 0.1}
+    config = parity_config(ModelConfig(**sizes, **OTHER_MODELS[name]))
+    reference = run_layout(config, REFERENCE)
+    require_lively(reference, config)
+    for layout in (Layout(tp=2, pp=2, zero_stage=1, micro_batch_size=2), Layout(dp=2, zero_stage=3, recompute=True)):
+        difference = compare(run_layout(config, layout), reference, config)
+        assert difference.ok, (layout, difference)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

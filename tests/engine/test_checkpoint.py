@@ -18,16 +18,8 @@ from megagpt.engine.masters import read_counters
 from megagpt.engine.storage import MOMENTS, WEIGHT, State
 from megagpt.errors import UserError
 from megagpt.parallel.local import run_ranks
-from megagpt.parity import (
-    Layout,
-    Piece,
-    batches_of,
-    merge,
-    parity_config,
-    pieces_of,
-    spread_out,
-    start_engine,
-)
+from megagpt.parity import Layout, merge, parity_config, spread_out
+from megagpt.parity_rank import Piece, batches_of, pieces_of, start_engine
 
 SAVED, LAST = 3, 6
 # 33 and 211 are divided by no axis: shards of ZeRO and of the vocabulary are uneven.

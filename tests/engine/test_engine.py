@@ -23,7 +23,8 @@ from megagpt.model.hf import from_hf_gpt2, hf_config
 from megagpt.parallel.agree import RankError
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.local import run_ranks
-from megagpt.parity import Layout, batches_of, merge, parity_config, pieces_of, spread_out, start_engine
+from megagpt.parity import Layout, merge, parity_config, spread_out
+from megagpt.parity_rank import batches_of, pieces_of, start_engine
 
 MODEL = ModelConfig(n_layers=4, d_model=32, n_heads=4, seq_len=16, vocab_size=211)
 STEPS = 5

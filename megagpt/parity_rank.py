@@ -1,0 +1,113 @@
+"""What one rank does in a run of `parity.py`: trains on text that is a function of the sample's number, and reports.
+
+The report is of logical tensors, by canonical name: each rank speaks for the pieces that no other rank has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from megagpt.config import RunConfig
+from megagpt.data.loader import MicroBatch, micro_batches
+from megagpt.engine.engine import Engine, StepResult
+from megagpt.engine.masters import read
+from megagpt.engine.start import quiet
+from megagpt.engine.storage import MOMENTS, WEIGHT
+from megagpt.parallel.axis import SINGLE, Axis
+from megagpt.parallel.mesh import build_mesh
+from megagpt.plan.plan import make_plan
+
+
+class Piece(NamedTuple):
+    """A rank's part of a logical tensor. dim: along which it is cut (None: whole); place: its number along dim."""
+
+    name: str
+    dim: int | None
+    place: int
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank saw, and the pieces that it speaks for."""
+
+    steps: list[StepResult]
+    gradients: list[Piece]
+    weights: list[Piece]
+
+
+def train_on_rank(config: RunConfig, dp: int) -> RankReport:
+    """Train on one of the ranks that `run_ranks` started.
+
+    Comm: collective over all ranks.
+    """
+    engine = start_engine(config, dp)
+    steps: list[StepResult] = []
+    gradients: list[Piece] = []
+    for step in range(config.train.train_steps):
+        steps.append(engine.train_step(step, batches_of(config, step, engine.mesh.data)))
+        if step == 0:
+            # Adam's first moment began at zero: it is the clipped gradient, but for a factor.
+            clipped = min(1.0, config.optim.clip / (steps[0].grad_norm + 1e-6)) if config.optim.clip else 1.0
+            factor = clipped * (1 - config.optim.beta1)
+            gradients = [piece._replace(values=piece.values / factor) for piece in pieces_of(engine, MOMENTS[0])]
+    weights = pieces_of(engine, WEIGHT)
+    engine.close()
+    return RankReport(steps, gradients, weights)
+
+
+def start_engine(config: RunConfig, dp: int) -> Engine:
+    """The engine of one of the ranks that `run_ranks` started.
+
+    Comm: collective over all ranks.
+    """
+    quiet()
+    mesh = build_mesh("cpu", pp=config.parallel.pp, dp=dp, tp=config.parallel.tp)
+    return Engine(config, make_plan(config, dist.get_world_size()), mesh)
+
+
+def batches_of(config: RunConfig, step: int, data: Axis = SINGLE) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of a step, of text that is a function of the sample's number alone."""
+    return micro_batches(
+        _Patterns(config.model.vocab, config.model.seq_len),
+        config,
+        step=step,
+        dp_rank=data.rank,
+        dp_size=data.size,
+    )
+
+
+def pieces_of(engine: Engine, key: str) -> list[Piece]:
+    """This rank's pieces of all weights (or a moment), unless another rank has the same.
+
+    Comm: collective over all ranks.
+    """
+    mesh, pieces = engine.mesh, []
+    for named in engine.parameters:
+        values = read(engine, named, key).cpu().clone()
+        if named.owned and mesh.data.rank == 0 and (named.part.dim is not None or mesh.model.rank == 0):
+            pieces.append(Piece(named.name, named.part.dim, mesh.model.rank, values))
+    return pieces
+
+
+class _Patterns:
+    """Sample i is a function of i alone: a random pattern of a few letters, again and again.
+
+    The letters lie all over the vocabulary, so that every rank of the model axis holds some.
+    """
+
+    def __init__(self, vocab_size: int, seq_len: int) -> None:
+        self.letters, self.seq_len = np.linspace(0, vocab_size - 1, 8).astype(np.int64), seq_len
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        pattern = np.random.default_rng(i).choice(self.letters, size=7)
+        return np.resize(pattern, self.seq_len + 1)
