@@ -87,9 +87,9 @@ def compile_emulated(sources: list[Path], output: Path, *, shared: bool) -> Path
 
 
 def run_emulated(library: Path, *pytest_arguments: str) -> subprocess.CompletedProcess[str]:
-    """tests/ops/test_every_op.py in a process of its own that has loaded the emulated kernels."""
+    """The tests of every op, and of the dropout masks' bits, in a process that has loaded the emulated kernels."""
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/ops/test_every_op.py", *pytest_arguments],
+        [sys.executable, "-m", "pytest", "tests/ops/test_every_op.py", "tests/ops/test_dropout.py", *pytest_arguments],
         cwd=ROOT,
         env=os.environ | {"MEGAGPT_EMULATED_CUDA": str(library)},
         capture_output=True,

@@ -165,6 +165,7 @@ CASES = (
     Case("one pack more than those", norm, sized(2, 8200, center=False)),
     Case("registers backward at the most in 16 bits", norm, sized(1, 16384, add=True, center=False)),
     Case("longer than registers", norm, sized(1, 32776, add=True)),
+    Case("64K columns", norm, sized(1, 65536)),
     Case("extreme values", norm, extreme(center=True), nan=True),
     Case("extreme values of RMS", norm, extreme(center=False), nan=True),
     Case("small RMS", norm, sized(3, 5, add=True, center=False), gradcheck=True),
