@@ -93,7 +93,7 @@ def plot(figures: dict[str, Any], out: Path) -> None:
     Raises UserError for a file that cannot be written.
     """
     rows = [(op["op"], row) for op in figures["ops"] for row in op["rows"]]
-    figure = Figure(figsize=(11, 1.9 + 0.4 * len(rows)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 1.9 + 0.4 * len(rows)), dpi=90, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(name for _, row in rows for p in PASSES for name in row[p]["implementations"]))
     for axes, which in zip(panels, PASSES, strict=True):
