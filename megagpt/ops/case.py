@@ -23,7 +23,6 @@ class Draw:
 
     dtype: torch.dtype
     device: str
-    seed: int = 0
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), compare=False)
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
