@@ -6,7 +6,9 @@
 
 #include "common.h"
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(MEGAGPT_EMULATED_CUDA)  // the emulation runs what a GPU would
+#define MEGAGPT_GPU_CODE
+#include "common.cuh"
 #define MEGAGPT_HD __device__ __forceinline__
 #else
 #include "vec_math.h"
@@ -24,7 +26,7 @@ struct Point {
 // exp(x) and 1 / x for the functions below: in CUDA the hardware's approximations, whose error of some 1e-6 is far below
 // that of 16 bits; on the CPU a shorter polynomial, without the last denormals (0 below -87.7) and
 // without NaN, which reaches every result below by a factor x of its own.
-#ifdef __CUDACC__
+#ifdef MEGAGPT_GPU_CODE
 MEGAGPT_HD float fast_exp(float x) { return __expf(x); }
 MEGAGPT_HD float inverse(float x) { return __fdividef(1.0f, x); }
 #else
@@ -80,7 +82,7 @@ MEGAGPT_HD Point<float> normal(float x) {
   const float tail = p * t * bell;
   return {x < 0.0f ? tail : 1.0f - tail, 0.398942280f * bell};
 }
-#ifndef __CUDACC__
+#ifndef MEGAGPT_GPU_CODE
 MEGAGPT_HD Point<double> normal(double x) {
   return {0.5 * (1 + std::erf(x * 0.70710678118654752)), 0.39894228040143268 * std::exp(-0.5 * x * x)};
 }
