@@ -1,72 +1,109 @@
-"""Saving and loading a training run: the engine's fp32 weights and moments, to and from a checkpoint folder."""
+"""Saving and loading a training run: the engine's fp32 weights and moments, to and from a checkpoint folder.
+
+A checkpoint is first written beside its place, by all ranks at once: each its own share of the logical tensors, so that
+data-parallel ranks neither hold nor write the same twice. Its name appears when every rank has flushed and hashed what
+it wrote; `latest` moves after that. A crash at any moment leaves the checkpoints before, or this one as well.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 import torch.distributed as dist
 
+from megagpt.checkpoint import folders, pieces, sums
+from megagpt.checkpoint import state as states
+from megagpt.checkpoint.durable import flush, replace_text
+from megagpt.checkpoint.pieces import MOMENTS, WEIGHT, Index, Logical, Piece, Reader
+from megagpt.checkpoint.state import State
 from megagpt.engine.engine import Engine
 from megagpt.engine.masters import read, write, write_counters
-from megagpt.engine.storage import (
-    LATEST,
-    MOMENTS,
-    WEIGHT,
-    State,
-    as_logical,
-    check_resumable,
-    empty_part,
-    local_part,
-    read_state,
-    read_tensors,
-    replace_text,
-    tensor_name,
-    write_state,
-    write_tensors,
-)
+from megagpt.engine.named import Named
+from megagpt.errors import UserError
+from megagpt.parallel.agree import together
+from megagpt.parallel.mesh import Mesh
+
+KEYS = (WEIGHT, *MOMENTS)
 
 
-def save(engine: Engine, run_dir: Path, state: State) -> Path:
-    """Write the checkpoint of `state.step` and move `latest` to it; returns its folder.
+@dataclass(frozen=True)
+class Saved:
+    """A finished save. n_bytes: of the whole checkpoint; write_s: from the first byte to the moved pointer."""
 
-    Comm: collective over all ranks. Until the rename nothing of it is visible under its final name.
+    folder: Path
+    n_bytes: int
+    write_s: float
+
+
+Held = dict[str, dict[str, np.ndarray]]
+"""key -> canonical name -> this rank's piece."""
+
+
+def save(engine: Engine, run: Path, state: State, group: dist.ProcessGroup | None = None) -> Saved:
+    """Write the checkpoint of `state.step` and move `latest` to it.
+
+    Memory: one key of this rank's share at a time.  Comm: collective over all ranks; `group` has all of them.
+    Raises a RankError on all ranks where one cannot write, or holds a NaN or Inf; what was there before stays.
     """
-    folder = run_dir / "checkpoints" / f"step-{state.step:06d}"
-    temporary = folder.with_name(folder.name + ".tmp")
-    if engine.mesh.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    tensors = {}
+    start = time.perf_counter()
+    temporary = _make_room(run, state.step, engine.mesh, group)
+    index: Index = {}
+    for key in KEYS:
+        held = {key: dict(share(engine, key))}
+        index |= together(lambda held=held: _write_share(held, engine, temporary), group, _abandon(temporary))
+    return _commit(index, temporary, run, state, engine, group, start)
+
+
+def share(engine: Engine, key: str) -> Iterator[tuple[str, np.ndarray]]:
+    """This rank's pieces of all weights (or a moment), by canonical name, in host memory.
+
+    Comm: collective over the data axis, parameter by parameter.
+    """
+    writers = assign_writers(engine.parameters, engine.mesh)
     for named in engine.parameters:
-        for key in (WEIGHT, *MOMENTS):
-            local = read(engine, named, key)  # a collective: the second copy of a tied weight takes part too
-            if named.owned:
-                tensors[tensor_name(named, key)] = as_logical(local, named, engine.mesh)
-    write_tensors(tensors, temporary)
-    if engine.mesh.rank == 0:
-        write_state(temporary, state)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-        replace_text(folder.parent / LATEST, folder.name)
-    dist.barrier()
-    return folder
+        local = read(engine, named, key)  # a collective: every rank takes part, whoever keeps the result
+        if writers[named.name] and named.owned and local.numel() > 0:
+            yield named.name, local.float().cpu().contiguous().numpy()
 
 
-def load(engine: Engine, folder: Path) -> State:
-    """Read a checkpoint into the engine, whatever layout wrote it.
+def assign_writers(parameters: list[Named], mesh: Mesh) -> dict[str, bool]:
+    """For each parameter, whether this rank writes its piece: of the equal copies over the data axis one does.
 
-    Comm: collective over all ranks.  Raises UserError where the architectures differ.
+    Each goes to the data rank that has least so far; a tensor that no axis cuts, to the first model rank.
     """
-    state = read_state(folder)
-    check_resumable(engine.config, state, folder)
-    keys = [(named, key) for named in engine.parameters for key in (WEIGHT, *MOMENTS)]
-    tensors = {tensor_name(named, key): empty_part(named, engine.mesh, engine.device) for named, key in keys}
-    read_tensors(tensors, folder)
-    for named, key in keys:
-        write(engine, named, key, local_part(tensors[tensor_name(named, key)]))
-    write_counters(engine, state.step, state.counters)
-    return state
+    loads = [0] * mesh.data.size
+    mine = {}
+    for named in parameters:
+        chosen = loads.index(min(loads))
+        loads[chosen] += math.prod(named.part.shape)
+        mine[named.name] = chosen == mesh.data.rank and (named.part.dim is not None or mesh.model.rank == 0)
+    return mine
+
+
+def _write_share(held: Held, engine: Engine, folder: Path) -> Index:
+    """Write this rank's files, one a key; their index."""
+    places = {named.name: named.part for named in engine.parameters}
+    index: Index = {}
+    for key, tensors in held.items():
+        for name, values in tensors.items():
+            if not np.isfinite(values).all():
+                raise UserError(f"{key} of {name} holds a NaN or Inf, so step is not saved; the checkpoint before stays")
+        file = pieces.file_name(key, engine.mesh.rank, engine.mesh.world_size)
+        try:
+            pieces.write_pieces(folder / file, tensors)
+        except OSError as error:
+            raise UserError(_cannot_write(folder, error)) from error
+        index[key] = {}
+        for name, values in tensors.items():
+            part = places[name]
+            start = tuple(part.start if d == part.dim else 0 for d in range(len(part.shape)))
+            index[key][name] = Logical(part.shape, (Piece(file, start, values.shape),))
+    return index
