@@ -85,7 +85,9 @@ def pointed(run: Path) -> Path:
         raise UserError(f"no checkpoint in {run}: wanted {pointer}{known}") from None
     match = _POINTER.fullmatch(text)
     if match is None:
-        raise UserError(f"{pointer} holds {text[:40]!r}, which names no checkpoint; give --load {run}@ and {_steps(run)}")
+        raise UserError(
+            f"{pointer} holds {text[:40]!r}, which names no checkpoint; give --load {run}@ and {_steps(run)}"
+        )
     for name in (match[1], match[1] + REPLACED):  # the second: a crash between two renames
         folder = pointer.parent / name
         if (folder / sums.NAME).exists() and sums.sha256_of(folder / sums.NAME) == match[2]:

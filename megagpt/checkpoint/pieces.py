@@ -92,9 +92,7 @@ def read_index(folder: Path) -> Index:
     path = folder / NAME
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            key: {name: _logical(tensor) for name, tensor in tensors.items()} for key, tensors in plain.items()
-        }
+        return {key: {name: _logical(tensor) for name, tensor in tensors.items()} for key, tensors in plain.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not the index of a checkpoint ({error}); load another checkpoint") from None
 
@@ -111,7 +109,9 @@ class Reader:
         """Shape of a logical tensor.  Raises UserError where the checkpoint has none of that name."""
         return self._logical(key, name).shape
 
-    def read(self, key: str, name: str, start: tuple[int, ...] = (), shape: tuple[int, ...] | None = None) -> np.ndarray:
+    def read(
+        self, key: str, name: str, start: tuple[int, ...] = (), shape: tuple[int, ...] | None = None
+    ) -> np.ndarray:
         """A box of a logical tensor as fp32; by default all of it.
 
         Raises UserError naming the file where a piece is missing or is not what the index says.
