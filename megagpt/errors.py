@@ -26,7 +26,7 @@ class UserError(Exception):
         self.speaks = speaks
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818  # it is no error
     """The run was asked to end early, and saved what it had. The message, told by one rank, says where."""
 
     def __init__(self, message: str, speaks: bool) -> None:
