@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megagpt.checkpoint import state, sums
-from megagpt.checkpoint.durable import replace_text, require_regular
+from megagpt.checkpoint.durable import flush, replace_text, require_regular
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
 
@@ -102,6 +102,23 @@ def pointed(run: Path) -> Path:
         f"{pointer} names {match[1]}, whose {sums.NAME} is missing or not the one that was written; "
         f"give --load {run}@ and one of {_steps(run)}, or add --load-fallback"
     )
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Give a checkpoint that is complete and on the disk its name, and `latest` to it.
+
+    A crash at any point leaves `latest` naming the checkpoint of before or this one, and both of them whole.
+    """
+    replaced = final.with_name(final.name + REPLACED)
+    if final.exists():
+        if replaced.exists():  # a crash before `latest` had moved: final is complete, as its name tells
+            point_to(final)
+            shutil.rmtree(replaced)
+        os.replace(final, replaced)
+    os.replace(temporary, final)
+    flush(final.parent)
+    point_to(final)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def best_of(run: Path) -> Path | None:

@@ -1,13 +1,14 @@
 """Tensors of a checkpoint: pieces of logical ones, in safetensors files, and an index that says where each lies.
 
 Any box of a logical tensor can be read, whatever pieces it was written in: that is all that another layout needs.
-Everything is fp32. Memory: what is read, and nothing beside it.
+Everything is fp32. Memory: what is read, and of the files, which are mapped, no more than MAPPED_BYTES.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 Box = tuple[slice, ...]
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _MAX_DIMS = 8
+MAPPED_BYTES = 128 << 20  # what was touched of a mapped file counts as memory of the process until it is closed
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Reader:
         self.folder, self.index = folder, read_index(folder)
         self._open: dict[str, Any] = {}
         self._files = ExitStack()
+        self._touched_bytes = 0
 
     def shape(self, key: str, name: str) -> tuple[int, ...]:
         """Shape of a logical tensor.  Raises UserError where the checkpoint has none of that name."""
@@ -135,14 +138,24 @@ class Reader:
                 values = self._slice(piece, name, of)
                 out[into] = values
                 filled += values.size
+                if self._touched_bytes > MAPPED_BYTES:
+                    self.close()
         if filled != out.size:
             raise UserError(f"{self.folder}: {key} of {name} has holes; the checkpoint is damaged, load another")
         return out
 
+    def check(self) -> None:
+        """Compare the headers of all files with the index.  Raises UserError naming the first that differs."""
+        for tensors in self.index.values():
+            for name, logical in tensors.items():
+                for piece in logical.pieces:
+                    self._stored(piece, name)
+
     def close(self) -> None:
-        """Let go of the files, and so of the memory that they are mapped to; reading goes on all the same."""
-        self._files.close()
+        """Let go of the files, and of the memory that they are mapped to. What is read next opens them again."""
         self._open.clear()
+        self._files.close()
+        self._touched_bytes = 0
 
     def __enter__(self) -> Reader:
         return self
@@ -158,20 +171,29 @@ class Reader:
             raise UserError(f"{self.folder} holds no {key} of {name}: it is of another architecture") from None
 
     def _slice(self, piece: Piece, name: str, of: Box) -> np.ndarray:
+        stored = self._stored(piece, name)
+        if not piece.shape:
+            return self._open[piece.file].get_tensor(name)
+        self._touched_bytes += 4 * (of[0].stop - of[0].start) * math.prod(piece.shape[1:])
+        return stored[of]
+
+    def _stored(self, piece: Piece, name: str) -> Any:
+        """What a file holds of a piece, not read yet."""
         path = self.folder / piece.file
         try:
             if piece.file not in self._open:
                 require_regular(path)
                 self._open[piece.file] = self._files.enter_context(safe_open(path, framework="numpy"))
-            values = self._open[piece.file].get_slice(name)
-            if tuple(values.get_shape()) != piece.shape or values.get_dtype() != "F32":
-                raise UserError(
-                    f"{path}: {name} is {values.get_dtype()} of shape {tuple(values.get_shape())}, {NAME} says F32 of "
-                    f"{piece.shape}; the checkpoint is damaged, load another"
-                )
-            return values[of] if piece.shape else self._open[piece.file].get_tensor(name)
+            stored = self._open[piece.file].get_slice(name)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read ({error}); the checkpoint is damaged, load another") from None
+        shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+        if (shape, dtype) != (piece.shape, "F32"):
+            raise UserError(
+                f"{path}: {name} is {dtype} of shape {shape}, {NAME} says F32 of {piece.shape}; "
+                "the checkpoint is damaged, load another"
+            )
+        return stored
 
 
 def _overlap(start: tuple[int, ...], shape: tuple[int, ...], piece: Piece) -> tuple[Box, Box] | None:

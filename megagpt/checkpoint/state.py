@@ -72,11 +72,18 @@ def read_state(folder: Path) -> State:
 def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
     """What a run that goes on must keep: the architecture, and what the order of the samples follows from.
 
-    Dropout, layout, precision, learning rate and the number of steps may change.
+    Dropout, layout, precision, learning rate and the number of steps may change. Weights that no sample was consumed
+    for (imported ones) keep the architecture alone.
     """
+    if state.origin and state.step > 0:
+        raise UserError(
+            f"{folder} is a {state.origin}: weights without the optimizer's moments, to evaluate, generate and export; "
+            "to go on training, load one that a run saved"
+        )
     fixed = {f"model.{name}": value for name, value in asdict(config.model).items() if "dropout" not in name}
-    fixed["train.global_batch_size"] = config.train.global_batch_size
-    fixed["train.seed"] = config.train.seed
+    if state.samples > 0:
+        fixed["train.global_batch_size"] = config.train.global_batch_size
+        fixed["train.seed"] = config.train.seed
     for name, ours in fixed.items():
         section, key = name.split(".")
         theirs = state.config.get(section, {}).get(key)
