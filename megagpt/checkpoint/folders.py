@@ -59,7 +59,8 @@ def find(path: str | Path) -> Path:
         if _STEP.fullmatch(which) and folder_of(run, int(which)).is_dir():
             return folder_of(run, int(which))
     except (OSError, UnicodeError) as error:  # no right to look; a name too long, or not of this file system
-        raise UserError(f"--load {str(path)!a}: cannot be looked for ({error}); check --load") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--load {str(path)!a}: cannot be looked for ({reason}); check --load") from None
     raise UserError(f"{run} has no checkpoint {which!r}; give --load {run}@ and latest, best, or one of {_steps(run)}")
 
 

@@ -42,6 +42,9 @@ class State:
     origin: str = ""
 
 
+_CHECKED = TypeAdapter(State)
+
+
 def state_json(state: State) -> str:
     """The text of state.json. Floats are read back bit for bit."""
     return json.dumps({"format": FORMAT, **asdict(state)}, indent=1, allow_nan=False) + "\n"
@@ -57,7 +60,7 @@ def read_state(folder: Path) -> State:
             raise ValueError("it names no format")
         if (got := raw.pop("format")) != FORMAT:
             raise UserError(f"{path}: format {got!r}; this version reads format {FORMAT}, use the one that wrote it")
-        state = TypeAdapter(State).validate_python(raw)
+        state = _CHECKED.validate_json(json.dumps(raw))  # as JSON: from Python, strict would want a State
         if min(state.step, state.samples, state.tokens) < 0:
             raise ValueError("a count is negative")
     except ValidationError as error:
