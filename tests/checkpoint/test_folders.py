@@ -114,7 +114,8 @@ def test_find_says_no_and_nothing_worse(name: str):
 def test_what_is_kept_is_what_a_plain_model_keeps(steps, losses, last, every, best, latest):
     ordered = sorted(steps)
     pointed = ordered[latest % len(ordered)]
-    kept = set(ordered) if last is None else set(ordered[-last:]) | {pointed}
+    later = {s for s in ordered if s > pointed}  # of a history that the run has gone back on
+    kept = set(ordered) if last is None else set([s for s in ordered if s <= pointed][-last:]) | later
     if every is not None:
         kept |= {s for s in ordered if s % every == 0}
     measured = [(losses[s - 1], s) for s in ordered if losses[s - 1] is not None]
@@ -124,7 +125,8 @@ def test_what_is_kept_is_what_a_plain_model_keeps(steps, losses, last, every, be
         run = Path(name)
         for step in ordered:
             write_checkpoint(run, step, {}, validation_loss=losses[step - 1], latest=step == pointed)
-        dropped = folders.drop_old(run, CheckpointConfig(keep_last=last, keep_every=every, keep_best=best))
+        newest = folders.folder_of(run, pointed)
+        dropped = folders.drop_old(newest, CheckpointConfig(keep_last=last, keep_every=every, keep_best=best))
         assert {folders.step_of(p) for p in folders.checkpoints_of(run)} == kept
         assert {folders.step_of(p) for p in dropped} == set(ordered) - kept
         assert not list((run / "checkpoints").glob("*.tmp"))
@@ -251,7 +253,7 @@ def test_a_crash_while_a_checkpoint_is_deleted_leaves_none_that_looks_whole(tmp_
         folder = write_checkpoint(tmp_path / f"{at}", 10, TINY, n_files=1)
         done = attempt(lambda folder=folder: folders.remove(folder), at)
         assert not folder.exists() or (at == 0 and damage_of(folder) == [])
-        folders.clear_unfinished(tmp_path / f"{at}")
+        folders.mend(tmp_path / f"{at}")
         assert list(folder.parent.glob("*.tmp")) == []
         if done:
             break
