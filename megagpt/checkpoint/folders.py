@@ -49,12 +49,9 @@ def find(path: str | Path) -> Path:
     `latest` has.
     """
     try:
-        if (Path(path) / sums.NAME).exists() or _NAME.fullmatch(Path(path).name):
+        if _is_checkpoint(Path(path)):
             return Path(path)
-        text, at, which = str(path).rpartition("@")
-        if not at or Path(path).exists():
-            text, which = str(path), LATEST
-        run = Path(text)
+        run, which = _split(path)
         if which == LATEST:
             return pointed(run)
         if which == BEST:
@@ -131,15 +128,16 @@ def best_of(run: Path) -> Path | None:
     return min(measured)[1] if measured else None
 
 
-def drop_old(run: Path, config: CheckpointConfig) -> list[Path]:
-    """Delete what the keep rules do not keep, and return it. Without keep_last nothing is ever deleted.
+def drop_old(newest: Path, config: CheckpointConfig) -> list[Path]:
+    """Delete what the keep rules do not keep after `newest` was saved, and return it. Without keep_last: nothing.
 
-    What `latest` names is always kept: it is not the newest where a run has gone back to an earlier step.
+    Checkpoints of later steps, from before the run went back to an earlier one, are nobody's to delete here.
     """
     if config.keep_last is None:
         return []
-    found = checkpoints_of(run)
-    kept = {*found[-config.keep_last :], pointed(run)}
+    run = newest.parent.parent
+    found = [p for p in checkpoints_of(run) if step_of(p) <= step_of(newest)]
+    kept = set(found[-config.keep_last :])
     if config.keep_every is not None:
         kept |= {p for p in found if step_of(p) % config.keep_every == 0}
     if config.keep_best:
@@ -159,13 +157,29 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def clear_unfinished(run: Path) -> None:
-    """Delete what crashes left. Only the holder of the run's lock may do this."""
+def mend(run: Path) -> None:
+    """Clear up what a crash left. Only the holder of the run's lock may do this."""
     for path in (run / "checkpoints").glob("*.tmp"):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+    for replaced in (run / "checkpoints").glob(f"*{REPLACED}"):
+        final = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if final.exists() and not _points_to(run, replaced):
+            remove(replaced)
+        else:  # its successor has no pointer yet, or not even its name
+            if final.exists():
+                remove(final)
+            os.replace(replaced, final)
+
+
+def run_of(path: str | Path) -> Path:
+    """The run folder that what --load means lies in."""
+    if _is_checkpoint(Path(path)):
+        return Path(path).parent.parent
+    run, _ = _split(path)
+    return run
 
 
 @contextmanager
@@ -195,6 +209,23 @@ def locked(run: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return _NAME.fullmatch(path.name) is not None or (path / sums.NAME).exists()
+
+
+def _split(path: str | Path) -> tuple[Path, str]:
+    """RUN@STEP -> (RUN, STEP); RUN -> (RUN, latest)."""
+    run, at, which = str(path).rpartition("@")
+    return (Path(run), which) if at and not Path(path).exists() else (Path(path), LATEST)
+
+
+def _points_to(run: Path, folder: Path) -> bool:
+    try:
+        return pointed(run) == folder
+    except UserError:  # to nothing that is there: for whoever loads to say
+        return False
 
 
 def _validation_loss(folder: Path) -> float | None:

@@ -7,6 +7,7 @@ it wrote; `latest` moves after that. A crash at any moment leaves the checkpoint
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -169,7 +170,7 @@ def assign_writers(parameters: list[Named], mesh: Mesh) -> dict[str, int]:
     chosen = {}
     for named in parameters:
         data_rank = loads.index(min(loads))
-        loads[data_rank] += named.parameter.numel() if named.owned else 0
+        loads[data_rank] += math.prod(named.part.shape) if named.owned else 0
         chosen[named.name] = data_rank
     return chosen
 
@@ -237,7 +238,7 @@ def _commit(parts: list[Written], temporary: Path, final: Path, at: State, confi
     try:
         write_tables(temporary, pieces.merge(part.index for part in parts), at, hashes)
         folders.commit(temporary, final)
-        folders.drop_old(final.parent.parent, config)
+        folders.drop_old(final, config)
     except OSError as error:
         raise UserError(_cannot_write(final, error)) from error
 
