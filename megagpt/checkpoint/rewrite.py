@@ -126,7 +126,8 @@ def _mean(readers: Sequence[Reader], key: str, name: str, rows: range) -> Iterat
         total = np.zeros(shape, np.float64)
         for reader in readers:
             total += reader.read(key, name, start, shape)
-        yield (total / len(readers)).astype(np.float32)
+        total /= len(readers)
+        yield total.astype(np.float32)
 
 
 def _share(shape: Shape, number: int, n_files: int) -> range:
