@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,8 +58,8 @@ def summaries(reader: Reader) -> Iterator[Summary]:
             yield Summary(key, name, logical.shape, norm, low, high, n_bad)
 
 
-def differing_tensors(a: Reader, b: Reader) -> Iterator[Difference]:
-    """The tensors that are not bitwise equal, and those that only one of them has."""
+def differing_tensors(a: Reader, b: Reader, tick: Callable[[int], None] = lambda n_bytes: None) -> Iterator[Difference]:
+    """The tensors that are not bitwise equal, and those that only one of them has. tick: told bytes read."""
     for key in sorted(a.index.keys() | b.index.keys()):
         ours, theirs = a.index.get(key, {}), b.index.get(key, {})
         for name in sorted(ours.keys() | theirs.keys()):
@@ -67,8 +67,11 @@ def differing_tensors(a: Reader, b: Reader) -> Iterator[Difference]:
                 yield Difference(key, name, f"only in {(a if name in ours else b).folder}")
             elif ours[name].shape != theirs[name].shape:
                 yield Difference(key, name, f"shape {ours[name].shape} and {theirs[name].shape}")
-            elif found := _difference(a, b, key, name):
-                yield found
+            else:
+                found = _difference(a, b, key, name)
+                tick(4 * math.prod(ours[name].shape))
+                if found:
+                    yield found
 
 
 def differing_fields(a: State, b: State) -> list[tuple[str, Any, Any]]:
