@@ -55,7 +55,9 @@ def make_dataset(folder: Path) -> str:
     return str(folder / "text_text_document")
 
 
-def command_line(layout: Layout, dataset: str, run: Path, *, async_save: bool = False, keep_all: bool = False) -> list[str]:
+def command_line(
+    layout: Layout, dataset: str, run: Path, *, async_save: bool = False, keep_all: bool = False
+) -> list[str]:
     """The arguments of examples/pretrain_gpt.py, the same at the start and at each restart."""
     words = f"""
         --n-layers 2 --d-model 32 --n-heads 4 --seq-len 32 --tp {layout.tp} --pp {layout.pp}

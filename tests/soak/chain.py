@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from megagpt.checkpoint import folders
 from tests.soak import trace
@@ -135,7 +134,8 @@ class _Life:
             cycle.ended_s = time.monotonic() - start_s
             cycle.left = look(self._run).window
             cycle.problems += self._check_attempt(finished=False)
-            self._done = cycle.resumed_from = look(self._run).pointed
+            rest = look(self._run)
+            self._done = cycle.resumed_from = rest.pointed or max(rest.complete, default=0)
             self._job = self._start()
         return cycle
 
@@ -171,11 +171,3 @@ class _Life:
     @property
     def _notes(self) -> Path:
         return self._folder / f"attempt-{self._attempts}"
-
-
-def described(cycle: Cycle) -> dict[str, Any]:
-    """A cycle for the report."""
-    row = dataclasses.asdict(cycle)
-    row["chain"]["layout"] = str(cycle.chain.layout)
-    return row
-

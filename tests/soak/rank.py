@@ -1,18 +1,18 @@
-"""What one forked rank of the soak does: the real program, with a record of every sample that it reads."""
+"""What one forked rank of the soak does: the real program, with a record of every sample that it reads.
+
+torch and DeepSpeed are imported by the fork server, not by who names `rank_main` to it: that would cost seconds.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import traceback
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import megagpt.train
 from megagpt.launch import pretrain
-from tests.soak import plants
 
 
 def rank_main(rank: int, n_ranks: int, port: int, argv: list[str], notes: str, plant: str | None) -> None:
@@ -25,11 +25,11 @@ def rank_main(rank: int, n_ranks: int, port: int, argv: list[str], notes: str, p
         os.dup2(os.open(notes + name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_SIZE=str(n_ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+    importlib.import_module("torch").set_num_threads(1)
     record_reads(Path(notes + ".reads"))
     try:
         if plant is not None:
-            plants.PLANTS[plant]()
+            importlib.import_module("tests.soak.plants").PLANTS[plant]()
         pretrain(argv)  # ends the process
     except BaseException:
         traceback.print_exc()
@@ -38,14 +38,15 @@ def rank_main(rank: int, n_ranks: int, port: int, argv: list[str], notes: str, p
 
 def record_reads(path: Path) -> None:
     """From here on this process writes down each training sample that it reads: its position, a hash of its tokens."""
-    build_splits = megagpt.train.build_splits
+    train = importlib.import_module("megagpt.train")
+    build_splits = train.build_splits
     file = path.open("a", buffering=1, encoding="ascii")
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         train_samples, *others = build_splits(*args, **kwargs)
         return (Recorded(train_samples, file), *others)
 
-    megagpt.train.build_splits = recorded
+    train.build_splits = recorded
 
 
 class Recorded:

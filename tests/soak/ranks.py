@@ -64,11 +64,15 @@ def start(way: Way, n_ranks: int, argv: list[str], notes: Path, plant: str | Non
     return Launched([*command, *argv], notes, restarts_itself=way == "torchrun")
 
 
+def prepare() -> None:
+    """Start the fork server with what the ranks import. Once, before threads of this process start ranks."""
+    warm_up("megagpt.launch", "tyro", "tests.soak.rank")
+
+
 class Forked(Job):
-    """Ranks from the fork server."""
+    """Ranks from the fork server; `prepare` comes first."""
 
     def __init__(self, n_ranks: int, argv: list[str], notes: str, plant: str | None) -> None:
-        warm_up("megagpt.launch", "tyro", "tests.soak.rank")
         context = multiprocessing.get_context("forkserver")
         port = free_port()
         self._ranks: list[Any] = [

@@ -46,6 +46,7 @@ def contents_of(folder: Path) -> dict[str, str]:
     state = read_state(folder)
     contents = {f"counter {name}": float(value).hex() for name, value in state.counters.items()}
     contents |= {name: str(getattr(state, name)) for name in ("step", "samples", "tokens", "skipped_steps", "data")}
+    contents |= {"lr": state.lr.hex(), "validation_loss": (state.validation_loss or 0.0).hex()}
     with Reader(folder) as reader:
         for key in (pieces.WEIGHT, *pieces.MOMENTS):
             for name in reader.index[key]:
@@ -93,7 +94,10 @@ def read_differences(expected: list[list[str]], got: list[list[str]], *, skipped
         if not all_of_it:
             wanted = wanted[: len(ours)]
         if ours != wanted:
-            place = next((i for i, (a, b) in enumerate(zip(ours, wanted)) if a != b), min(len(ours), len(wanted)))
-            found.append(f"rank {rank}: sample {place} that it read is {ours[place : place + 1]}, "
-                         f"expected {wanted[place : place + 1]} ({len(ours)} read, expected {len(wanted)})")  # fmt: skip
+            same = [a == b for a, b in zip(ours, wanted, strict=False)]
+            i = same.index(False) if False in same else len(same)
+            found.append(
+                f"rank {rank}: read {len(ours)} samples, expected {len(wanted)}; number {i} is {ours[i : i + 1]}, "
+                f"expected {wanted[i : i + 1]}"
+            )
     return found
