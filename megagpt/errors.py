@@ -7,6 +7,10 @@ import sys
 import time
 from collections.abc import Callable
 
+EXIT_USER = 2  # a `UserError`: one line says what to do
+EXIT_PEER_LOST = 69  # ended because another rank died, stopped or hung
+EXIT_STOPPED = 75  # stopped on request after saving: run it again with --auto-resume
+
 # A launcher ends all ranks as soon as one has ended: the silent ones wait until the one that speaks has spoken.
 SILENT_S = 5.0
 
@@ -34,7 +38,7 @@ def run_cli(main: Callable[[], int | None], speaks: bool = True) -> None:
             print(f"error: {error}", file=sys.stderr)
         else:
             time.sleep(SILENT_S)
-        sys.exit(2)
+        sys.exit(EXIT_USER)
     except BrokenPipeError:  # whoever read our output has seen enough: `… --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
