@@ -58,7 +58,7 @@ def train(config: RunConfig) -> None:
     Raises UserError (a RankError once the ranks are connected, of which one rank speaks).
     """
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp) as mesh:
+    with distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp) as (mesh, _):
         run = _set_up(config, plan, mesh)
         engine = Engine(config, plan, mesh)
         kernels = Kernels.parse(config.train.kernels)

@@ -46,7 +46,7 @@ def open_trained(path: str | Path) -> Iterator[Trained]:
     folder = storage.find(path)
     state = storage.read_state(folder)
     config = read_config(state.config, f"{folder}/state.json")
-    with distributed(pp=1, dp=1, tp=int(os.environ.get("WORLD_SIZE", "1"))) as mesh:
+    with distributed(pp=1, dp=1, tp=int(os.environ.get("WORLD_SIZE", "1"))) as (mesh, _):
         model = GPT(config.model, mesh.model)
         storage.load_weights(model, mesh, folder)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -14,6 +14,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch.distributed import distributed_c10d
 PACKAGE = str(Path(__file__).parents[1])
 LIBRARIES = ("<", *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 MAX_FRAMES = 30  # of a stack that is written down
+MAX_RECORDED = 20  # collectives, likewise
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def stack() -> list[str]:
 
 def failed_at(error: BaseException) -> CallSite:
     """Where an exception came from: the site to show for a thread that has left it already."""
-    frames = [f for f in _traceback_frames(error.__traceback__)]
+    frames = list(_traceback_frames(error.__traceback__))
     collective = next((name for f in reversed(frames) if (name := _collective(f, frames[-1]))), None)
     shown = next((f for f in reversed(frames) if is_ours(f.f_code.co_filename)), frames[-1])
     return CallSite(place(shown), collective, id(error))
@@ -80,12 +82,18 @@ def enqueued() -> tuple[str, list[int]] | None:
     From torch's flight recorder, which is on by default. With NCCL, where the host goes on while a collective waits on
     the device, nothing else tells. Collectives only: gloo does not record sends and receives.
     """
-    record = json.loads(c10d._dump_fr_trace_json(onlyActive=True))
+    record = _unfinished()
     for entry in record.get("entries", []):
         if not entry["retired"]:
             group = distributed_c10d._resolve_process_group(entry["process_group"][0])
             return entry["profiling_name"], dist.get_process_group_ranks(group)
     return None
+
+
+def flight_record() -> dict[str, Any]:
+    """What torch's flight recorder knows of this process: how far each group came, and what is unfinished."""
+    record = _unfinished()
+    return {"groups": record.get("pg_status"), "unfinished": record.get("entries", [])[:MAX_RECORDED]}
 
 
 def busy_frame() -> FrameType:
@@ -146,6 +154,10 @@ def _partners(frame: FrameType) -> list[int]:
             return [arguments[name]]
     members = dist.get_process_group_ranks(group or dist.group.WORLD)
     return [rank for rank in members if rank != dist.get_rank()]
+
+
+def _unfinished() -> dict[str, Any]:
+    return json.loads(c10d._dump_fr_trace_json(onlyActive=True))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _traceback_frames(traceback: TracebackType | None) -> Iterator[FrameType]:

@@ -82,7 +82,10 @@ def _what(rank: RankView, timeout_s: float) -> tuple[str, str]:
     again = "then start again with --auto-resume"
     if rank.state == "died":
         what = f"died {rank.step} (process {rank.pid}, last seen {rank.at})"
-        return what, f"look for its signal in the launcher's lines or the kernel's log (9: often out of memory), {again}"
+        return (
+            what,
+            f"look for its signal in the launcher's lines or the kernel's log (9: often out of memory), {again}",
+        )
     if rank.state == "stopped":
         what = f"was stopped by a signal {rank.step} (process {rank.pid}, last seen {rank.at})"
         return what, f"end that process (kill -9 {rank.pid} on {rank.host}), {again}"

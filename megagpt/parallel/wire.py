@@ -36,13 +36,13 @@ class Wire:
         lines = (self._unread + data).split(b"\n")
         self._unread = lines.pop()
         self.ended = not data or len(self._unread) > MAX_LINE_BYTES
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            messages = [None]
-        if not all(isinstance(message, dict) for message in messages):
-            self.ended = True
-            return []
+        messages: list[dict[str, Any]] = []
+        for line in lines:
+            try:
+                messages.append(dict(json.loads(line)))
+            except (ValueError, TypeError):  # a stranger
+                self.ended = True
+                break
         return messages
 
     def close(self) -> None:
