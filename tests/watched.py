@@ -68,12 +68,18 @@ class Ranks:
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
-            process.kill()  # of a stopped one too
-            process.join()
+            if process.pid:
+                process.kill()  # of a stopped one too
+                process.join()
 
 
 def start(
-    folder: Path, function: Callable[..., Any], shape: tuple[int, int, int], limits: Limits, *args: Any, absent: int = -1
+    folder: Path,
+    function: Callable[..., Any],
+    shape: tuple[int, int, int],
+    limits: Limits,
+    *args: Any,
+    absent: int = -1,
 ) -> Ranks:
     """Run function(mesh, watch, *args) on pp * dp * tp processes. absent: a rank that is not started."""
     warm_up()

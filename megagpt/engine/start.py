@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megagpt.errors import EXIT_PEER_LOST, EXIT_USER, SILENT_S, UserError
+from megagpt.errors import EXIT_PEER_LOST, EXIT_USER, UserError
 from megagpt.parallel.agree import RankError
 from megagpt.parallel.host import machine_id
 from megagpt.parallel.judge import Limits
@@ -38,7 +38,7 @@ def distributed(*, pp: int, dp: int, tp: int, limits: Limits | None = None) -> I
     try:
         yield mesh, watch
     except RankError:  # every rank is on its way out
-        watch.leave(SILENT_S)
+        watch.leave()
         dist.destroy_process_group()
         raise
     except UserError as error:  # met by this rank alone: it speaks
@@ -52,7 +52,7 @@ def distributed(*, pp: int, dp: int, tp: int, limits: Limits | None = None) -> I
         watch.fail(EXIT_PEER_LOST)
         raise
     except SystemExit:  # in good order
-        watch.leave(SILENT_S)
+        watch.leave()
         raise
     watch.leave()
     dist.destroy_process_group()

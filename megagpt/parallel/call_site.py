@@ -10,7 +10,7 @@ import linecache
 import sys
 import sysconfig
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -30,12 +30,13 @@ MAX_RECORDED = 20  # collectives, likewise
 class CallSite:
     """place: "megagpt/engine/engine.py:84 train_step". collective: "all_reduce", or None outside of one.
 
-    instruction: what changes when the thread moves; of no other use.
+    instruction: what changes when the thread moves; of no other use. stack: of a failed one, innermost first.
     """
 
     place: str
     collective: str | None
     instruction: Hashable
+    stack: Sequence[str] = ()
 
 
 def call_site() -> CallSite:
@@ -61,7 +62,7 @@ def failed_at(error: BaseException) -> CallSite:
     frames = list(_traceback_frames(error.__traceback__))
     collective = next((name for f in reversed(frames) if (name := _collective(f, frames[-1]))), None)
     shown = next((f for f in reversed(frames) if is_ours(f.f_code.co_filename)), frames[-1])
-    return CallSite(place(shown), collective, id(error))
+    return CallSite(place(shown), collective, id(error), [place(f) for f in reversed(frames)][:MAX_FRAMES])
 
 
 def waits_for() -> list[int] | None:

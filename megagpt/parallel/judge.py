@@ -63,7 +63,7 @@ class Judge(threading.Thread):
         self._wires: dict[int, Wire] = {}
         self._heard_s = dict.fromkeys(range(len(names)), time.monotonic())
         self._work: dict[int, Work] = {}
-        self._slow = SlowRanks(names, stages, limits.slow_rank_factor, limits.window_s)
+        self._slow = SlowRanks(stages, limits.slow_rank_factor, limits.window_s)
         self._failed: tuple[int, int] | None = None  # rank, exit code for the others
         self._answers: dict[int, dict[str, Any]] = {}
         self._selector = selectors.DefaultSelector()
@@ -87,8 +87,9 @@ class Judge(threading.Thread):
             self._find_silent(now_s)
             if any(view.state not in ("runs", "left") or self._hangs(view) for view in self._views):
                 return self._end()
-            for note in self._slow.update(now_s, self._work):
-                self.notes.put(note)
+            for slow in self._slow.update(now_s, self._work):
+                view = self._views[slow.rank]
+                self.notes.put(f"{view.name} on {view.host} is slow: {slow}")
         self._close()
 
     def _hangs(self, view: RankView) -> bool:
@@ -138,7 +139,8 @@ class Judge(threading.Thread):
         view = self._views[rank]
         view.host, view.pid = message["host"], message["pid"]
         if len(self._wires) == len(self._views):
-            self._tell(peers=[{**asdict(v), "machine": self._machines[v.rank]} for v in self._views])
+            peers = [{"rank": v.rank, "pid": v.pid, "machine": self._machines[v.rank]} for v in self._views]
+            self._tell(peers=peers, pulse=asdict(self._views[0]))
         return True
 
     def _take(self, rank: int, message: dict[str, Any]) -> None:
@@ -206,7 +208,7 @@ class Judge(threading.Thread):
             answer = self._answers.get(view.rank, {})
             view.waits_for, view.stack = answer.get("waits_for", ()), answer.get("stack", ())
             view.collective = answer.get("collective", view.collective)
-        if self._views[0].state == "left":
+        if self._views[0].state == "left" and not any(0 in view.waits_for for view in self._views):
             self._views[0].waits_for = [view.rank for view in self._views if view.state != "left"]
         for view in silent:
             seen = {state for answer in self._answers.values() for pid, state in answer["seen"] if pid == view.pid}

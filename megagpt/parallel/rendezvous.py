@@ -28,16 +28,25 @@ def meet(
     keys = [f"arrived/{r}" for r in range(n_ranks)]
     try:
         store.wait(keys, timedelta(seconds=timeout_s))
-    except RuntimeError as error:  # DistStoreError, of which torch does not say in which version it is one
-        arrived = [r for r in range(n_ranks) if store.check([keys[r]])]
-        missing = [r for r in range(n_ranks) if r not in arrived]
-        named = ", ".join(name(r) for r in missing[:MAX_NAMED]) + (", …" if len(missing) > MAX_NAMED else "")
-        raise RankError(
-            f"{len(arrived)} of {n_ranks} processes came within {timeout_s:g} s; missing: {named}; see their output, "
-            "and that every host was started with the same number of processes",
-            speaks=rank == min(arrived),
-        ) from error
+    except RuntimeError as error:  # a timeout, or rank 0 is gone and its store with it
+        raise _who_is_missing(store, rank, keys, timeout_s, name) from error
     return dist.PrefixStore("default_pg", store), [text.decode() for text in store.multi_get(keys)]
+
+
+def _who_is_missing(
+    store: dist.Store, rank: int, keys: list[str], timeout_s: float, name: Callable[[int], str]
+) -> RankError:
+    try:
+        arrived = [r for r, key in enumerate(keys) if store.check([key])]
+    except RuntimeError:
+        return RankError("rank 0 ended before all processes had come; see its output", speaks=False)
+    missing = [r for r in range(len(keys)) if r not in arrived]
+    named = ", ".join(name(r) for r in missing[:MAX_NAMED]) + ", …" * (len(missing) > MAX_NAMED)
+    return RankError(
+        f"{len(arrived)} of {len(keys)} processes came within {timeout_s:g} s; missing: {named}; see their output, "
+        "and that every host was started with the same number of processes",
+        speaks=rank == min(arrived),
+    )
 
 
 def _open_store(rank: int, n_ranks: int, timeout_s: float) -> dist.Store:

@@ -5,7 +5,7 @@ A rank's time in a step is work and waiting in collectives. A slow rank makes al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -24,44 +24,55 @@ class Work:
     waiting_s: float
 
 
+@dataclass(frozen=True)
+class Slow:
+    """A rank that is slow: its work in a step, the whole step, and the work of its peers (the median)."""
+
+    rank: int
+    busy_s: float
+    step_s: float
+    peers_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"busy for {1e3 * self.busy_s:.0f} ms of a step of {1e3 * self.step_s:.0f} ms, "
+            f"its peers for {1e3 * self.peers_s:.0f} ms"
+        )
+
+
 class SlowRanks:
     """Compares ranks window by window."""
 
-    def __init__(self, names: Sequence[str], groups: Sequence[Sequence[int]], factor: float, window_s: float) -> None:
+    def __init__(self, groups: Sequence[Sequence[int]], factor: float, window_s: float) -> None:
         """groups: the ranks that have the same to do (a pipeline stage). factor: how much longer is slow; 0: never."""
-        self.names, self.factor, self.window_s = names, factor, window_s
+        self.factor, self.window_s = factor, window_s
         self.groups = [group for group in groups if len(group) > 1] if factor else []
         self._began_s = 0.0
         self._before: Mapping[int, Work] = {}
-        self._n_slow = [0] * len(names)
+        self._n_slow = dict.fromkeys((rank for group in self.groups for rank in group), 0)
 
-    def update(self, now_s: float, work: Mapping[int, Work]) -> list[str]:
-        """What to tell the user, given every rank's work until now; usually nothing."""
-        if not self.groups or len(work) < len(self.names):
+    def update(self, now_s: float, work: Mapping[int, Work]) -> list[Slow]:
+        """Who has become slow, given the work of ranks until now; usually nobody."""
+        if not self._n_slow or not self._n_slow.keys() <= work.keys():
             return []
-        found: list[str] = []
+        found: list[Slow] = []
         if self._before:
-            fewest = min(work[rank].steps_done - self._before[rank].steps_done for rank in work)
+            fewest = min(work[rank].steps_done - self._before[rank].steps_done for rank in self._n_slow)
             if now_s - self._began_s < self.window_s or fewest < MIN_STEPS:
                 return []
-            found = [text for group in self.groups for text in self._compare(group, work)]
+            found = [slow for group in self.groups for slow in self._compare(group, work)]
         self._began_s, self._before = now_s, dict(work)
         return found
 
-    def _compare(self, group: Sequence[int], work: Mapping[int, Work]) -> list[str]:
+    def _compare(self, group: Sequence[int], work: Mapping[int, Work]) -> Iterator[Slow]:
         spent = {rank: _per_step(work[rank], self._before[rank]) for rank in group}
-        found = []
         for rank in group:
             busy_s, step_s = spent[rank]
             peers_s = median(spent[other][0] for other in group if other != rank)
             slow = busy_s > self.factor * peers_s and busy_s - peers_s > MIN_SHARE * step_s
             self._n_slow[rank] = self._n_slow[rank] + 1 if slow else 0
             if self._n_slow[rank] == N_WINDOWS:  # once, until it has been fast again
-                found.append(
-                    f"{self.names[rank]} is slow: busy for {1e3 * busy_s:.0f} ms of a step of {1e3 * step_s:.0f} ms, "
-                    f"its peers for {1e3 * peers_s:.0f} ms"
-                )
-        return found
+                yield Slow(rank, busy_s, step_s, peers_s)
 
 
 def _per_step(now: Work, before: Work) -> tuple[float, float]:

@@ -39,18 +39,20 @@ class RankView:
 
 
 def culprits(ranks: Sequence[RankView]) -> list[RankView]:
-    """Who does not come while others wait: the dead and the silent; else whom others wait for, and who waits for none.
+    """Who does not come while others wait: the dead and the silent; else those on whom all the waiting rests.
 
-    A rank waits for those that its collective needs and that are not in the same one. Where all wait for each other in
-    a circle, all of them are returned; where nobody lacks in any collective, none is.
+    A rank waits for those that its collective needs and that are not in the same one. Followed from rank to rank, that
+    ends with one that waits for nobody, or with some that wait for each other in a circle.
     """
     lost = [r for r in ranks if r.state in ("died", "stopped", "silent")]
     if lost:
         return lost
     by_rank = {r.rank: r for r in ranks}
-    waits = {r.rank: [m for m in r.waits_for if m in by_rank and not _meet(r, by_rank[m])] for r in ranks}
-    wanted = {m for needs in waits.values() for m in needs}
-    return [by_rank[m] for m in sorted(wanted) if not waits[m]] or [by_rank[m] for m in sorted(wanted)]
+    waits = {r.rank: {m for m in r.waits_for if not _meet(r, by_rank[m])} for r in ranks}
+    for _ in ranks:  # whom a rank waits for, directly or through others
+        waits = {rank: needs.union(*(waits[m] for m in needs)) for rank, needs in waits.items()}
+    wanted = set().union(*waits.values())
+    return [by_rank[rank] for rank in sorted(wanted) if all(rank in waits[m] for m in waits[rank])]
 
 
 def describe(ranks: Sequence[RankView], timeout_s: float) -> str:
@@ -60,42 +62,37 @@ def describe(ranks: Sequence[RankView], timeout_s: float) -> str:
     """
     found = culprits(ranks)
     others = [r for r in ranks if r not in found and r.state == "runs"]
+    what, advice = _what(found, timeout_s)
+    if found:
+        hosts = list(dict.fromkeys(r.host for r in found))
+        names = [r.name for r in found[:MAX_NAMED]] + [f"{len(found) - MAX_NAMED} more"] * (len(found) > MAX_NAMED)
+        what = f"{_listed(names)} on {_listed(hosts[:MAX_NAMED])} {what}"
+    parts = [what, *_places(others), f"{advice}; then start again with --auto-resume"]
+    return "; ".join(parts)
+
+
+def _what(found: Sequence[RankView], timeout_s: float) -> tuple[str, str]:
+    """What happened to the culprits, told of the first, and what to do about it."""
+    slow = "if it was only slow, raise --progress-timeout-s"
     if not found:
+        return f"no rank goes on since {timeout_s:g} s, though none is missing", f"look at the network; {slow}"
+    first = found[0]
+    seen = f"(process {first.pid}, last seen {first.step} {first.at})"
+    if first.state == "died":
         return (
-            f"no rank went on for {timeout_s:g} s, though none is missing: {_places(others)}; look at the network "
-            "between the hosts; if it is only slow, raise --progress-timeout-s; then start again with --auto-resume"
+            f"died {seen}",
+            "look for its signal in the launcher's lines or the kernel's log (9: often out of memory)",
         )
-    first, more = found[0], found[1:MAX_NAMED]
-    what, advice = _what(first, timeout_s)
-    text = f"{first.name} on {first.host} {what}"
-    if more:
-        text += ", and so did " + ", ".join(f"{r.name} on {r.host}" for r in more)
-    if len(found) > MAX_NAMED:
-        text += f" and {len(found) - MAX_NAMED} more"
-    if others:
-        text += f"; the others: {_places(others)}"
-    return f"{text}; {advice}"
-
-
-def _what(rank: RankView, timeout_s: float) -> tuple[str, str]:
-    """What happened to a rank, and what to do about it."""
-    again = "then start again with --auto-resume"
-    if rank.state == "died":
-        what = f"died {rank.step} (process {rank.pid}, last seen {rank.at})"
-        return (
-            what,
-            f"look for its signal in the launcher's lines or the kernel's log (9: often out of memory), {again}",
-        )
-    if rank.state == "stopped":
-        what = f"was stopped by a signal {rank.step} (process {rank.pid}, last seen {rank.at})"
-        return what, f"end that process (kill -9 {rank.pid} on {rank.host}), {again}"
-    if rank.state == "silent":
-        what = f"gave no sign of life for {timeout_s:g} s {rank.step} (process {rank.pid}, last seen {rank.at})"
-        return what, f"see whether {rank.host} and the network to it are up, {again}"
-    if rank.state == "left":
-        return f"has ended {rank.step}, and others still wait for it", "this is a bug; please report it"
-    hangs = f"hangs {rank.step} {rank.at}; others have waited for {timeout_s:g} s"
-    return hangs, f"if it is only slow there, raise --progress-timeout-s; {again}"
+    if first.state == "stopped":
+        return f"was stopped by a signal {seen}", f"end what is stopped (kill -9 {first.pid})"
+    if first.state == "silent":
+        what = f"gave no sign of life for {timeout_s:g} s {seen}"
+        return what, f"see whether {first.host} and the network to it are up"
+    if first.state == "left":
+        return f"ended {first.step}, and others still wait", "please report this bug"
+    if len(found) > 1:
+        return f"wait for each other since {timeout_s:g} s: {', '.join(_places(found))}", slow
+    return f"hangs {first.step} {first.at}; others wait since {timeout_s:g} s", slow
 
 
 def _meet(a: RankView, b: RankView) -> bool:
@@ -106,19 +103,24 @@ def _meet(a: RankView, b: RankView) -> bool:
     return b.collective == a.collective and {a.rank, *a.waits_for} == {b.rank, *b.waits_for}
 
 
-def _places(ranks: Iterable[RankView]) -> str:
+def _places(ranks: Iterable[RankView]) -> list[str]:
     """Where ranks are, those at one place together."""
-    by_place = defaultdict(list)
+    by_place: dict[str, list[RankView]] = defaultdict(list)
     for rank in ranks:
-        by_place[("waits " if rank.collective else "") + rank.at].append(rank.rank)
-    shown = [f"{_numbers(numbers)} {at}" for at, numbers in list(by_place.items())[:MAX_NAMED]]
-    if len(by_place) > MAX_NAMED:
-        shown.append(f"{len(by_place) - MAX_NAMED} places more")
-    return ", ".join(shown)
+        by_place[rank.at].append(rank)
+    shown = [f"{_who(found)} {at}" for at, found in list(by_place.items())[:MAX_NAMED]]
+    return shown + [f"{len(by_place) - MAX_NAMED} places more"] * (len(by_place) > MAX_NAMED)
 
 
-def _numbers(ranks: Sequence[int]) -> str:
+def _who(ranks: Sequence[RankView]) -> str:
+    """Subject and verb: "ranks 0 and 1 wait"."""
+    waits = ranks[0].collective is not None
     if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    listed = ", ".join(map(str, ranks[:MAX_NAMED]))
-    return f"ranks {listed}" + (f" and {len(ranks) - MAX_NAMED} more" if len(ranks) > MAX_NAMED else "")
+        return f"rank {ranks[0].rank}" + (" waits" if waits else " is")
+    numbers = [str(r.rank) for r in ranks[:MAX_NAMED]] + [f"{len(ranks) - MAX_NAMED} more"] * (len(ranks) > MAX_NAMED)
+    return f"ranks {_listed(numbers)}" + (" wait" if waits else " are")
+
+
+def _listed(words: Sequence[str]) -> str:
+    """The words as English lists them."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

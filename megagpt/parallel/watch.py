@@ -68,12 +68,12 @@ class Watch:
             if thread:
                 thread.folder = folder
 
-    def leave(self, timeout_s: float | None = None) -> None:
+    def leave(self) -> None:
         """Take leave in good order; rank 0 waits until all have, and watches over them meanwhile."""
         if self._thread:
             self._thread.leave()
         if self._judge:
-            self._judge.join(timeout_s)
+            self._judge.join()
 
     def doubt(self, error: BaseException) -> None:
         """Wait a little whether an error comes from the loss of another rank; if so, this process ends here."""
@@ -139,8 +139,9 @@ class WatchThread(threading.Thread):
         self._rank, self._wire, self._timeout_s, self._judges = rank, wire, timeout_s, judges
         self._hello = {"token": token, "rank": rank, "host": socket.gethostname(), "machine": machine_id()}
         self._peers: list[dict[str, Any]] = []
-        self._rank_0 = RankView(0, "rank 0")
-        self._farewell: dict[str, Any] | None = None  # what the main thread wants said at the end
+        self._rank_0 = RankView(0, "rank 0 (pipe 0, data 0, model 0)")
+        self._leaves = threading.Event()  # the main thread wants it to take leave
+        self._failure: int | None = None  # the main thread wants it to say that this rank failed
         self._condemned = threading.Event()  # this process will be ended
         self._acknowledged = threading.Event()  # this process speaks for all
         self._heard_s = time.monotonic()
@@ -148,7 +149,7 @@ class WatchThread(threading.Thread):
     # Called by the main thread
 
     def leave(self) -> None:
-        self._farewell = {"bye": True}
+        self._leaves.set()
         self.join(ANSWER_S)
 
     def doubt(self, error: BaseException) -> None:
@@ -157,7 +158,7 @@ class WatchThread(threading.Thread):
             self._wait_for_the_end()
 
     def fail(self, exit_code: int) -> None:
-        self._farewell = {"failed": exit_code}
+        self._failure = exit_code
         self._acknowledged.wait(ANSWER_S)
         if self._condemned.is_set():
             self._wait_for_the_end()
@@ -180,7 +181,7 @@ class WatchThread(threading.Thread):
         with selectors.DefaultSelector() as selector:
             selector.register(self._wire.socket, selectors.EVENT_READ)
             next_beat_s = 0.0
-            while not (self._farewell and "bye" in self._farewell):
+            while not self._leaves.is_set():
                 for message in self._wire.receive() if selector.select(LOOK_S) else []:
                     self._obey(message)
                 now_s = time.monotonic()
@@ -188,19 +189,20 @@ class WatchThread(threading.Thread):
                 if now_s >= next_beat_s:
                     next_beat_s = now_s + BEAT_S
                     self._wire.send(beat=self.activity.report())
-                if self._farewell:
-                    self._wire.send(**self._farewell)
-                    self._farewell = {}
+                if self._failure is not None:
+                    self._wire.send(failed=self._failure)
+                    self._failure = None
                 if self._wire.ended or now_s - self._heard_s > self._timeout_s:
                     return self._judge_is_lost()
-        self._wire.send(**self._farewell)
+        self._wire.send(beat=self.activity.report(), bye=True)
         self._wire.close()
 
     def _obey(self, message: dict[str, Any]) -> None:
         self._heard_s = time.monotonic()
         if "peers" in message:
             self._peers = message["peers"]
-        if "pulse" in message:
+            self._rank_0 = RankView(**message["pulse"])
+        elif "pulse" in message:
             self._rank_0 = RankView(**message["pulse"])
         if "where" in message:
             self._condemned.set()
@@ -219,7 +221,7 @@ class WatchThread(threading.Thread):
         return {
             "collective": collective,
             "waits_for": needs or [],
-            "stack": stack(),
+            "stack": failed.stack if (failed := self.activity.failed_at) else stack(),
             "flight_recorder": flight_record(),
             "seen": [(p["pid"], process_state(p["pid"])) for p in silent if p["machine"] == here],
         }
