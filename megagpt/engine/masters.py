@@ -20,8 +20,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from megagpt.checkpoint.pieces import MOMENTS, WEIGHT
 from megagpt.engine.named import Named
-from megagpt.engine.storage import MOMENTS, WEIGHT
 
 if TYPE_CHECKING:
     from megagpt.engine.engine import Engine
@@ -138,5 +138,7 @@ def _write_zero_3(engine: Engine, parameter: nn.Parameter, key: str, local: Tens
     if key == WEIGHT:
         safe_set_local_fp32_param(parameter, mine)
         shard.data.copy_(mine.view_as(shard))
+        if parameter.numel() == local.numel():  # a small one, which DeepSpeed keeps whole between steps
+            parameter.data.copy_(local)
     else:
         safe_set_local_optimizer_state(parameter, mine, key)
