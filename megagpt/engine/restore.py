@@ -56,12 +56,10 @@ def damage_of(folder: Path, keys: Iterable[str] | None = None) -> list[str]:
     """
     try:
         hashes = read_tables(folder)
-        names = sorted(hashes)
     except UserError as error:
-        found, names, hashes = [str(error)], [], {}
+        found = [str(error)]
     else:
-        if keys is not None:
-            names = [n for n in names if not n.endswith(".safetensors") or n.split("-")[0] in set(keys)]
+        names = [n for n in sorted(hashes) if keys is None or n.split("-")[0] in set(keys)]
         found = sums.damage(folder, names[dist.get_rank() :: dist.get_world_size()], hashes)
     ranks: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(ranks, found)
@@ -96,7 +94,7 @@ def _first(path: str | Path, newest_will_do: bool) -> Path:
     try:
         return folders.find(path)
     except UserError:
-        newest = folders.checkpoints_of(Path(str(path).rpartition("@")[0] or path))[-1:]
+        newest = folders.checkpoints_of(folders.run_of(path))[-1:]
         if not newest_will_do or not newest:
             raise
         return newest[0]
