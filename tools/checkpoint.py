@@ -79,7 +79,7 @@ def _inspect(args: argparse.Namespace) -> None:
             "checkpoint": folder,
             "origin": at.origin or "saved by a run",
             "step": f"{at.step:,}, {at.samples:,} samples, {at.tokens:,} tokens",
-            "validation loss": at.validation_loss,
+            "validation loss": "not measured" if at.validation_loss is None else at.validation_loss,
             "learning rate": at.lr,
             "written by": _layout(at),
             "parameters": f"{n_parameters:,}",
