@@ -181,8 +181,10 @@ def _export(args: argparse.Namespace) -> None:
     print("loading torch and transformers ...", file=sys.stderr)
     from megagpt.hf_export import export  # seconds, which no other command should take
 
-    worst = export(source, args.out)
-    print(f"wrote {args.out}; logits of transformers' own model differ by {worst:.1e} of the largest at most")
+    exported = export(source, args.out)
+    print(f"wrote {args.out}; logits of transformers' own model differ by {exported.worst:.1e} of the largest at most")
+    if exported.note:
+        print(f"note: {exported.note}")
 
 
 def _import(args: argparse.Namespace) -> None:
