@@ -358,10 +358,37 @@ def test_index_of_another_bin(dataset_prefix: str, tmp_path: Path, run_tool) -> 
     run_tool("inspect_data", dataset_prefix, "--verify").refused(str(bin_file), "SHA-256")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"tokenizer": 5}', "\xff"])
-def test_side_file(text: str, dataset_prefix: str, run_tool) -> None:
-    Path(f"{dataset_prefix}.json").write_bytes(text.encode("latin-1"))
-    run_tool("inspect_data", dataset_prefix).refused(f"{dataset_prefix}.json")
+SIDE_FILES = {
+    "cut": (lambda data: data[:20], ["line 2"]),
+    "empty": (lambda data: b"", ["line 1"]),
+    "no object": (lambda data: b"[]", ["list"]),
+    "another type": (lambda data: data.replace(b"257", b'"257"'), ["'vocab_size'", "'257'", "int"]),
+    "a key missing": (lambda data: data.replace(b"vocab_size", b"vocab-size"), ["'vocab_size' is missing"]),
+    "an unknown key": (lambda data: data.replace(b"{", b'{"x": 1, ', 1), ["unknown key 'x'"]),
+    "another value": (lambda data: data.replace(b"257", b"258"), ["'json_sha256'"]),
+    "not UTF-8": (lambda data: b"\xff" + data, ["byte 0", "UTF-8"]),
+    "nesting": (lambda data: b"[" * 100_000, ["JSON"]),
+    "a huge integer": (lambda data: b"1" * 100_000, ["JSON"]),
+    "too large": (lambda data: data + b" " * (2 << 20), ["1048576 bytes"]),
+}
+
+
+@pytest.mark.parametrize("case", SIDE_FILES)
+def test_side_file(case: str, dataset_prefix: str, run_tool) -> None:
+    change, words = SIDE_FILES[case]
+    side = Path(f"{dataset_prefix}.json")
+    side.write_bytes(change(side.read_bytes()))
+    run_tool("inspect_data", dataset_prefix).refused(f"{side}: ", *words)
+
+
+def test_a_side_file_that_is_no_file(dataset_prefix: str, run_tool) -> None:
+    side = Path(f"{dataset_prefix}.json")
+    side.unlink()
+    os.mkfifo(side)
+    run_tool("inspect_data", dataset_prefix).refused(f"{side}: not a regular file")
+    side.unlink()
+    side.symlink_to(side)
+    run_tool("inspect_data", dataset_prefix).refused(f"{side}: ", "symbolic links")
 
 
 def test_bin_that_shrinks_while_open(dataset_prefix: str) -> None:
