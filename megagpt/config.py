@@ -177,7 +177,9 @@ class DataConfig:
     split: Annotated[str, arg(aliases=["--split"])] = "949,50,1"
     """Shares of documents for train, validation, test."""
     cache_dir: str | None = None
-    """Where the default corpus, tokenizers and sample maps are kept; default $XDG_CACHE_HOME/megagpt."""
+    """Where the default corpus and its tokenizer are kept; default $XDG_CACHE_HOME/megagpt."""
+    verify: bool = False
+    """Read all the data first: the hash of each .bin, every token (without it: index, hash of it, size of .bin)."""
     tokenizer: Annotated[Literal["gpt2", "sentencepiece", "hf", "bytes"] | None, arg(aliases=["--tokenizer"])] = None
     """Kind of the tokenizer; default: the one recorded beside the data."""
     tokenizer_model: Annotated[str | None, arg(aliases=["--tokenizer-model"])] = None
