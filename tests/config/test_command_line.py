@@ -117,6 +117,7 @@ BAD_YAML = {
 }
 
 
+@pytest.mark.bad_input(49)
 @pytest.mark.parametrize("name", BAD_YAML)
 def test_bad_yaml_is_one_line_that_names_the_file(name, tmp_path, monkeypatch):
     text, expected = BAD_YAML[name]
@@ -171,6 +172,7 @@ BAD_FLAGS = {
 }
 
 
+@pytest.mark.bad_input(49)
 @pytest.mark.parametrize("name", BAD_FLAGS)
 def test_bad_flags_are_one_line(name):
     argv, expected = BAD_FLAGS[name]
