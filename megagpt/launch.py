@@ -24,6 +24,7 @@ from megagpt.cli import parse_run_config
 from megagpt.config import RunConfig
 from megagpt.data.blend import parse_data_path
 from megagpt.data.corpus import default_cache_dir, default_corpus
+from megagpt.data.indexed import IndexedDataset
 from megagpt.data.tokenizer import tokenizer_for
 from megagpt.errors import UserError, run_cli
 from megagpt.plan.plan import make_plan
@@ -57,6 +58,9 @@ def _pretrain(argv: Sequence[str]) -> None:
     guess = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1)
     make_plan(dataclasses.replace(config, model=guess), needed if start_ranks else world_size)
     config = with_text(config)
+    if world_size == 1:  # several ranks agree first on who speaks (train.py): each machine may have its own copy
+        for _, prefix in parse_data_path(config.data.data_path):
+            IndexedDataset(prefix)
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
     if start_ranks:
