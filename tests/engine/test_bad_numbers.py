@@ -134,7 +134,7 @@ def case(layout: Layout, precision: str, *plants: Plant) -> Any:
     return pytest.param(layout, precision, plants, id=f"{layout}-{precision}")
 
 
-UP, NORM = "blocks.2.mlp.up.weight", "blocks.2.norm_1.gain"
+UP, NORM = "blocks.2.mlp.up.weight", "blocks.2.norm_1.weight"
 
 
 @pytest.mark.parametrize(("layout", "precision", "plants"), [
