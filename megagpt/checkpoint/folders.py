@@ -37,7 +37,7 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 def step_of(folder: Path) -> int:
     """The step that a checkpoint folder is named after."""
-    match = _NAME.fullmatch(folder.name)
+    match = _NAME.fullmatch(folder.name.removesuffix(REPLACED))
     assert match, folder
     return int(match[1])
 
@@ -48,12 +48,9 @@ def find(path: str | Path) -> Path:
     Raises UserError naming what is there instead. Hashes are not looked at (`sums.damage` does), but for the one that
     `latest` has.
     """
-    if (Path(path) / sums.NAME).exists() or _NAME.fullmatch(Path(path).name):
+    if _is_checkpoint(Path(path)):
         return Path(path)
-    text, at, which = str(path).rpartition("@")
-    if not at or Path(path).exists():
-        text, which = str(path), LATEST
-    run = Path(text)
+    run, which = _split(path)
     if which == LATEST:
         return pointed(run)
     if which == BEST:
@@ -108,11 +105,15 @@ def best_of(run: Path) -> Path | None:
     return min(measured, key=lambda pair: pair[0])[1] if measured else None
 
 
-def drop_old(run: Path, config: CheckpointConfig) -> list[Path]:
-    """Delete what the keep rules do not keep, and return it. Without keep_last nothing is ever deleted."""
+def drop_old(newest: Path, config: CheckpointConfig) -> list[Path]:
+    """Delete what the keep rules do not keep after `newest` was saved, and return it. Without keep_last: nothing.
+
+    Checkpoints of later steps, from before the run went back to an earlier one, are nobody's to delete here.
+    """
     if config.keep_last is None:
         return []
-    found = checkpoints_of(run)
+    run = newest.parent.parent
+    found = [p for p in checkpoints_of(run) if step_of(p) <= step_of(newest)]
     kept = set(found[-config.keep_last :])
     if config.keep_every is not None:
         kept |= {p for p in found if step_of(p) % config.keep_every == 0}
@@ -133,13 +134,29 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def clear_unfinished(run: Path) -> None:
-    """Delete what crashes left. Only the holder of the run's lock may do this."""
+def mend(run: Path) -> None:
+    """Clear up what a crash left. Only the holder of the run's lock may do this."""
     for path in (run / "checkpoints").glob("*.tmp"):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+    for replaced in (run / "checkpoints").glob(f"*{REPLACED}"):
+        if pointed(run) == replaced:  # its successor has no pointer yet, or not even its name
+            final = replaced.with_name(replaced.name.removesuffix(REPLACED))
+            if final.exists():
+                remove(final)
+            os.replace(replaced, final)
+        else:
+            remove(replaced)
+
+
+def run_of(path: str | Path) -> Path:
+    """The run folder that what --load means lies in."""
+    if _is_checkpoint(Path(path)):
+        return Path(path).parent.parent
+    run, _ = _split(path)
+    return run
 
 
 @contextmanager
@@ -161,6 +178,16 @@ def locked(run: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return _NAME.fullmatch(path.name) is not None or (path / sums.NAME).exists()
+
+
+def _split(path: str | Path) -> tuple[Path, str]:
+    """RUN@STEP -> (RUN, STEP); RUN -> (RUN, latest)."""
+    run, at, which = str(path).rpartition("@")
+    return (Path(run), which) if at and not Path(path).exists() else (Path(path), LATEST)
 
 
 def _best(run: Path) -> Path:

@@ -7,6 +7,7 @@ it wrote; `latest` moves after that. A crash at any moment leaves the checkpoint
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -170,7 +171,7 @@ def assign_writers(parameters: list[Named], mesh: Mesh) -> dict[str, int]:
     chosen = {}
     for named in parameters:
         data_rank = loads.index(min(loads))
-        loads[data_rank] += named.parameter.numel() if named.owned else 0
+        loads[data_rank] += math.prod(named.part.shape) if named.owned else 0
         chosen[named.name] = data_rank
     return chosen
 
@@ -245,12 +246,13 @@ def _commit(parts: list[Written], temporary: Path, final: Path, at: State, confi
         replace_text(temporary / sums.NAME, sums.to_text(hashes))
         replaced = final.with_name(final.name + folders.REPLACED)
         if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             os.replace(final, replaced)
         os.replace(temporary, final)
         flush(final.parent)
         folders.point_to(final)
         shutil.rmtree(replaced, ignore_errors=True)
-        folders.drop_old(final.parent.parent, config)
+        folders.drop_old(final, config)
     except OSError as error:
         raise UserError(_cannot_write(final, error)) from error
 
