@@ -49,9 +49,7 @@ class Sighting:
         return self.micro_batch, backward, -self.layer if backward else self.layer, self.order, self.rank
 
 
-def retry_under_watch(
-    engine: Engine, step: int, batches: Iterable[MicroBatch]
-) -> tuple[StepResult, Sighting | None]:
+def retry_under_watch(engine: Engine, step: int, batches: Iterable[MicroBatch]) -> tuple[StepResult, Sighting | None]:
     """Do the skipped step `step` again: its result now, and where it went wrong first, the same on all ranks.
 
     None where no module did: only in what was added up over micro-batches and ranks.
@@ -97,11 +95,9 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         layers = _layers(self._engine.module)
-        for number, (name, layer) in enumerate(layers):
-            self._handles += [
-                layer.register_forward_pre_hook(lambda _, inputs, first=number == 0: self._begin(inputs[0][1], first)),
-                layer.register_forward_hook(lambda *_: self._end()),
-            ]
+        self._handles.append(layers[0][1].register_forward_pre_hook(self._next_micro_batch))
+        for name, layer in layers:
+            self._handles += [layer.register_forward_pre_hook(self._begin), layer.register_forward_hook(self._end)]
             for module_name, module in layer.named_modules(prefix=name):
                 if not list(module.children()):
                     self._watch_module(module_name, module, _depth(name))
@@ -113,12 +109,13 @@ class _Watch:
         for handle in self._handles:
             handle.remove()
 
-    def _begin(self, sample_ids_B: Tensor, first: bool) -> None:
-        self._now = sample_ids_B.detach().cpu()
-        if first:
-            self._seen.append(self._now)
+    def _next_micro_batch(self, _layer: nn.Module, inputs: tuple[tuple[Tensor, Tensor]]) -> None:
+        self._seen.append(inputs[0][1].cpu())
 
-    def _end(self) -> None:
+    def _begin(self, _layer: nn.Module, _inputs: object) -> None:
+        self._now = self._seen[-1]
+
+    def _end(self, *_: object) -> None:
         self._now = None
 
     def _watch_module(self, name: str, module: nn.Module, layer: int) -> None:
@@ -131,9 +128,7 @@ class _Watch:
             for value in _floats(output):
                 self._look(value, name, "output", layer, samples)
                 if value.requires_grad and samples is not None:
-                    value.register_hook(
-                        lambda grad: self._look(grad, name, "gradient of the output", layer, samples)
-                    )
+                    value.register_hook(lambda grad: self._look(grad, name, "gradient of the output", layer, samples))
 
         self._handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 

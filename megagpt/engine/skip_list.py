@@ -38,7 +38,7 @@ def read_rewinds(run: Path) -> list[Rewind]:
         return []
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path}: not a list of rewinds ({error}); delete it, and name the steps to leave out by --faults.skip-steps"
+            f"{path}: not a list of rewinds ({error}); delete it, and name the steps to leave out: --faults.skip-steps"
         ) from None
 
 

@@ -83,7 +83,7 @@ def build_module(config: RunConfig, plan: Plan, mesh: Mesh) -> tuple[GPT | GPTSt
 
 
 def global_grad_norm(parameters: list[Named], mesh: Mesh) -> Tensor:
-    """√ of the sum of squares over the whole model, each logical element counted once; not finite if any of them is not.
+    """√ of the sum of squares over the whole model, each logical element counted once; not finite if any is not.
 
     Comm: all-reduce of one number over the model axis and one over the pipe axis.
     """

@@ -1,19 +1,19 @@
-"""NaN and Inf, planted in one place on one rank: no rank moves, and the run goes on as if the step had been left out."""
+"""NaN and Inf, planted in one place of one rank: no rank moves, and the run goes on as if the step was left out."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from megagpt.checkpoint.pieces import MOMENTS, WEIGHT
 from megagpt.config import ModelConfig, RunConfig
 from megagpt.engine.engine import Engine, StepResult
-from megagpt.checkpoint.pieces import MOMENTS, WEIGHT
 from megagpt.engine.masters import read, read_counters
 from megagpt.engine.stages import GPTStage
 from megagpt.model.gpt import Head
@@ -137,22 +137,98 @@ def case(layout: Layout, precision: str, *plants: Plant) -> Any:
 UP, NORM = "blocks.2.mlp.up.weight", "blocks.2.norm_1.weight"
 
 
-@pytest.mark.parametrize(("layout", "precision", "plants"), [
-    case(Layout(micro_batch_size=2), "fp32", Plant("gradient", UP, 0), Plant("loss", "", 0, torch.inf)),
-    case(Layout(tp=2, micro_batch_size=2), "fp32", Plant("gradient", UP, 1), Plant("gradient", NORM, 1), Plant("activation", "blocks.1/mlp.up", 1, -torch.inf)),
-    case(Layout(tp=2, zero_stage=1, micro_batch_size=2), "fp32", Plant("gradient", UP, 1), Plant("gradient", NORM, 1), Plant("loss", "", 1, torch.inf)),
-    case(Layout(tp=2, zero_stage=1, micro_batch_size=2), "bf16", Plant("gradient", UP, 1), Plant("gradient", NORM, 1), Plant("loss", "", 1, torch.inf)),
-    case(Layout(tp=2, dp=2, zero_stage=2, micro_batch_size=2), "fp32", Plant("gradient", UP, 3), Plant("gradient", NORM, 3), Plant("gradient", NORM, 1), Plant("loss", "", 2, torch.inf)),
-    case(Layout(tp=2, dp=2, zero_stage=3, micro_batch_size=2), "fp32", Plant("gradient", UP, 3), Plant("gradient", NORM, 3),Plant("gradient", NORM, 1), Plant("loss", "", 2, torch.inf)),
-    case(Layout(tp=2, dp=2, zero_stage=3, micro_batch_size=2), "bf16", Plant("gradient", UP, 3), Plant("gradient", NORM, 3), Plant("loss", "", 2, torch.inf)),
-    case(Layout(pp=2, micro_batch_size=2), "fp32", Plant("gradient", UP, 1), Plant("activation", "blocks.0/norm_1", 0), Plant("loss", "", 1, torch.inf)),
-    case(Layout(pp=2, zero_stage=1, micro_batch_size=2), "bf16", Plant("gradient", UP, 1), Plant("activation", "blocks.0/norm_1", 0), Plant("loss", "", 1, torch.inf)),
-    case(Layout(dp=2, micro_batch_size=2), "fp32", Plant("gradient", UP, 1), Plant("loss", "", 1, torch.inf)),
-    case(Layout(dp=2, zero_stage=1, micro_batch_size=2), "bf16", Plant("gradient", UP, 1), Plant("loss", "", 1, torch.inf)),
-    case(Layout(dp=2, zero_stage=2, micro_batch_size=2), "bf16", Plant("gradient", UP, 1), Plant("loss", "", 1, torch.inf)),
-    case(Layout(tp=2, pp=2, micro_batch_size=2), "fp32", Plant("gradient", UP, 3), Plant("gradient", NORM, 3), Plant("loss", "", 3, torch.inf)),
-    case(Layout(tp=2, pp=2, zero_stage=1, micro_batch_size=2), "bf16", Plant("gradient", UP, 3), Plant("gradient", NORM, 3), Plant("gradient", "embedding.tokens.weight", 2), Plant("loss", "", 3, torch.inf)),
-])
+@pytest.mark.parametrize(
+    ("layout", "precision", "plants"),
+    [
+        case(Layout(micro_batch_size=2), "fp32", Plant("gradient", UP, 0), Plant("loss", "", 0, torch.inf)),
+        case(
+            Layout(tp=2, micro_batch_size=2),
+            "fp32",
+            Plant("gradient", UP, 1),
+            Plant("gradient", NORM, 1),
+            Plant("activation", "blocks.1/mlp.up", 1, -torch.inf),
+        ),
+        case(
+            Layout(tp=2, zero_stage=1, micro_batch_size=2),
+            "fp32",
+            Plant("gradient", UP, 1),
+            Plant("gradient", NORM, 1),
+            Plant("loss", "", 1, torch.inf),
+        ),
+        case(
+            Layout(tp=2, zero_stage=1, micro_batch_size=2),
+            "bf16",
+            Plant("gradient", UP, 1),
+            Plant("gradient", NORM, 1),
+            Plant("loss", "", 1, torch.inf),
+        ),
+        case(
+            Layout(tp=2, dp=2, zero_stage=2, micro_batch_size=2),
+            "fp32",
+            Plant("gradient", UP, 3),
+            Plant("gradient", NORM, 3),
+            Plant("gradient", NORM, 1),
+            Plant("loss", "", 2, torch.inf),
+        ),
+        case(
+            Layout(tp=2, dp=2, zero_stage=3, micro_batch_size=2),
+            "fp32",
+            Plant("gradient", UP, 3),
+            Plant("gradient", NORM, 3),
+            Plant("gradient", NORM, 1),
+            Plant("loss", "", 2, torch.inf),
+        ),
+        case(
+            Layout(tp=2, dp=2, zero_stage=3, micro_batch_size=2),
+            "bf16",
+            Plant("gradient", UP, 3),
+            Plant("gradient", NORM, 3),
+            Plant("loss", "", 2, torch.inf),
+        ),
+        case(
+            Layout(pp=2, micro_batch_size=2),
+            "fp32",
+            Plant("gradient", UP, 1),
+            Plant("activation", "blocks.0/norm_1", 0),
+            Plant("loss", "", 1, torch.inf),
+        ),
+        case(
+            Layout(pp=2, zero_stage=1, micro_batch_size=2),
+            "bf16",
+            Plant("gradient", UP, 1),
+            Plant("activation", "blocks.0/norm_1", 0),
+            Plant("loss", "", 1, torch.inf),
+        ),
+        case(Layout(dp=2, micro_batch_size=2), "fp32", Plant("gradient", UP, 1), Plant("loss", "", 1, torch.inf)),
+        case(
+            Layout(dp=2, zero_stage=1, micro_batch_size=2),
+            "bf16",
+            Plant("gradient", UP, 1),
+            Plant("loss", "", 1, torch.inf),
+        ),
+        case(
+            Layout(dp=2, zero_stage=2, micro_batch_size=2),
+            "bf16",
+            Plant("gradient", UP, 1),
+            Plant("loss", "", 1, torch.inf),
+        ),
+        case(
+            Layout(tp=2, pp=2, micro_batch_size=2),
+            "fp32",
+            Plant("gradient", UP, 3),
+            Plant("gradient", NORM, 3),
+            Plant("loss", "", 3, torch.inf),
+        ),
+        case(
+            Layout(tp=2, pp=2, zero_stage=1, micro_batch_size=2),
+            "bf16",
+            Plant("gradient", UP, 3),
+            Plant("gradient", NORM, 3),
+            Plant("gradient", "embedding.tokens.weight", 2),
+            Plant("loss", "", 3, torch.inf),
+        ),
+    ],
+)
 def test_a_bad_step_is_as_one_left_out(layout, precision, plants):
     ranks = run_ranks(both_runs, layout.world_size, config_of(layout, precision), layout.dp, plants)
     for rank, ((kept, _, counters, tensors), *runs) in enumerate(ranks):
@@ -162,4 +238,6 @@ def test_a_bad_step_is_as_one_left_out(layout, precision, plants):
             assert untouched, (rank, plant)
             assert their_counters == counters and counters["skipped_steps"] == 1
             assert same(tensors, their_tensors), (rank, plant)
-            assert [(r.grad_norm, r.loss) for r in results if not r.skipped] == [(r.grad_norm, r.loss) for r in ranks[0][1][1] if not r.skipped]
+            assert [(r.grad_norm, r.loss) for r in results if not r.skipped] == [
+                (r.grad_norm, r.loss) for r in ranks[0][1][1] if not r.skipped
+            ]
