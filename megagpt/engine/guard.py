@@ -141,7 +141,8 @@ class Guard:
         if weight:
             raise RankError(
                 f"step {step + 1}: the weight {weight.module} holds a NaN or Inf on {weight.place}, host "
-                f"{weight.host}: this run cannot recover; go back to its last checkpoint: --load {self._notes.run} (more: {place})",
+                f"{weight.host}: this run cannot recover; go back to its last checkpoint: --load {self._notes.run} "
+                f"(more: {place})",
                 speaks=rank == 0,
             )
         if self._n_bad >= self._faults.max_bad_steps:

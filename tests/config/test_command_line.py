@@ -240,7 +240,9 @@ configs = st.builds(
     ),
     data=st.builds(DataConfig, data_path=st.lists(words, max_size=3).map(tuple), split=words),
     optim=st.builds(OptimConfig, lr=rates, eps=rates, clip=st.floats(0, 1e6), decay_steps=st.none() | st.integers(1)),
-    checkpoint=st.builds(CheckpointConfig, save=st.none() | words | st.sampled_from(["1e-4", "null", "0.7", "yes", "2020-01-01"])),
+    checkpoint=st.builds(
+        CheckpointConfig, save=st.none() | words | st.sampled_from(["1e-4", "null", "0.7", "yes", "2020-01-01"])
+    ),
 )
 
 
