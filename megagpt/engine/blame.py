@@ -97,10 +97,10 @@ class _Watch:
         layers = _layers(self._engine.module)
         self._handles.append(layers[0][1].register_forward_pre_hook(self._next_micro_batch))
         for name, layer in layers:
-            self._handles += [layer.register_forward_pre_hook(self._begin), layer.register_forward_hook(self._end)]
+            self._handles.append(layer.register_forward_pre_hook(self._begin))
             for module_name, module in layer.named_modules(prefix=name):
-                if not list(module.children()):
-                    self._watch_module(module_name, module, _depth(name))
+                self._watch_module(module_name, module, _depth(name))
+            self._handles.append(layer.register_forward_hook(self._end))
         for named in self._engine.parameters:
             self._watch_parameter(named.name, named.parameter, _depth(named.name))
         return self
@@ -191,5 +191,6 @@ def _depth(name: str) -> int:
 
 
 def _floats(values: Any) -> list[Tensor]:
-    values = values if isinstance(values, tuple) else (values,)
-    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    if isinstance(values, tuple):
+        return [tensor for value in values for tensor in _floats(value)]
+    return [values] if isinstance(values, Tensor) and values.is_floating_point() else []

@@ -11,6 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megagpt.checkpoint.state import State
 from megagpt.config import skipped_steps
 from megagpt.data.loader import MicroBatch, positions_of
@@ -63,10 +65,13 @@ class Guard:
         if step + 1 in self._left_out:
             return self._engine.skip_step(step)
         result = self._engine.train_step(step, self._batches(step))
-        if is_bad(result, self._config.train.precision):
-            return self._explain(step, result)
-        self._n_bad = self._n_bad if result.skipped else 0
-        return result
+        if not result.skipped:
+            self._n_bad = 0
+            return result
+        result = replace(result, loss=_worst(result.loss))
+        if self._config.train.precision == "fp16" and math.isfinite(result.loss):
+            return result  # gradients overflow now and then, which lowers the loss scale
+        return self._explain(step, result)
 
     def spike(self, step: int, result: StepResult, last_checkpoint: int | None) -> bool:
         """Whether to go back to the last checkpoint because of a spike; its step is left out from then on.
@@ -153,9 +158,11 @@ class Guard:
             )
 
 
-def is_bad(result: StepResult, precision: str) -> bool:
-    """Whether a step was skipped for a NaN or Inf; in fp16 gradients overflow now and then, which lowers the scale."""
-    return result.skipped and not (precision == "fp16" and math.isfinite(result.loss))
+def _worst(loss: float) -> float:
+    """The loss, or the one of another rank that is not finite: a rank alone may have computed wrongly."""
+    losses = [loss] * dist.get_world_size()
+    dist.all_gather_object(losses, loss)
+    return next((value for value in losses if not math.isfinite(value)), loss)
 
 
 def _values(result: StepResult) -> str:
