@@ -70,10 +70,10 @@ def weight_not_finite(engine: Engine) -> Sighting | None:
     """
     mine = None
     for layer, named in enumerate(engine.parameters):
-        values = named.held
-        if not bool(torch.isfinite(values).all()):
-            mine = _sighting(engine, named.name, "weight", values, 0, [], layer, 0)
-            break
+        shard = getattr(named.parameter, "ds_tensor", None)  # ZeRO 3 computes with small ones whole, with others by it
+        for values in (named.parameter.detach(), *([] if shard is None else [shard])):
+            if mine is None and not bool(torch.isfinite(values).all()):
+                mine = _sighting(engine, named.name, "weight", values, 0, [], layer, 0)
     found: list[Sighting | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return next((s for s in found if s is not None), None)

@@ -22,7 +22,7 @@ def check_ranks(engine: Engine, step: int) -> None:
     """
     mesh, differing = engine.mesh, []
     for named in engine.parameters:
-        print_of_it = _fingerprint(named.held)
+        print_of_it = _fingerprint(getattr(named.parameter, "ds_tensor", named.parameter).detach())
         axes = [] if hasattr(named.parameter, "ds_tensor") else [mesh.data]
         axes += [mesh.model] if named.part.dim is None else []
         equal = [_equal_over(print_of_it, axis) for axis in axes]  # all of them: every rank must gather every time

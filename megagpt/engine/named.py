@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from megagpt.model.gpt import GPT
 from megagpt.parallel.parameter import Part, part_of
@@ -22,11 +22,6 @@ class Named:
     def part(self) -> Part:
         """Its place in the logical tensor."""
         return part_of(self.parameter)
-
-    @property
-    def held(self) -> Tensor:
-        """What this process computes with: all of it, or with ZeRO 3 its shard."""
-        return getattr(self.parameter, "ds_tensor", self.parameter).detach()
 
 
 def named_parameters(model: GPT) -> list[Named]:

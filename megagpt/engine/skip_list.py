@@ -30,9 +30,10 @@ def read_rewinds(run: Path) -> list[Rewind]:
     """The rewinds of a run, oldest first.  Raises UserError where the file is none of ours."""
     path = run / NAME
     try:
-        rewinds = [Rewind(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-        if not all(type(r.step) is int and r.step >= 1 for r in rewinds):
-            raise ValueError("a step is no whole number")
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        rewinds = [Rewind(**entry) for entry in entries]
+        if not isinstance(entries, list) or not all(type(r.step) is int and r.step >= 1 for r in rewinds):
+            raise ValueError("not a list, or a step is no whole number")
         return rewinds
     except FileNotFoundError:
         return []

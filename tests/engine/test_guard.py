@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -25,7 +26,7 @@ from megagpt.parallel.agree import RankError
 from megagpt.parallel.local import run_ranks
 from megagpt.parity import Layout
 from megagpt.parity_rank import batches_of, start_engine
-from tests.engine.plants import BAD, STEPS, Plant, all_of, config_of, planted, zero
+from tests.engine.plants import BAD, STEPS, Plant, all_of, config_of, planted, same, zero
 
 
 class Texts:
@@ -150,7 +151,8 @@ def spoil_weight(config: RunConfig, dp: int, folder: str, name: str, rank: int) 
     guard.train_step(0)
     for named in engine.parameters:
         if named.name == name and engine.mesh.rank == rank:
-            named.held.view(-1)[0] = torch.nan
+            values = named.parameter if named.parameter.numel() else named.parameter.ds_tensor
+            values.data.view(-1)[0] = torch.nan
     with pytest.raises(RankError) as caught:
         guard.train_step(1)
     return f"{caught.value} {caught.value.speaks}"
@@ -210,7 +212,7 @@ def test_steps_are_left_out_as_listed_and_as_rewound(tmp_path):
 
 
 def judge_steps(config: RunConfig, folder: str, losses: list[float], last_checkpoint: int | None) -> tuple:
-    """Let a guard judge made-up steps; returns when it wanted to go back, what it said and raised, and what it knows."""
+    """Let a guard judge made-up steps: when it wanted to go back, what it said and raised, and what it knows."""
     engine = start_engine(config, 1)
     lines: list[str] = []
     guard = guarded(engine, folder, lines)
