@@ -2,7 +2,8 @@
 
 Far is told in robust standard deviations: the median and the median absolute deviation of a window are not moved by
 the outliers that are looked for. A trend widens the window's deviation, and a value that goes on with a linear one is
-at 1.4 of them, so that neither warm-up nor a falling loss is a spike. The price: while the loss falls fast, only a large jump is one.
+at 1.4 of them, so that neither warm-up nor a falling loss is a spike. The price: while the loss falls fast, only a
+large jump is one.
 """
 
 from __future__ import annotations
