@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -305,7 +306,7 @@ class CrashError(Exception):
 def crash_at_each_point(config: RunConfig, run: Path) -> list[tuple[str, str]]:
     """Break off saving step 2 at every change of a name; what --load finds then, and what is wrong with it."""
     engine, found = start_engine(config, 1), []
-    replace = checkpoint.os.replace
+    replace = os.replace
     for stop_at in range(20):
         calls = iter(range(100))
 
@@ -316,7 +317,7 @@ def crash_at_each_point(config: RunConfig, run: Path) -> list[tuple[str, str]]:
 
         for step in (1, 2):  # the second time step 2 is there already, and is replaced
             save(engine, run, step)
-        checkpoint.os.replace = stopping
+        os.replace = stopping
         try:
             save(engine, run, 2)
             return found
@@ -324,7 +325,7 @@ def crash_at_each_point(config: RunConfig, run: Path) -> list[tuple[str, str]]:
             folder = find_whole(run, False, print)
             found.append((folder.name, ",".join(damage_of(folder))))
         finally:
-            checkpoint.os.replace = replace
+            os.replace = replace
     raise AssertionError("the save never got through")
 
 
