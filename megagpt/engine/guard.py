@@ -13,14 +13,16 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megagpt.checkpoint.folders import step_of
 from megagpt.checkpoint.state import State
 from megagpt.config import skipped_steps
 from megagpt.data.loader import MicroBatch, positions_of
+from megagpt.engine import spikes
 from megagpt.engine.blame import Sighting, retry_under_watch, weight_not_finite
 from megagpt.engine.engine import Engine, StepResult
 from megagpt.engine.fault_notes import FaultNotes
 from megagpt.engine.skip_list import Rewind, add_rewind, read_rewinds
-from megagpt.engine.spikes import History, Spike, judge
+from megagpt.engine.spikes import History, Spike
 from megagpt.parallel.agree import RankError, together
 
 Batches = Callable[[int], Iterator[MicroBatch]]
@@ -42,7 +44,7 @@ class Guard:
 
         Raises a RankError where that run's list of rewinds is damaged. Comm: one all-gather.
         """
-        self._history, self._n_bad = History.from_json(state.watch.get("history", {})), state.watch.get("n_bad", 0)
+        self._history, self._n_bad = History.from_json(state.guard.get("history", {})), state.guard.get("n_bad", 0)
         rewinds = together(lambda: read_rewinds(folder.parent.parent))
         self._left_out |= {*state.skipped_steps, *(r.step for r in rewinds)}
 
@@ -52,8 +54,8 @@ class Guard:
         return sorted(self._left_out)
 
     @property
-    def watch(self) -> dict[str, Any]:
-        """What `State.watch` keeps, so that a run that goes on judges as if it had not ended."""
+    def state(self) -> dict[str, Any]:
+        """What `State.guard` keeps, so that a run that goes on judges as if it had not ended."""
         return {"history": self._history.to_json(), "n_bad": self._n_bad}
 
     def train_step(self, step: int) -> StepResult:
@@ -73,38 +75,36 @@ class Guard:
             return result  # gradients overflow now and then, which lowers the loss scale
         return self._explain(step, result)
 
-    def spike(self, step: int, result: StepResult, last_checkpoint: int | None) -> bool:
-        """Whether to go back to the last checkpoint because of a spike; its step is left out from then on.
+    def judge(self, step: int, result: StepResult, last_checkpoint: Callable[[], Path | None]) -> Path | None:
+        """The checkpoint to go back to because of a spike, whose step is left out from then on; None: go on.
 
-        last_checkpoint: the steps that it has done; None where there is none to go back to.
-        Comm: where there is a spike to go back for, one all-gather. Raises a RankError after faults.max_rewinds.
+        last_checkpoint: asked where there is a spike to go back for; None where there is none yet.
+        Comm: where there is such a spike, one all-gather. Raises a RankError after faults.max_rewinds.
         """
         if result.skipped:
-            return False
-        self._history, found = judge(self._history, result.loss, result.grad_norm, self._faults.spike_zscore)
+            return None
+        self._history, found = spikes.judge(self._history, result.loss, result.grad_norm, self._faults.spike_zscore)
         if found is None:
-            return False
-        rewind = self._faults.on_spike == "rewind" and last_checkpoint is not None
-        tried = len(self._rewinds)
-        given_up = rewind and tried >= self._faults.max_rewinds
-        outcome = f"back to step {last_checkpoint}" if rewind and not given_up else "trained on"
-        told = {"kind": "spike", "outcome": outcome, "loss": result.loss, "grad_norm": result.grad_norm}
-        place = self._notes.write(step + 1, told | asdict(found), positions_of(self._config, step))
+            return None
+        wanted = self._faults.on_spike == "rewind"
+        back_to = last_checkpoint() if wanted else None
+        given_up = back_to is not None and len(self._rewinds) >= self._faults.max_rewinds
+        told = {"kind": "spike", "outcome": f"back to {back_to}" if back_to and not given_up else "trained on"}
+        told |= {"loss": result.loss, "grad_norm": result.grad_norm, **asdict(found)}
+        place = self._notes.write(step + 1, told, positions_of(self._config, step))
         line = f"step {step + 1}: {_describe(found)}; its text: {place}"
         if given_up:
             raise RankError(
-                f"{line}; that is after {tried} rewinds (faults.max_rewinds); lower --lr, mend the data, or go on with "
-                "--faults.on-spike log",
+                f"{line}; that is after {len(self._rewinds)} rewinds (faults.max_rewinds); lower --lr, mend the data, "
+                "or go on with --faults.on-spike log",
                 speaks=self._engine.mesh.rank == 0,
             )
-        if not rewind:
-            missing = " (there is no checkpoint to go back to)" if self._faults.on_spike == "rewind" else ""
-            self._say(line + missing)
-            return False
-        assert last_checkpoint is not None
-        self._write_rewind(Rewind(step + 1, last_checkpoint, found.what, found.value, found.zscore))
-        self._say(f"{line}; going back to step {last_checkpoint}, and on without step {step + 1}")
-        return True
+        if back_to is None:
+            self._say(f"{line}; there is no checkpoint to go back to" if wanted else line)
+            return None
+        self._say(f"{line}; going back to {back_to}, and on without step {step + 1}")
+        self._write_rewind(Rewind(step + 1, step_of(back_to), found.what, found.value, found.zscore))
+        return back_to
 
     def _write_rewind(self, rewind: Rewind) -> None:
         """For good, before anything follows from it."""

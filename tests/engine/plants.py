@@ -52,7 +52,7 @@ def planted(engine: Engine, plant: Plant) -> Iterator[None]:
         return
     calls = []
 
-    def spoil(value: Tensor) -> Tensor:
+    def spoil(value: Any) -> Tensor:
         calls.append(value)
         n_before = len(calls) - 1 if plant.once else (len(calls) - 1) % engine.plan.micro_batches
         if n_before != plant.micro_batch:
@@ -65,7 +65,8 @@ def planted(engine: Engine, plant: Plant) -> Iterator[None]:
         head = layers_of(engine)["head"]
         assert isinstance(head, Head)
         right = head.loss
-        head.loss = lambda logits, labels: right(logits, labels) + spoil(torch.zeros(()))  # its gradient is as it was
+        # Infinite with a gradient as it was.
+        head.loss = lambda logits_BTV, labels_BT: right(logits_BTV, labels_BT) + spoil(torch.zeros(()))
         yield
         head.loss = right
     elif plant.what == "gradient":
@@ -75,7 +76,8 @@ def planted(engine: Engine, plant: Plant) -> Iterator[None]:
         handle.remove()
     else:
         layer, _, name = plant.where.partition("/")
-        handle = layers_of(engine)[layer].get_submodule(name).register_forward_hook(lambda m, i, o: spoil(o))
+        module = layers_of(engine)[layer].get_submodule(name)
+        handle = module.register_forward_hook(lambda _module, _inputs, output: spoil(output))
         yield
         handle.remove()
     assert len(calls) > plant.micro_batch, "the plant was never reached"

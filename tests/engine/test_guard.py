@@ -197,7 +197,7 @@ def leave_out_and_go_on(config: RunConfig, folder: str) -> tuple:
     other.mkdir()
     add_rewind(other, Rewind(40, 20, "loss", 9.0, 20.0))
     state = State(step=5, samples=40, tokens=1, lr=0.0, counters={}, config={}, data={}, skipped_steps=[7])
-    guard.go_on_from(dataclasses.replace(state, watch=guard.watch), other / "checkpoints" / "step-000005")
+    guard.go_on_from(dataclasses.replace(state, guard=guard.state), other / "checkpoints" / "step-000005")
     return [(r.skipped, r.loss) for r in results], *counters, guard.left_out
 
 
@@ -211,7 +211,7 @@ def test_steps_are_left_out_as_listed_and_as_rewound(tmp_path):
     assert left_out == [1, 2, 4, 5, 7, 40]
 
 
-def judge_steps(config: RunConfig, folder: str, losses: list[float], last_checkpoint: int | None) -> tuple:
+def judge_steps(config: RunConfig, folder: str, losses: list[float], last: str | None) -> tuple:
     """Let a guard judge made-up steps: when it wanted to go back, what it said and raised, and what it knows."""
     engine = start_engine(config, 1)
     lines: list[str] = []
@@ -220,11 +220,11 @@ def judge_steps(config: RunConfig, folder: str, losses: list[float], last_checkp
     try:
         for step, loss in enumerate(losses):
             result = StepResult(loss, 1.0, 0.1, 1.0, skipped=False, step_time_s=0.1)
-            if guard.spike(step, result, last_checkpoint):
+            if guard.judge(step, result, lambda: Path(last) if last else None):
                 back.append(step + 1)
     except RankError as raised:
         error = str(raised)
-    return back, lines, error, guard.left_out, guard.watch
+    return back, lines, error, guard.left_out, guard.state
 
 
 CURVE = [3 + 0.05 * (-1) ** i for i in range(100)]
@@ -236,7 +236,7 @@ def test_a_spike_is_written_down_or_gone_back_for(tmp_path):
     logged, rewinding = tmp_path / "logged", tmp_path / "rewinding"
     for folder in (logged, rewinding):
         folder.mkdir()
-    ((back, lines, _, left_out, _),) = run_ranks(judge_steps, 1, config, str(logged), losses, 80)
+    ((back, lines, _, left_out, _),) = run_ranks(judge_steps, 1, config, str(logged), losses, "step-000080")
     assert (back, left_out) == ([], []) and len(lines) == 1
     assert lines[0].startswith("step 101: spike: loss 9, 81 robust standard deviations above the median 3 of")
     note = json.loads((logged / "faults" / "step-000101.json").read_text())
@@ -245,10 +245,10 @@ def test_a_spike_is_written_down_or_gone_back_for(tmp_path):
 
     config = faults(config, on_spike="rewind", max_rewinds=2)
     ((back, lines, _, left_out, _),) = run_ranks(judge_steps, 1, config, str(rewinding), losses, None)
-    assert back == [] and lines[0].endswith("(there is no checkpoint to go back to)")
+    assert back == [] and lines[0].endswith("; there is no checkpoint to go back to")
     losses = [*CURVE, 9.0, *CURVE, 9.0, *CURVE, 9.0]
-    ((back, lines, error, left_out, _),) = run_ranks(judge_steps, 1, config, str(rewinding), losses, 80)
-    assert back == left_out == [101, 202] and lines[1].endswith("going back to step 80, and on without step 202")
+    ((back, lines, error, left_out, _),) = run_ranks(judge_steps, 1, config, str(rewinding), losses, "step-000080")
+    assert back == left_out == [101, 202] and lines[1].endswith("going back to step-000080, and on without step 202")
     assert error.startswith("step 303: spike: ") and "after 2 rewinds (faults.max_rewinds)" in error
     assert [(r.step, r.back_to) for r in read_rewinds(rewinding)] == [(101, 80), (202, 80)]
 
