@@ -254,15 +254,82 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """What is shown, measured and kept, and how often."""
+class CheckpointConfig:
+    """What is saved and kept, and what a run goes on from."""
 
     save: Annotated[str | None, arg(aliases=["--save"])] = None
     """Run folder: checkpoints, metrics.jsonl, TensorBoard, loss curve. Default: a new folder under runs/."""
     load: Annotated[str | None, arg(aliases=["--load"])] = None
-    """Run folder or checkpoint folder to go on from."""
+    """What to go on from: RUN, RUN@best, RUN@STEP, or the folder of a checkpoint."""
+    auto_resume: Annotated[bool, arg(aliases=["--auto-resume"])] = False
+    """Go on with the run in --save if it has a checkpoint; start it if not."""
+    load_fallback: Annotated[bool, arg(aliases=["--load-fallback"])] = False
+    """Where a checkpoint is damaged, take the newest one before it that is whole."""
     save_interval: Annotated[int | None, arg(aliases=["--save-interval"])] = None
     """Steps between checkpoints; default only at the end."""
+    async_save: Annotated[bool, arg(aliases=["--async-save"])] = False
+    """Write checkpoints while training goes on, from a copy in host memory."""
+    keep_last: Annotated[int | None, arg(aliases=["--keep-last"])] = None
+    """Keep this many of the newest checkpoints; default all."""
+    keep_every: int | None = None
+    """Keep those at multiples of this step too."""
+    keep_best: bool = False
+    """Keep the one with the lowest validation loss too."""
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint", self, "save_interval", "keep_last", "keep_every")
+        require(
+            not self.auto_resume or (self.save is not None and self.load is None),
+            f"checkpoint.auto_resume with save={self.save}, load={self.load}",
+            "needs to know the run folder, and looks there for what to load",
+            "give --save RUN, and no --load",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """What happens when something goes wrong, and when the time is up."""
+
+    exit_after_minutes: Annotated[float | None, arg(aliases=["--exit-after-minutes"])] = None
+    """Save and end (exit code 75) after this time; default no limit."""
+    heartbeat_timeout_s: float = 60.0
+    """A process that gives no sign of life for this long counts as dead or stopped."""
+    progress_timeout_s: float = 600.0
+    """Processes that live but get nowhere for this long hang; also the limit of one collective."""
+    max_bad_steps: int = 10
+    """Steps in a row with a NaN or Inf, each skipped, before the run gives up."""
+    spike_zscore: float = 10.0
+    """A loss or gradient norm this many robust standard deviations above the last ones is a spike; 0: never."""
+    on_spike: Literal["log", "rewind"] = "log"
+    """Write a spike down, or also go back to the last checkpoint and skip the samples that made it."""
+    max_rewinds: int = 3
+    """Rewinds before the run gives up."""
+    skip_steps: str = ""
+    """Steps whose batch is not trained on, such as 57,60-62; a rewind adds to them by itself."""
+    slow_rank_factor: float = 1.5
+    """Name a process that is busy this many times as long as its peers; 0: never."""
+
+    def __post_init__(self) -> None:
+        _positive("faults", self, "exit_after_minutes", "heartbeat_timeout_s", "progress_timeout_s", "max_bad_steps")
+        _not_negative("faults", self, "spike_zscore", "slow_rank_factor", "max_rewinds")
+        skipped_steps(self.skip_steps)  # raises
+
+
+def skipped_steps(text: str) -> frozenset[int]:
+    """The steps that faults.skip_steps names, counted from 1: "57,60-62".  Raises UserError."""
+    found: set[int] = set()
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        first, _, last = part.partition("-")
+        ok = first.isdigit() and (last or first).isdigit() and 1 <= int(first) <= int(last or first)
+        require(ok, f"faults.skip_steps={text!r}", f"has {part!r}, which is no step or range", "write 57,60-62")
+        found.update(range(int(first), int(last or first) + 1))
+    return frozenset(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is shown and measured, and how often."""
+
     log_interval: Annotated[int, arg(aliases=["--log-interval"])] = 1
     """Steps between log lines."""
     eval_interval: Annotated[int, arg(aliases=["--eval-interval"])] = 100
@@ -273,7 +340,7 @@ class LogConfig:
     """Also log to this Weights & Biases project (extra: pip install megagpt[wandb])."""
 
     def __post_init__(self) -> None:
-        _positive("log", self, "save_interval", "log_interval", "eval_interval")
+        _positive("log", self, "log_interval", "eval_interval")
         _not_negative("log", self, "eval_steps")
 
 
@@ -298,6 +365,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     log: LogConfig = field(default_factory=LogConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
 

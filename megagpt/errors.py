@@ -7,6 +7,10 @@ import sys
 import time
 from collections.abc import Callable
 
+EXIT_USER = 2  # what the user gave cannot work; the message says why
+EXIT_PEER_LOST = 69  # another process of the run died, stopped or hung
+EXIT_STOPPED = 75  # asked to stop, and saved: go on with --auto-resume
+
 # A launcher ends all ranks as soon as one has ended: the silent ones wait until the one that speaks has spoken.
 SILENT_S = 5.0
 
@@ -22,8 +26,16 @@ class UserError(Exception):
         self.speaks = speaks
 
 
+class Stopped(Exception):  # noqa: N818  # it is no error
+    """The run was asked to end early, and saved what it had. The message, told by one rank, says where."""
+
+    def __init__(self, message: str, speaks: bool) -> None:
+        super().__init__(message)
+        self.speaks = speaks
+
+
 def run_cli(main: Callable[[], int | None], speaks: bool = True) -> None:
-    """Run a command line tool: a `UserError` becomes `error: …` on stderr and exit code 2; Ctrl-C becomes 130.
+    """Run a command line tool: a `UserError` becomes `error: …` on stderr and exit code 2, `Stopped` 75, Ctrl-C 130.
 
     speaks: False on ranks whose errors another rank prints as well.
     """
@@ -34,7 +46,11 @@ def run_cli(main: Callable[[], int | None], speaks: bool = True) -> None:
             print(f"error: {error}", file=sys.stderr)
         else:
             time.sleep(SILENT_S)
-        sys.exit(2)
+        sys.exit(EXIT_USER)
+    except Stopped as stop:
+        if stop.speaks:
+            print(stop, flush=True)
+        sys.exit(EXIT_STOPPED)
     except BrokenPipeError:  # whoever read our output has seen enough: `… --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -6,6 +6,7 @@ Everything before the ranks start needs no torch, so that a wrong flag is answer
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -16,6 +17,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from megagpt.cli import parse_run_config
 from megagpt.config import RunConfig
@@ -110,13 +113,21 @@ def _start_ranks(n_ranks: int, argv: Sequence[str]) -> int:
     ranks = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(n_ranks))}).encode()).decode()
     command = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=critical", "--no_local_rank"]
     command += [f"--world_info={ranks}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}"]
-    with subprocess.Popen([*command, sys.argv[0], *argv], env=environment) as launcher:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda received, _frame: launcher.send_signal(received))
+    # In a session of its own, so that a Ctrl-C reaches the ranks once: from here.
+    with subprocess.Popen([*command, sys.argv[0], *argv], env=environment, start_new_session=True) as launcher:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda received, _frame: _tell_ranks(launcher.pid, received))
         code = launcher.wait()
     if code > 128:  # what ends by itself says why; what is killed cannot
         print(f"error: a rank was killed by signal {256 - code} (9: often for lack of memory)", file=sys.stderr)
     return code
+
+
+def _tell_ranks(launcher: int, number: int) -> None:
+    """Hand a signal to the ranks themselves: DeepSpeed's launcher would end them, and lose their exit code."""
+    for process in psutil.Process(launcher).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def _free_port() -> int:

@@ -13,12 +13,12 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
+from megagpt.checkpoint.pieces import MOMENTS, WEIGHT
 from megagpt.config import RunConfig
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.engine.engine import Engine, StepResult
 from megagpt.engine.masters import read
 from megagpt.engine.start import quiet
-from megagpt.engine.storage import MOMENTS, WEIGHT
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.mesh import build_mesh
 from megagpt.plan.plan import make_plan

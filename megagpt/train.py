@@ -7,7 +7,9 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,23 @@ import torch
 import torch.distributed as dist
 
 from megagpt import metrics
+from megagpt.checkpoint import folders
+from megagpt.checkpoint.state import State, check_resumable, read_state
+from megagpt.checkpoint.sums import sha256_of
 from megagpt.cli import to_yaml
 from megagpt.config import RunConfig
 from megagpt.data.blend import Samples, build_splits, parse_data_path
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.data.tokenizer import Tokenizer, tokenizer_for
-from megagpt.engine import checkpoint, storage
+from megagpt.engine import checkpoint
+from megagpt.engine.checkpoint import Saver
 from megagpt.engine.checks import NanWatch, check_ranks
 from megagpt.engine.engine import Engine
 from megagpt.engine.masters import read_counters
+from megagpt.engine.restore import find_whole
 from megagpt.engine.start import distributed
-from megagpt.errors import UserError
+from megagpt.engine.stopping import Stopper
+from megagpt.errors import Stopped, UserError
 from megagpt.kernels import Kernels
 from megagpt.model.gpt import ops_used
 from megagpt.ops.status import check_kernels, kernel_rows
@@ -49,17 +57,21 @@ class Run:
     train_samples: Samples
     valid_samples: Samples | None
     tokenizer: Tokenizer | None
+    data_identity: dict[str, Any]
     resume_from: Path | None
 
 
 def train(config: RunConfig) -> None:
     """Train what the configuration says, on the processes that were started.
 
-    Raises UserError (a RankError once the ranks are connected, of which one rank speaks).
+    Raises UserError (a RankError once the ranks are connected, of which one rank speaks), and Stopped where it was
+    asked to end early and has saved.
     """
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp) as mesh:
-        run = _set_up(config, plan, mesh)
+    with distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp) as mesh, ExitStack() as stack:
+        run = _set_up(config, plan, mesh, stack)
+        if run is None:
+            return
         engine = Engine(config, plan, mesh)
         kernels = Kernels.parse(config.train.kernels)
         together(lambda: check_kernels(kernels, ops_used(config.model, kernels), engine.device.type))
@@ -68,18 +80,24 @@ def train(config: RunConfig) -> None:
         with _reporter(run, engine, done) as report:
             if resumed:
                 report.message(f"going on from {run.resume_from} after {done} steps")
-                if resumed.data != _data_identity(run):
+                if resumed.data != run.data_identity:
                     report.message("note: its text was another one, or had another tokenizer: --data-path differs")
-            _loop(run, engine, report, done)
+            stopped = _loop(run, engine, report, done)
         if mesh.rank == 0:
             plot_runs([run.folder], run.folder / "loss.png")
             report.message(f"run folder: {run.folder} (loss curve: {run.folder / 'loss.png'})")
         engine.close()
+    if stopped:
+        raise Stopped(f"{stopped}; go on with: --load {run.folder}", speaks=mesh.rank == 0)
 
 
-def _loop(run: Run, engine: Engine, report: Reporter, done: int) -> None:
+def _loop(run: Run, engine: Engine, report: Reporter, done: int) -> str | None:
+    """All steps, or as many as there are until something asks to end: then returns what that was."""
     config = run.config
     nan_watch = NanWatch(engine.module) if config.debug.detect_nan else None
+    saver = Saver(engine, run.folder, config.checkpoint)
+    stopper = Stopper(config.faults.exit_after_minutes, engine.device)
+    stopped = None
     for step in range(done, config.train.train_steps):
         result = engine.train_step(
             step, _batches(run, run.train_samples, 0 if config.debug.overfit_one_batch else step)
@@ -93,34 +111,67 @@ def _loop(run: Run, engine: Engine, report: Reporter, done: int) -> None:
         )
         if config.debug.check_ranks:
             check_ranks(engine, step)
-        last = step + 1 == config.train.train_steps
-        if run.valid_samples and (last or (step + 1) % config.log.eval_interval == 0):
-            report.validation(step + 1, *_validate(run, engine, run.valid_samples))
-        if last or (config.log.save_interval and (step + 1) % config.log.save_interval == 0):
-            start = time.perf_counter()
-            folder = checkpoint.save(engine, run.folder, _state(run, engine, step + 1))
-            report.message(f"step {step + 1} | saved {folder} in {time.perf_counter() - start:.1f} s")
+        stopped = stopper.agree(saver.failed)
+        last = stopped is not None or step + 1 == config.train.train_steps
+        validation_loss = None
+        if run.valid_samples and not stopped and (last or _due(step + 1, config.log.eval_interval)):
+            validation_loss, bits_per_byte = _validate(run, engine, run.valid_samples)
+            report.validation(step + 1, validation_loss, bits_per_byte)
+        if last or _due(step + 1, config.checkpoint.save_interval):
+            saver.save(_state(run, engine, step + 1, result.lr, validation_loss))
+        if last:
+            saver.wait()
+        if saved := saver.finished():
+            report.message(f"step {step + 1} | {saved}")
+        if stopped:
+            break
+    stopper.release()
+    return stopped
 
 
-def _set_up(config: RunConfig, plan: Plan, mesh: Mesh) -> Run:
-    """Find the data, the checkpoint and the run folder: everything that can be missing, on any rank."""
-    resume_from = together(lambda: _find_checkpoint(config))
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _set_up(config: RunConfig, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run | None:
+    """Find the data, the checkpoint and the run folder: everything that can be missing, on any rank.
+
+    stack: holds the run folder's lock. None where a run that may already be done (--auto-resume) is.
+    """
+    resume_from = _find_checkpoint(config, mesh)
+    if resume_from and together(lambda: _check_resumable(config, resume_from)):
+        if mesh.rank == 0:
+            print(f"nothing to do: {resume_from} has done all {config.train.train_steps} steps")
+        return None
     train_samples, valid_samples = together(lambda: _find_samples(config))
     tokenizer = together(lambda: tokenizer_for(config.data, parse_data_path(config.data.data_path)[0][1]))
-    folder = [together(lambda: _make_run_folder(config) if mesh.rank == 0 else Path())]
+    identity = together(lambda: _data_identity(config, tokenizer))
+    folder = [together(lambda: _make_run_folder(config, stack) if mesh.rank == 0 else Path())]
     dist.broadcast_object_list(folder, src=0)
-    return Run(config, plan, mesh, folder[0], train_samples, valid_samples, tokenizer, resume_from)
+    return Run(config, plan, mesh, folder[0], train_samples, valid_samples, tokenizer, identity, resume_from)
 
 
-def _find_checkpoint(config: RunConfig) -> Path | None:
-    if config.log.load is None:
+def _find_checkpoint(config: RunConfig, mesh: Mesh) -> Path | None:
+    """The whole checkpoint to go on from; None for a new run."""
+    load, fallback = config.checkpoint.load, config.checkpoint.load_fallback
+    if config.checkpoint.auto_resume:
+        assert config.checkpoint.save is not None  # the configuration has checked that
+        load = config.checkpoint.save if folders.checkpoints_of(Path(config.checkpoint.save)) else None
+    if load is None:
         return None
-    folder = storage.find(config.log.load)
-    state = storage.read_state(folder)
-    storage.check_resumable(config, state, folder)
-    if state.step >= config.train.train_steps:
-        raise UserError(f"{folder} has done {state.step} steps already; go on with a larger --train-steps")
-    return folder
+    say = partial(print, flush=True) if mesh.rank == 0 else lambda _: None
+    return find_whole(load, fallback, say, newest_will_do=fallback or config.checkpoint.auto_resume)
+
+
+def _check_resumable(config: RunConfig, folder: Path) -> bool:
+    """Whether nothing is left to do.  Raises UserError where this run cannot go on from there."""
+    state = read_state(folder)
+    check_resumable(config, state, folder)
+    if state.step < config.train.train_steps:
+        return False
+    if config.checkpoint.auto_resume:
+        return True
+    raise UserError(f"{folder} has done {state.step} steps already; go on with a larger --train-steps")
 
 
 def _find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
@@ -134,15 +185,19 @@ def _find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
     return train_samples, valid_samples
 
 
-def _make_run_folder(config: RunConfig) -> Path:
-    """--save, else the run that --load goes on with, else a new folder under runs/."""
-    folder = Path(config.log.save or config.log.load or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    if (folder / "state.json").exists():  # --load named one checkpoint of a run
-        folder = folder.parent.parent
-    if config.log.load is None and (folder / "checkpoints").exists():
+def _make_run_folder(config: RunConfig, stack: ExitStack) -> Path:
+    """--save, else the run that --load goes on with, else a new folder under runs/; locked until `stack` closes."""
+    wanted = config.checkpoint
+    folder = Path(wanted.save or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    if wanted.save is None and wanted.load is not None:
+        folder = folders.find(wanted.load).parent.parent
+    goes_on = wanted.load is not None or wanted.auto_resume
+    if not goes_on and (folder / "checkpoints").exists():
         raise UserError(f"{folder} holds a run already; go on with it by --load {folder}, or give another --save")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(folders.locked(folder))
+        folders.clear_unfinished(folder)
         (folder / "config.yaml").write_text(to_yaml(config))
     except OSError as error:
         raise UserError(f"cannot write the run folder {folder} ({error.strerror}); give another --save") from error
@@ -196,24 +251,30 @@ def _validate(run: Run, engine: Engine, samples: Samples) -> tuple[float, float 
     return loss, metrics.bits_per_byte(loss, len(labels), n_bytes)
 
 
-def _state(run: Run, engine: Engine, step: int) -> storage.State:
+def _state(run: Run, engine: Engine, step: int, lr: float, validation_loss: float | None) -> State:
     samples = step * run.config.train.global_batch_size
-    return storage.State(
+    plan = run.plan
+    return State(
         step=step,
         samples=samples,
         tokens=samples * run.config.model.seq_len,
+        lr=lr,
         counters=read_counters(engine),
         config=dataclasses.asdict(run.config),
-        data=_data_identity(run),
+        data=run.data_identity,
+        layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp, "zero_stage": plan.zero_stage},
+        validation_loss=validation_loss,
     )
 
 
-def _data_identity(run: Run) -> dict[str, Any]:
+def _data_identity(config: RunConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Which text this run reads, and by which tokenizer."""
+    blend = parse_data_path(config.data.data_path)
     return {
-        "data_path": list(run.config.data.data_path),
-        "split": run.config.data.split,
-        "tokenizer_sha256": run.tokenizer.sha256 if run.tokenizer else None,
+        "data_path": list(config.data.data_path),
+        "index_sha256": [sha256_of(Path(f"{prefix}.idx")) for _, prefix in blend],
+        "split": config.data.split,
+        "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
     }
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from megagpt.checkpoint.pieces import WEIGHT
+from megagpt.checkpoint.state import read_state
 from megagpt.cli import read_config
 from megagpt.config import RunConfig
 from megagpt.data.blend import parse_data_path
 from megagpt.data.tokenizer import Tokenizer, tokenizer_for
-from megagpt.engine import storage
+from megagpt.engine import restore
 from megagpt.engine.start import distributed
 from megagpt.model.gpt import GPT
+from megagpt.parallel.agree import together
 from megagpt.parallel.mesh import Mesh
 
 
@@ -38,17 +43,20 @@ class Trained:
 
 
 @contextmanager
-def open_trained(path: str | Path) -> Iterator[Trained]:
-    """Load the latest checkpoint of a run folder, or a checkpoint folder.
+def open_trained(path: str | Path, fallback: bool = False) -> Iterator[Trained]:
+    """Load the latest checkpoint of a run folder, another of its (RUN@best, RUN@STEP), or a checkpoint folder.
 
+    fallback: where it is damaged, take the newest whole one before it.
     Started as several processes (torchrun), they share the model by tensor parallelism; started as one, it holds all.
     """
-    folder = storage.find(path)
-    state = storage.read_state(folder)
-    config = read_config(state.config, f"{folder}/state.json")
-    with distributed(pp=1, dp=1, tp=int(os.environ.get("WORLD_SIZE", "1"))) as mesh:
+    tp = int(os.environ.get("WORLD_SIZE", "1"))
+    with distributed(pp=1, dp=1, tp=tp) as mesh:
+        say = partial(print, file=sys.stderr) if mesh.rank == 0 else lambda _: None
+        folder = restore.find_whole(path, fallback, say, newest_will_do=fallback, keys=[WEIGHT])
+        state = read_state(folder)
+        config = read_config(state.config, f"{folder}/state.json")
         model = GPT(config.model, mesh.model)
-        storage.load_weights(model, mesh, folder)
+        together(lambda: restore.load_weights(model, folder))
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         tokenizer = tokenizer_for(config.data, parse_data_path(config.data.data_path)[0][1])
         yield Trained(model, config, tokenizer, folder, state.step, mesh)

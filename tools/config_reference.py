@@ -24,7 +24,7 @@ INTRODUCTION = """# Configuration
 
 *Written by `tools/config_reference.py` from `megagpt/config.py`; change it there.*
 
-A run has seven sections of settings. Each setting has a flag, `--section.name`; the frequent ones have a
+A run has nine sections of settings. Each setting has a flag, `--section.name`; the frequent ones have a
 short flag too. Hyphens and underscores are the same. A switch is turned off with `--no-name`
 (`--no-recompute`).
 

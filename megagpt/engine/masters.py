@@ -20,8 +20,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from megagpt.checkpoint.pieces import MOMENTS, WEIGHT
 from megagpt.engine.named import Named
-from megagpt.engine.storage import MOMENTS, WEIGHT
 
 if TYPE_CHECKING:
     from megagpt.engine.engine import Engine

@@ -16,9 +16,10 @@ class RankError(UserError):
     """A `UserError` that all ranks raise together; on one of them `speaks` is true."""
 
 
-def together(function: Callable[[], T]) -> T:
+def together(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run function on every rank; if it raises UserError on any, raise that error on all.
 
+    group: all ranks; one of its own for a thread beside the training.
     Comm: one all-gather of short objects. The lowest rank that failed prints the message.
     """
     result, message = None, None
@@ -27,7 +28,7 @@ def together(function: Callable[[], T]) -> T:
     except UserError as error:
         message = str(error)
     messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
+    dist.all_gather_object(messages, message, group=group)
     for rank, text in enumerate(messages):
         if text is not None:
             raise RankError(text, speaks=rank == dist.get_rank())

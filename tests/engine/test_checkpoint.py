@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from megagpt.engine.storage import MOMENTS, WEIGHT, State
 from safetensors import safe_open
 from torch import Tensor
 
 from megagpt.config import ModelConfig, RunConfig
 from megagpt.engine import checkpoint, storage
 from megagpt.engine.masters import read_counters
-from megagpt.engine.storage import MOMENTS, WEIGHT, State
 from megagpt.errors import UserError
 from megagpt.parallel.local import run_ranks
 from megagpt.parity import Layout, merge, parity_config, spread_out

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from megagpt.engine.storage import WEIGHT
 from torch import Tensor
 
 from megagpt.config import ModelConfig, OptimConfig, RunConfig
@@ -16,7 +17,6 @@ from megagpt.engine.checks import NanWatch, check_ranks
 from megagpt.engine.masters import write
 from megagpt.engine.named import named_parameters
 from megagpt.engine.optim import build_optimizer, learning_rate
-from megagpt.engine.storage import WEIGHT
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.model.hf import from_hf_gpt2, hf_config

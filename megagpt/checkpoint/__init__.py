@@ -1,0 +1,10 @@
+"""Checkpoints as they lie on disk: logical tensors in safetensors, two JSON files, and a hash of every file.
+
+    RUN/checkpoints/step-000100/SHA256SUMS     "<sha256>  <file>" of every other file: `sha256sum -c` checks it too
+                                state.json     what a checkpoint knows beside its tensors           (state.py)
+                                index.json     which piece of which logical tensor lies where        (pieces.py)
+                                weight-00003-of-00004.safetensors, exp_avg-…, exp_avg_sq-…           (pieces.py)
+    RUN/checkpoints/latest                     the newest complete one, and the hash of its SHA256SUMS  (folders.py)
+
+Nothing of the layout is in it but the cuts between the pieces, which no reader needs to know. No torch, no pickle.
+"""

@@ -1,0 +1,178 @@
+"""Which checkpoints a run has, which one a name means, and which ones are kept."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megagpt.checkpoint import sums
+from megagpt.checkpoint.durable import replace_text
+from megagpt.checkpoint.state import read_state
+from megagpt.config import CheckpointConfig
+from megagpt.errors import UserError
+
+LATEST = "latest"
+BEST = "best"
+_NAME = re.compile(r"step-(\d{6,})")
+_POINTER = re.compile(r"(step-\d{6,}) ([0-9a-f]{64})\n")
+REPLACED = ".replaced"  # what a checkpoint of the same step is called while the new one takes its place
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a run after `step` steps lies."""
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first: complete ones, as far as names tell."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint folder is named after."""
+    match = _NAME.fullmatch(folder.name)
+    assert match, folder
+    return int(match[1])
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint that --load means: RUN, RUN@latest, RUN@best, RUN@STEP, or the folder of a checkpoint.
+
+    Raises UserError naming what is there instead. Hashes are not looked at (`sums.damage` does), but for the one that
+    `latest` has.
+    """
+    if (Path(path) / sums.NAME).exists() or _NAME.fullmatch(Path(path).name):
+        return Path(path)
+    text, at, which = str(path).rpartition("@")
+    if not at or Path(path).exists():
+        text, which = str(path), LATEST
+    run = Path(text)
+    if which == LATEST:
+        return pointed(run)
+    if which == BEST:
+        return _best(run)
+    if which.isdigit() and folder_of(run, int(which)).is_dir():
+        return folder_of(run, int(which))
+    raise UserError(f"{run} has no checkpoint {which!r}; give --load {run}@ and latest, best, or one of {_steps(run)}")
+
+
+def older_than(folder: Path) -> list[Path]:
+    """The checkpoints to fall back on, the newest first."""
+    run = folder.parent.parent
+    return [p for p in reversed(checkpoints_of(run)) if step_of(p) < step_of(folder)]
+
+
+def point_to(folder: Path) -> None:
+    """Make `latest` mean this checkpoint, from one moment to the next."""
+    digest = sums.sha256_of(folder / sums.NAME)
+    replace_text(folder.parent / LATEST, f"{folder.name} {digest}\n")
+
+
+def pointed(run: Path) -> Path:
+    """The checkpoint that `latest` names.  Raises UserError where it names none, or one that has changed since."""
+    pointer = run / "checkpoints" / LATEST
+    try:
+        text = pointer.read_bytes().decode("ascii", errors="replace")
+    except OSError:
+        known = f"; it has the steps {_steps(run)}: --load {run}@STEP" if checkpoints_of(run) else "; check --load"
+        raise UserError(f"no checkpoint in {run}: wanted {pointer}{known}") from None
+    match = _POINTER.fullmatch(text)
+    if match is None:
+        raise UserError(
+            f"{pointer} holds {text[:40]!r}, which names no checkpoint; give --load {run}@ and {_steps(run)}"
+        )
+    for name in (match[1], match[1] + REPLACED):  # the second: a crash between two renames
+        folder = pointer.parent / name
+        if (folder / sums.NAME).exists() and sums.sha256_of(folder / sums.NAME) == match[2]:
+            return folder
+    raise UserError(
+        f"{pointer} names {match[1]}, whose {sums.NAME} is missing or not the one that was written; "
+        f"give --load {run}@ and one of {_steps(run)}, or add --load-fallback"
+    )
+
+
+def best_of(run: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss; None where none was measured."""
+    measured = []
+    for folder in checkpoints_of(run):
+        loss = read_state(folder).validation_loss
+        if loss is not None:
+            measured.append((loss, folder))
+    return min(measured, key=lambda pair: pair[0])[1] if measured else None
+
+
+def drop_old(run: Path, config: CheckpointConfig) -> list[Path]:
+    """Delete what the keep rules do not keep, and return it. Without keep_last nothing is ever deleted."""
+    if config.keep_last is None:
+        return []
+    found = checkpoints_of(run)
+    kept = set(found[-config.keep_last :])
+    if config.keep_every is not None:
+        kept |= {p for p in found if step_of(p) % config.keep_every == 0}
+    if config.keep_best:
+        best = best_of(run)
+        kept |= {best} if best else set()
+    dropped = [p for p in found if p not in kept]
+    for folder in dropped:
+        remove(folder)
+    return dropped
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint: first its name, so that a crash on the way leaves none that looks complete."""
+    doomed = folder.with_name(folder.name + ".deleted.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def clear_unfinished(run: Path) -> None:
+    """Delete what crashes left. Only the holder of the run's lock may do this."""
+    for path in (run / "checkpoints").glob("*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run folder, so that no other run writes to it; a process that dies lets go of it.
+
+    Raises UserError naming the process that has it.
+    """
+    with (run / "lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{run} is being written by another run ({file.read().strip()}); wait for it, stop it, or give another "
+                "--save"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _best(run: Path) -> Path:
+    best = best_of(run)
+    if best is None:
+        raise UserError(
+            f"no checkpoint of {run} has a validation loss; save at a step that is validated "
+            f"(--save-interval a multiple of --eval-interval), or give --load {run}@ and one of {_steps(run)}"
+        )
+    return best
+
+
+def _steps(run: Path) -> str:
+    steps = [str(step_of(p)) for p in checkpoints_of(run)]
+    return ", ".join(steps if len(steps) <= 8 else [*steps[:2], "…", *steps[-5:]]) or "(none)"

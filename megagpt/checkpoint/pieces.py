@@ -1,0 +1,190 @@
+"""Tensors of a checkpoint: pieces of logical ones, in safetensors files, and an index that says where each lies.
+
+Any box of a logical tensor can be read, whatever pieces it was written in: that is all that another layout needs.
+Everything is fp32. Memory: what is read, and nothing beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from megagpt.checkpoint.durable import flush
+from megagpt.errors import UserError
+
+NAME = "index.json"
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+
+Box = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a logical tensor: file holds it, under the logical tensor's name. start, shape: in elements."""
+
+    file: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Logical:
+    """A logical tensor: what a run of one process would hold."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+Index = dict[str, dict[str, Logical]]
+"""key ("weight" or a moment) -> canonical name of the parameter -> its tensor."""
+
+
+def file_name(key: str, rank: int, world_size: int) -> str:
+    """The file that one rank writes for one key."""
+    return f"{key}-{rank:05}-of-{world_size:05}.safetensors"
+
+
+def write_pieces(path: Path, pieces: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file and wait until it is on the disk. pieces: contiguous fp32, by canonical name."""
+    for name, values in pieces.items():
+        assert values.dtype == np.float32 and values.flags.c_contiguous, name
+    try:
+        save_file(pieces, path)
+    except SafetensorError as error:  # it wraps what the operating system says
+        raise OSError(str(error)) from error
+    flush(path)
+
+
+def merge(parts: Iterable[Index]) -> Index:
+    """One index of what several ranks wrote.  Raises ValueError for holes and overlaps: a bug in whoever wrote."""
+    merged: dict[str, dict[str, tuple[tuple[int, ...], list[Piece]]]] = {}
+    for part in parts:
+        for key, tensors in part.items():
+            for name, logical in tensors.items():
+                merged.setdefault(key, {}).setdefault(name, (logical.shape, []))[1].extend(logical.pieces)
+    index: Index = {}
+    for key, tensors in merged.items():
+        for name, (shape, pieces) in tensors.items():
+            if sum(math.prod(p.shape) for p in pieces) != math.prod(shape):
+                raise ValueError(f"{key} of {name}: its pieces do not make up a tensor of shape {shape}")
+            index.setdefault(key, {})[name] = Logical(shape, tuple(sorted(pieces, key=lambda p: p.start)))
+    return index
+
+
+def index_json(index: Index) -> str:
+    """The text of index.json."""
+    plain = {key: {name: asdict(tensor) for name, tensor in tensors.items()} for key, tensors in index.items()}
+    return json.dumps(plain, indent=0, sort_keys=True) + "\n"
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a checkpoint.  Raises UserError where it is missing or not an index."""
+    path = folder / NAME
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        return {key: {name: _logical(tensor) for name, tensor in tensors.items()} for key, tensors in plain.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not the index of a checkpoint ({error}); load another checkpoint") from None
+
+
+class Reader:
+    """Reads boxes of the logical tensors of one checkpoint; a context manager, for its open files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.index = folder, read_index(folder)
+        self._open: dict[str, Any] = {}
+        self._files = ExitStack()
+
+    def shape(self, key: str, name: str) -> tuple[int, ...]:
+        """Shape of a logical tensor.  Raises UserError where the checkpoint has none of that name."""
+        return self._logical(key, name).shape
+
+    def read(
+        self, key: str, name: str, start: tuple[int, ...] = (), shape: tuple[int, ...] | None = None
+    ) -> np.ndarray:
+        """A box of a logical tensor as fp32; by default all of it.
+
+        Raises UserError naming the file where a piece is missing or is not what the index says.
+        """
+        logical = self._logical(key, name)
+        start, shape = start or (0,) * len(logical.shape), logical.shape if shape is None else shape
+        out = np.empty(shape, np.float32)
+        filled = 0
+        for piece in logical.pieces:
+            overlap = _overlap(start, shape, piece)
+            if overlap is not None:
+                into, of = overlap
+                values = self._slice(piece, name, of)
+                out[into] = values
+                filled += values.size
+        if filled != out.size:
+            raise UserError(f"{self.folder}: {key} of {name} has holes; the checkpoint is damaged, load another")
+        return out
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.close()
+        self._open.clear()
+
+    def _logical(self, key: str, name: str) -> Logical:
+        try:
+            return self.index[key][name]
+        except KeyError:
+            raise UserError(f"{self.folder} holds no {key} of {name}: it is of another architecture") from None
+
+    def _slice(self, piece: Piece, name: str, of: Box) -> np.ndarray:
+        path = self.folder / piece.file
+        try:
+            if piece.file not in self._open:
+                self._open[piece.file] = self._files.enter_context(safe_open(path, framework="numpy"))
+            values = self._open[piece.file].get_slice(name)
+            if tuple(values.get_shape()) != piece.shape or values.get_dtype() != "F32":
+                raise UserError(
+                    f"{path}: {name} is {values.get_dtype()} of shape {tuple(values.get_shape())}, {NAME} says F32 of "
+                    f"{piece.shape}; the checkpoint is damaged, load another"
+                )
+            return values[of] if piece.shape else self._open[piece.file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); the checkpoint is damaged, load another") from None
+
+
+def _overlap(start: tuple[int, ...], shape: tuple[int, ...], piece: Piece) -> tuple[Box, Box] | None:
+    """Where a box and a piece meet: as a part of the box and as a part of the piece."""
+    into, of = [], []
+    for box_start, box_size, piece_start, piece_size in zip(start, shape, piece.start, piece.shape, strict=True):
+        first = max(box_start, piece_start)
+        end = min(box_start + box_size, piece_start + piece_size)
+        if end <= first:
+            return None
+        into.append(slice(first - box_start, end - box_start))
+        of.append(slice(first - piece_start, end - piece_start))
+    return tuple(into), tuple(of)
+
+
+def _logical(plain: dict[str, Any]) -> Logical:
+    pieces = tuple(Piece(_plain_name(p["file"]), _sizes(p["start"]), _sizes(p["shape"])) for p in plain["pieces"])
+    return Logical(_sizes(plain["shape"]), pieces)
+
+
+def _sizes(values: list[int]) -> tuple[int, ...]:
+    if not all(isinstance(v, int) and v >= 0 for v in values):
+        raise ValueError(f"got {values}, wanted sizes")
+    return tuple(values)
+
+
+def _plain_name(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"got {name!r}, wanted the name of a file beside it")
+    return name
