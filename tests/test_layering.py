@@ -21,7 +21,7 @@ LAYERS = (
     {"ops", "parallel", "data"},
     {"model"},
     {"engine"},
-    {"train", "trained", "evaluate", "generate", "report", "plot", "launch", "parity", "parity_rank"},
+    {"train", "trained", "evaluate", "generate", "report", "plot", "launch", "parity", "parity_rank", "preflight"},
 )
 STRANGERS = {"ops", "parallel", "data"}  # ... except these.
 PROGRAMS = ("tools", "examples", "benchmarks")  # above every layer

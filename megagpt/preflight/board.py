@@ -1,0 +1,68 @@
+"""What ranks tell each other before they are connected: JSON over the rendezvous store, collected by rank 0."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError, Store
+
+from megagpt.errors import UserError
+from megagpt.parallel.agree import RankError
+
+
+@dataclass(frozen=True)
+class Board:
+    """Needs nothing but the store: it works where collectives would hang, and says who is missing."""
+
+    store: Store
+    rank: int
+    world_size: int
+    timeout_s: float
+
+    def gather(self, topic: str, value: Any) -> list[Any]:
+        """Every rank's JSON-able value, in rank order, on rank 0; an empty list on the others.
+
+        Comm: one key a rank.  Raises UserError on rank 0, naming the ranks that told nothing within the timeout.
+        """
+        self.store.set(f"{topic}/{self.rank}", json.dumps(value))
+        if self.rank != 0:
+            return []
+        keys = [f"{topic}/{rank}" for rank in range(self.world_size)]
+        try:
+            self.store.wait(keys, timedelta(seconds=self.timeout_s))
+        except DistError:
+            missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+            raise UserError(
+                f"{self.world_size - len(missing)} of {self.world_size} ranks came within {self.timeout_s:.0f} s; "
+                f"missing: {ranks_text(missing)}; look at their hosts' output, and at their way to this one's port"
+            ) from None
+        return [json.loads(self.store.get(key)) for key in keys]
+
+    def share(self, topic: str, value: Any = None) -> Any:
+        """Rank 0's value, on every rank. Comm: one key, read by all.
+
+        Raises RankError, silent, where rank 0 does not say anything: it has said why.
+        """
+        if self.rank == 0:
+            self.store.set(topic, json.dumps(value))
+            return value
+        try:
+            self.store.wait([topic], timedelta(seconds=2 * self.timeout_s))
+            return json.loads(self.store.get(topic))
+        except (DistError, RuntimeError):
+            raise RankError(f"rank 0 did not say {topic}", speaks=False) from None
+
+
+def ranks_text(ranks: list[int]) -> str:
+    """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
+    parts: list[list[int]] = []
+    for rank in sorted(ranks):
+        if parts and rank == parts[-1][-1] + 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    spans = [str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts]
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(spans)
