@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.cuda.nccl
 
 import megagpt
 from megagpt.config import RunConfig

@@ -8,7 +8,8 @@ from typing import Any
 
 from megagpt.preflight.row import Row, milliseconds, rate, who
 
-SLOW = 1.5  # times worse than the median of the others of its kind: warned of, as in training (faults.slow_rank_factor)
+SLOW = 1.5  # times slower than the median of the others: warned of, as in training (faults.slow_rank_factor)
+SLOW_LINK = 2.0  # likewise for links, which differ more from one try to the next
 BROKEN = 5.0  # times worse: it would take the whole run down to its pace
 LATENCY_FLOOR_S = 1e-3  # below, a latency several times the others' is scheduling, not a fault
 AXES = {
@@ -71,7 +72,7 @@ def _slow_links(links: list[dict[str, Any]], hosts: list[str]) -> Iterator[tuple
         by_latency = slowness([1 / max(link["latency_s"], LATENCY_FLOOR_S) for link in kind])
         for i, link in enumerate(kind):
             factor = max(by_rate[i], by_latency[i])
-            if factor > SLOW:
+            if factor > SLOW_LINK:
                 others = _middle_of_others([k["bytes_per_s"] for k in kind], i)
                 text = f"{_pair(link, hosts)} {_link_text(link)}, others of its kind {rate(others, 'B/s')}"
                 yield factor, text, link
