@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from datetime import timedelta
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import TCPStore
 
-from megagpt.errors import UserError
+from megagpt.parallel.agree import RankError
 
 
 def open_store(timeout_s: float) -> TCPStore:
@@ -18,27 +19,39 @@ def open_store(timeout_s: float) -> TCPStore:
     MASTER_ADDR alone, and not on every interface as torch's own would: it authenticates nobody.
 
     timeout_s: of the connection, and of each later call of the store.
-    Raises UserError where it cannot be reached.
+    Raises RankError where it cannot be reached; one rank of each host speaks, since they cannot agree on it.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=timeout_s)
     hosts_it = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-    try:
-        return TCPStore(
-            address,
-            port,
-            is_master=hosts_it,
-            timeout=timeout,
-            wait_for_workers=False,  # who comes and who does not is asked afterwards, and told by name
-            multi_tenant=True,  # torch may open it once more in this process
-            master_listen_fd=_listening(address, port) if hosts_it else None,
-        )
-    except (DistError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"{socket.gethostname()} cannot reach the rendezvous at {address}:{port} within {timeout_s:.0f} s "
-            f"({str(error).splitlines()[0][:120]}); check that the first host runs, its name resolves here, and no "
-            f"firewall closes the port"
-        ) from None
+    if not hosts_it:
+        _wait_for(address, port, timeout_s)
+    return TCPStore(
+        address,
+        port,
+        is_master=hosts_it,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,  # who comes and who does not is asked afterwards, and told by name
+        multi_tenant=True,  # torch may open it once more in this process
+        master_listen_fd=_listening(address, port) if hosts_it else None,
+    )
+
+
+def _wait_for(address: str, port: int, timeout_s: float) -> None:
+    """Until somebody listens there. TCPStore would wait as well, and fail with some 40 lines of C++."""
+    end_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=min(timeout_s, 5.0)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end_s:
+                raise RankError(
+                    f"{socket.gethostname()} cannot reach the rendezvous at {address}:{port} within {timeout_s:.0f} s "
+                    f"({error.strerror or error}); check that the first host runs, that its name resolves here, and "
+                    f"that no firewall closes the port",
+                    speaks=os.environ.get("LOCAL_RANK", "0") == "0",
+                ) from None
+        time.sleep(0.2)
 
 
 def _listening(address: str, port: int) -> int | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, Store
+from torch.distributed import Store
 
 from megagpt.errors import UserError
 from megagpt.parallel.agree import RankError
@@ -31,14 +31,12 @@ class Board:
         if self.rank != 0:
             return []
         keys = [f"{topic}/{rank}" for rank in range(self.world_size)]
-        try:
-            self.store.wait(keys, timedelta(seconds=self.timeout_s))
-        except DistError:
+        if not self._came(keys, self.timeout_s):
             missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
             raise UserError(
                 f"{self.world_size - len(missing)} of {self.world_size} ranks came within {self.timeout_s:.0f} s; "
                 f"missing: {ranks_text(missing)}; look at their hosts' output, and at their way to this one's port"
-            ) from None
+            )
         return [json.loads(self.store.get(key)) for key in keys]
 
     def share(self, topic: str, value: Any = None) -> Any:
@@ -50,10 +48,20 @@ class Board:
             self.store.set(topic, json.dumps(value))
             return value
         try:
-            self.store.wait([topic], timedelta(seconds=2 * self.timeout_s))
-            return json.loads(self.store.get(topic))
-        except (DistError, RuntimeError):
-            raise RankError(f"rank 0 did not say {topic}", speaks=False) from None
+            if self._came([topic], 2 * self.timeout_s):
+                return json.loads(self.store.get(topic))
+        except RuntimeError:  # the store went with rank 0
+            pass
+        raise RankError(f"rank 0 did not say {topic}", speaks=False)
+
+    def _came(self, keys: list[str], timeout_s: float) -> bool:
+        """Whether all keys are there within the time. Asks again and again: a wait that fails logs lines of C++."""
+        end_s = time.monotonic() + timeout_s
+        while not self.store.check(keys):
+            if time.monotonic() > end_s:
+                return False
+            time.sleep(0.05)
+        return True
 
 
 def ranks_text(ranks: list[int]) -> str:
