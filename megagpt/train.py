@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megagpt import metrics
 from megagpt.checkpoint import folders
+from megagpt.checkpoint.durable import replace_text
 from megagpt.checkpoint.state import State, check_resumable, read_state
 from megagpt.checkpoint.sums import sha256_of
 from megagpt.cli import to_yaml
@@ -138,6 +139,8 @@ def _set_up(config: RunConfig, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run 
 
     stack: holds the run folder's lock. None where a run that may already be done (--auto-resume) is.
     """
+    folder = [together(lambda: _make_run_folder(config, stack) if mesh.rank == 0 else Path())]
+    dist.broadcast_object_list(folder, src=0)
     resume_from = _find_checkpoint(config, mesh)
     if resume_from and together(lambda: _check_resumable(config, resume_from)):
         if mesh.rank == 0:
@@ -146,8 +149,7 @@ def _set_up(config: RunConfig, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run 
     train_samples, valid_samples = together(lambda: _find_samples(config))
     tokenizer = together(lambda: tokenizer_for(config.data, parse_data_path(config.data.data_path)[0][1]))
     identity = together(lambda: _data_identity(config, tokenizer))
-    folder = [together(lambda: _make_run_folder(config, stack) if mesh.rank == 0 else Path())]
-    dist.broadcast_object_list(folder, src=0)
+    together(lambda: _write_config(config, folder[0]) if mesh.rank == 0 else None)
     return Run(config, plan, mesh, folder[0], train_samples, valid_samples, tokenizer, identity, resume_from)
 
 
@@ -188,20 +190,31 @@ def _find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
 def _make_run_folder(config: RunConfig, stack: ExitStack) -> Path:
     """--save, else the run that --load goes on with, else a new folder under runs/; locked until `stack` closes."""
     wanted = config.checkpoint
-    folder = Path(wanted.save or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     if wanted.save is None and wanted.load is not None:
-        folder = folders.find(wanted.load).parent.parent
+        folder = folders.run_of(wanted.load)
+        if not folders.checkpoints_of(folder):
+            folders.find(wanted.load)  # raises, before anything is written
+    else:
+        folder = Path(wanted.save or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     goes_on = wanted.load is not None or wanted.auto_resume
     if not goes_on and (folder / "checkpoints").exists():
         raise UserError(f"{folder} holds a run already; go on with it by --load {folder}, or give another --save")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(folders.locked(folder))
-        folders.clear_unfinished(folder)
-        (folder / "config.yaml").write_text(to_yaml(config))
+        folders.mend(folder)
     except OSError as error:
         raise UserError(f"cannot write the run folder {folder} ({error.strerror}); give another --save") from error
     return folder
+
+
+def _write_config(config: RunConfig, folder: Path) -> None:
+    try:
+        replace_text(folder / "config.yaml", to_yaml(config))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}/config.yaml ({error.strerror}); make room, or another --save"
+        ) from error
 
 
 def _reporter(run: Run, engine: Engine, done: int) -> Reporter:

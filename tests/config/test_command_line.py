@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megagpt.cli import parse_run_config, read_config, to_yaml
 from megagpt.cli.flags import FOREIGN, all_flags
 from megagpt.cli.yaml_file import dotted_keys
-from megagpt.config import DataConfig, LogConfig, ModelConfig, OptimConfig, RunConfig
+from megagpt.config import CheckpointConfig, DataConfig, LogConfig, ModelConfig, OptimConfig, RunConfig
 from megagpt.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -240,7 +240,9 @@ configs = st.builds(
     ),
     data=st.builds(DataConfig, data_path=st.lists(words, max_size=3).map(tuple), split=words),
     optim=st.builds(OptimConfig, lr=rates, eps=rates, clip=st.floats(0, 1e6), decay_steps=st.none() | st.integers(1)),
-    log=st.builds(LogConfig, save=st.none() | words | st.sampled_from(["1e-4", "null", "0.7", "yes", "2020-01-01"])),
+    checkpoint=st.builds(
+        CheckpointConfig, save=st.none() | words | st.sampled_from(["1e-4", "null", "0.7", "yes", "2020-01-01"])
+    ),
 )
 
 
