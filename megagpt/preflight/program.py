@@ -25,8 +25,9 @@ from megagpt.config import RunConfig
 from megagpt.engine.start import distributed
 from megagpt.errors import UserError
 from megagpt.parallel.agree import RankError
+from megagpt.parallel.judge import Limits
 from megagpt.parallel.mesh import Mesh
-from megagpt.parallel.store import open_store
+from megagpt.parallel.rendezvous import open_store
 from megagpt.preflight import disk, facts, judge, judge_speed, reach, speed
 from megagpt.preflight.board import Board
 from megagpt.preflight.row import Row
@@ -43,12 +44,15 @@ def preflight(config: RunConfig, json_path: Path | None, timeout_s: float) -> No
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    board = Board(open_store(timeout_s), rank, world_size, timeout_s)
+    board = Board(open_store(rank, timeout_s), rank, world_size, timeout_s)
     known, rows = _unconnected(board, config)
     figures: dict[str, Any] = {}
     if board.share("go on", not any(row.state == "fail" for row in rows)):
         pp, tp = config.parallel.pp, config.parallel.tp
-        with distributed(pp=pp, dp=world_size // (pp * tp), tp=tp) as mesh:
+        with distributed(pp=pp, dp=world_size // (pp * tp), tp=tp, limits=Limits(progress_timeout_s=timeout_s)) as (
+            mesh,
+            _,
+        ):
             more, figures = _connected(board, config, mesh, known)
         rows += more
     failed = board.share("failed", [row.check for row in rows if row.state == "fail"])
