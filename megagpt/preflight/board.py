@@ -12,6 +12,9 @@ from torch.distributed import Store
 from megagpt.errors import UserError
 from megagpt.parallel.agree import RankError
 
+GIVEN_UP = "given up"  # a key: rank 0 has said why, and goes
+LAST_WORD_S = 1.0  # the store goes with rank 0: so long it stays for the others to read what it said
+
 
 @dataclass(frozen=True)
 class Board:
@@ -33,6 +36,8 @@ class Board:
         keys = [f"{topic}/{rank}" for rank in range(self.world_size)]
         if not self._came(keys, self.timeout_s):
             missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+            self.store.set(GIVEN_UP, "")
+            time.sleep(LAST_WORD_S)
             raise UserError(
                 f"{self.world_size - len(missing)} of {self.world_size} ranks came within {self.timeout_s:.0f} s; "
                 f"missing: {ranks_text(missing)}; look at their hosts' output, and at their way to this one's port"
@@ -48,7 +53,7 @@ class Board:
             self.store.set(topic, json.dumps(value))
             return value
         try:
-            if self._came([topic], 2 * self.timeout_s):
+            if self._came([topic], 2 * self.timeout_s) and not self.store.check([GIVEN_UP]):
                 return json.loads(self.store.get(topic))
         except RuntimeError:  # the store went with rank 0
             pass
@@ -57,7 +62,7 @@ class Board:
     def _came(self, keys: list[str], timeout_s: float) -> bool:
         """Whether all keys are there within the time. Asks again and again: a wait that fails logs lines of C++."""
         end_s = time.monotonic() + timeout_s
-        while not self.store.check(keys):
+        while not self.store.check(keys) and not self.store.check([GIVEN_UP]):
             if time.monotonic() > end_s:
                 return False
             time.sleep(0.05)

@@ -56,6 +56,7 @@ def preflight(config: RunConfig, json_path: Path | None, timeout_s: float) -> No
             more, figures = _connected(board, config, mesh, known)
         rows += more
     failed = board.share("failed", [row.check for row in rows if row.state == "fail"])
+    board.gather("read", True)  # the store goes with rank 0
     if rank == 0:
         _show(rows)
         if json_path:
