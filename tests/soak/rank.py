@@ -5,6 +5,7 @@ torch and DeepSpeed are imported by the fork server, not by who names `rank_main
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import os
@@ -26,6 +27,7 @@ def rank_main(rank: int, n_ranks: int, port: int, argv: list[str], notes: str, p
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_SIZE=str(n_ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     importlib.import_module("torch").set_num_threads(1)
+    gc.freeze()  # as in parallel/local.py
     record_reads(Path(notes + ".reads"))
     try:
         if plant is not None:
