@@ -165,13 +165,13 @@ def mend(run: Path) -> None:
         else:
             path.unlink()
     for replaced in (run / "checkpoints").glob(f"*{REPLACED}"):
-        if pointed(run) == replaced:  # its successor has no pointer yet, or not even its name
-            final = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        final = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if final.exists() and not _points_to(run, replaced):
+            remove(replaced)
+        else:  # its successor has no pointer yet, or not even its name
             if final.exists():
                 remove(final)
             os.replace(replaced, final)
-        else:
-            remove(replaced)
 
 
 def run_of(path: str | Path) -> Path:
@@ -219,6 +219,13 @@ def _split(path: str | Path) -> tuple[Path, str]:
     """RUN@STEP -> (RUN, STEP); RUN -> (RUN, latest)."""
     run, at, which = str(path).rpartition("@")
     return (Path(run), which) if at and not Path(path).exists() else (Path(path), LATEST)
+
+
+def _points_to(run: Path, folder: Path) -> bool:
+    try:
+        return pointed(run) == folder
+    except UserError:  # to nothing that is there: for whoever loads to say
+        return False
 
 
 def _validation_loss(folder: Path) -> float | None:

@@ -109,13 +109,13 @@ def test_find_says_no_and_nothing_worse(name: str):
     last=st.none() | st.integers(1, 5),
     every=st.none() | st.integers(1, 10),
     best=st.booleans(),
-    latest=st.integers(0, 7),
+    which=st.integers(0, 7),
 )
-def test_what_is_kept_is_what_a_plain_model_keeps(steps, losses, last, every, best, latest):
+def test_what_is_kept_is_what_a_plain_model_keeps(steps, losses, last, every, best, which):
     ordered = sorted(steps)
-    pointed = ordered[latest % len(ordered)]
-    later = {s for s in ordered if s > pointed}  # of a history that the run has gone back on
-    kept = set(ordered) if last is None else set([s for s in ordered if s <= pointed][-last:]) | later
+    newest = ordered[which % len(ordered)]  # not the last one where the run has gone back
+    older = [s for s in ordered if s <= newest]
+    kept = set(ordered) if last is None else set(ordered) - set(older[:-last])
     if every is not None:
         kept |= {s for s in ordered if s % every == 0}
     measured = [(losses[s - 1], s) for s in ordered if losses[s - 1] is not None]
@@ -124,9 +124,9 @@ def test_what_is_kept_is_what_a_plain_model_keeps(steps, losses, last, every, be
     with TemporaryDirectory() as name:
         run = Path(name)
         for step in ordered:
-            write_checkpoint(run, step, {}, validation_loss=losses[step - 1], latest=step == pointed)
-        newest = folders.folder_of(run, pointed)
-        dropped = folders.drop_old(newest, CheckpointConfig(keep_last=last, keep_every=every, keep_best=best))
+            write_checkpoint(run, step, {}, validation_loss=losses[step - 1])
+        config = CheckpointConfig(keep_last=last, keep_every=every, keep_best=best)
+        dropped = folders.drop_old(folders.folder_of(run, newest), config)
         assert {folders.step_of(p) for p in folders.checkpoints_of(run)} == kept
         assert {folders.step_of(p) for p in dropped} == set(ordered) - kept
         assert not list((run / "checkpoints").glob("*.tmp"))
@@ -221,10 +221,10 @@ def put_aside(run: Path, step: int, seed: int) -> tuple[Path, Path]:
     return temporary, run / "checkpoints" / f"step-{step:06d}"
 
 
+@pytest.mark.parametrize("mended", [False, True], ids=["left", "mended"])
 @pytest.mark.parametrize("step", [10, 20], ids=["the same step again", "the next step"])
-def test_a_crash_at_any_point_of_two_commits_leaves_a_whole_checkpoint(tmp_path: Path, step: int):
-    first = second = 0
-    n_crashes = 0
+def test_a_crash_at_any_point_of_two_commits_leaves_a_whole_checkpoint(tmp_path: Path, step: int, mended: bool):
+    first = second = n_crashes = 0
     while True:
         run = tmp_path / f"{first}-{second}" / "run"
         old = write_checkpoint(run, 10, TINY, n_files=1)
@@ -234,8 +234,11 @@ def test_a_crash_at_any_point_of_two_commits_leaves_a_whole_checkpoint(tmp_path:
             temporary, final = put_aside(run, step, seed)
             known.add(sha256_of(temporary / "SHA256SUMS"))
             outcomes.append(attempt(lambda t=temporary, f=final: folders.commit(t, f), at))
-            found = folders.pointed(run)
-            assert damage_of(found) == [] and sha256_of(found / "SHA256SUMS") in known
+            digest = check_latest(run, known)
+            if mended:
+                folders.mend(run)
+                assert check_latest(run, {digest}) == digest
+                assert not [*run.glob("checkpoints/*.tmp"), *run.glob("checkpoints/*.replaced")]
         assert outcomes[2] and folders.pointed(run) == final and not final.with_name(f"{final.name}.replaced").exists()
         shutil.rmtree(run.parent)
         n_crashes += outcomes[:2].count(False)
@@ -246,6 +249,22 @@ def test_a_crash_at_any_point_of_two_commits_leaves_a_whole_checkpoint(tmp_path:
         else:
             break
     assert n_crashes > 30, n_crashes
+
+
+def check_latest(run: Path, known: set[str]) -> str:
+    """That `latest` names a whole checkpoint, one of these by the hash of its SHA256SUMS; which."""
+    found = folders.pointed(run)
+    assert damage_of(found) == []
+    digest = sha256_of(found / "SHA256SUMS")
+    assert digest in known
+    return digest
+
+
+def test_mending_needs_no_pointer(run: Path):
+    os.replace(run / "checkpoints" / "step-000020", run / "checkpoints" / "step-000020.replaced")
+    (run / "checkpoints" / "latest").unlink()
+    folders.mend(run)
+    assert [folders.step_of(p) for p in folders.checkpoints_of(run)] == [10, 20, 30]
 
 
 def test_a_crash_while_a_checkpoint_is_deleted_leaves_none_that_looks_whole(tmp_path: Path):
