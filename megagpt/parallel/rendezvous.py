@@ -28,17 +28,26 @@ def meet(
     store.set(f"arrived/{rank}", here)
     keys = [f"arrived/{r}" for r in range(n_ranks)]
     try:
-        store.wait(keys, timedelta(seconds=timeout_s))
-    except RuntimeError as error:  # a timeout, or rank 0 is gone and its store with it
-        raise _who_is_missing(store, rank, keys, timeout_s, name) from error
+        _wait_for_all(store, keys, timeout_s)
+    except (TimeoutError, RuntimeError) as error:  # RuntimeError: rank 0 is gone, and its store with it
+        raise _who_is_missing(store, keys, timeout_s, name) from error
     return dist.PrefixStore("default_pg", store), [text.decode() for text in store.multi_get(keys)]
 
 
-def _who_is_missing(
-    store: dist.Store, rank: int, keys: list[str], timeout_s: float, name: Callable[[int], str]
-) -> RankError:
+def _wait_for_all(store: dist.Store, keys: list[str], timeout_s: float) -> None:
+    """Until all keys are there. `Store.wait` with a timeout would also print lines of C++ when that is over."""
+    end_s = time.monotonic() + timeout_s
+    while not store.check(keys):
+        if time.monotonic() > end_s:
+            raise TimeoutError
+        time.sleep(0.1)
+
+
+def _who_is_missing(store: dist.Store, keys: list[str], timeout_s: float, name: Callable[[int], str]) -> RankError:
     try:
         arrived = [r for r, key in enumerate(keys) if store.check([key])]
+        # Those that came later also give up later: the first one speaks, before a launcher ends it for another's end.
+        speaks = store.add("gave up", 1) == 1
     except RuntimeError:
         return RankError("rank 0 ended before all processes had come; see its output", speaks=False)
     missing = [r for r in range(len(keys)) if r not in arrived]
@@ -46,7 +55,7 @@ def _who_is_missing(
     return RankError(
         f"{len(arrived)} of {len(keys)} processes came within {timeout_s:g} s; missing: {named}; see their output, "
         "and that every host was started with the same number of processes",
-        speaks=rank == min(arrived),
+        speaks,
     )
 
 
