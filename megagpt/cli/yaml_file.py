@@ -193,7 +193,7 @@ def _refusal(what: str, where: yaml.Event | yaml.Node) -> yaml.MarkedYAMLError:
 
 
 def _is_text(value: str) -> bool:
-    """Whether a path can be so: no NUL, and no surrogates but those that stand for bytes of a name that is not UTF-8."""
+    """Whether a path can be so: no NUL, no surrogates but those of os.fsdecode, for bytes that are not UTF-8."""
     return not any(c == "\0" or "\ud800" <= c < "\udc80" or "\udcff" < c <= "\udfff" for c in value)
 
 
