@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from megagpt import metrics
 from megagpt.checkpoint import folders
+from megagpt.checkpoint.durable import replace_text
 from megagpt.checkpoint.state import State, check_resumable, read_state
 from megagpt.checkpoint.sums import sha256_of
 from megagpt.cli import to_yaml
@@ -29,8 +29,10 @@ from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.data.tokenizer import Tokenizer, tokenizer_for
 from megagpt.engine import checkpoint
 from megagpt.engine.checkpoint import Saver
-from megagpt.engine.checks import NanWatch, check_ranks
+from megagpt.engine.checks import check_ranks
 from megagpt.engine.engine import Engine
+from megagpt.engine.fault_notes import FaultNotes
+from megagpt.engine.guard import Guard
 from megagpt.engine.masters import read_counters
 from megagpt.engine.restore import find_whole
 from megagpt.engine.start import distributed
@@ -39,8 +41,10 @@ from megagpt.errors import Stopped, UserError
 from megagpt.kernels import Kernels
 from megagpt.model.gpt import ops_used
 from megagpt.ops.status import check_kernels, kernel_rows
-from megagpt.parallel.agree import RankError, together
+from megagpt.parallel.agree import together
+from megagpt.parallel.judge import Limits
 from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.watch import Watch
 from megagpt.plan.plan import Plan, make_plan
 from megagpt.plan.table import config_table, plan_table
 from megagpt.plot import plot_runs
@@ -69,10 +73,13 @@ def train(config: RunConfig) -> None:
     asked to end early and has saved.
     """
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp) as mesh, ExitStack() as stack:
+    faults = config.faults
+    limits = Limits(faults.heartbeat_timeout_s, faults.progress_timeout_s, faults.slow_rank_factor)
+    with distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp, limits=limits) as (mesh, watch), ExitStack() as stack:
         run = _set_up(config, plan, mesh, stack)
         if run is None:
             return
+        watch.write_to(run.folder / "faults")
         engine = Engine(config, plan, mesh)
         kernels = Kernels.parse(config.train.kernels)
         together(lambda: check_kernels(kernels, ops_used(config.model, kernels), engine.device.type))
@@ -83,7 +90,13 @@ def train(config: RunConfig) -> None:
                 report.message(f"going on from {run.resume_from} after {done} steps")
                 if resumed.data != run.data_identity:
                     report.message("note: its text was another one, or had another tokenizer: --data-path differs")
-            stopped = _loop(run, engine, report, done)
+            notes = FaultNotes(run.folder, run.train_samples, run.tokenizer, writes=mesh.rank == 0)
+            guard = Guard(engine, notes, report.message, partial(_training_batches, run))
+            if resumed and run.resume_from:
+                guard.go_on_from(resumed, run.resume_from)
+            if guard.left_out:
+                report.message(f"steps that are left out: {', '.join(map(str, guard.left_out))}")
+            stopped = _loop(run, engine, report, watch, guard, done)
         if mesh.rank == 0:
             plot_runs([run.folder], run.folder / "loss.png")
             report.message(f"run folder: {run.folder} (loss curve: {run.folder / 'loss.png'})")
@@ -92,24 +105,33 @@ def train(config: RunConfig) -> None:
         raise Stopped(f"{stopped}; go on with: --load {run.folder}", speaks=mesh.rank == 0)
 
 
-def _loop(run: Run, engine: Engine, report: Reporter, done: int) -> str | None:
+def _loop(run: Run, engine: Engine, report: Reporter, watch: Watch, guard: Guard, done: int) -> str | None:
     """All steps, or as many as there are until something asks to end: then returns what that was."""
-    config = run.config
-    nan_watch = NanWatch(engine.module) if config.debug.detect_nan else None
+    config, step = run.config, done
+    newest = run.resume_from
     saver = Saver(engine, run.folder, config.checkpoint)
     stopper = Stopper(config.faults.exit_after_minutes, engine.device)
     stopped = None
-    for step in range(done, config.train.train_steps):
-        result = engine.train_step(
-            step, _batches(run, run.train_samples, 0 if config.debug.overfit_one_batch else step)
-        )
-        if nan_watch:
-            nan_watch.report(step)
-        _require_finite(result.loss, step, run.mesh)
+
+    def last_checkpoint() -> Path | None:
+        """Of this run as it goes now; what lies beside it may be of an earlier one."""
+        saver.wait()
+        saved = saver.finished()
+        return saved.folder if saved else newest
+
+    while step < config.train.train_steps:
+        with watch.step(step + 1):
+            result = guard.train_step(step)
+        for note in watch.notes():
+            report.message(f"step {step + 1} | {note}")
         loss_scale = result.loss_scale if config.train.precision == "fp16" else None
         report.step(
             step + 1, result.loss, result.lr, result.grad_norm, result.step_time_s, loss_scale, skipped=result.skipped
         )
+        if back_to := guard.judge(step, result, last_checkpoint):
+            step = _go_back(run, engine, report, guard, back_to)
+            newest = back_to
+            continue
         if config.debug.check_ranks:
             check_ranks(engine, step)
         stopped = stopper.agree(saver.failed)
@@ -119,15 +141,26 @@ def _loop(run: Run, engine: Engine, report: Reporter, done: int) -> str | None:
             validation_loss, bits_per_byte = _validate(run, engine, run.valid_samples)
             report.validation(step + 1, validation_loss, bits_per_byte)
         if last or _due(step + 1, config.checkpoint.save_interval):
-            saver.save(_state(run, engine, step + 1, result.lr, validation_loss))
+            saver.save(_state(run, engine, guard, step + 1, result.lr, validation_loss))
         if last:
             saver.wait()
         if saved := saver.finished():
+            newest = saved.folder
             report.message(f"step {step + 1} | {saved}")
         if stopped:
             break
+        step += 1
     stopper.release()
     return stopped
+
+
+def _go_back(run: Run, engine: Engine, report: Reporter, guard: Guard, folder: Path) -> int:
+    """Be as the run was when it saved this checkpoint; returns the steps that were done by then."""
+    whole = find_whole(folder, True, report.message)
+    state = checkpoint.load(engine, whole)
+    guard.go_on_from(state, whole)
+    report.go_back(state.step)
+    return state.step
 
 
 def _due(step: int, interval: int | None) -> bool:
@@ -139,6 +172,8 @@ def _set_up(config: RunConfig, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run 
 
     stack: holds the run folder's lock. None where a run that may already be done (--auto-resume) is.
     """
+    folder = [together(lambda: _make_run_folder(config, stack) if mesh.rank == 0 else Path())]
+    dist.broadcast_object_list(folder, src=0)
     resume_from = _find_checkpoint(config, mesh)
     if resume_from and together(lambda: _check_resumable(config, resume_from)):
         if mesh.rank == 0:
@@ -148,8 +183,7 @@ def _set_up(config: RunConfig, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run 
     together(lambda: _verify_data(config))
     tokenizer = together(lambda: tokenizer_for(config.data, parse_data_path(config.data.data_path)[0][1]))
     identity = together(lambda: _data_identity(config, tokenizer))
-    folder = [together(lambda: _make_run_folder(config, stack) if mesh.rank == 0 else Path())]
-    dist.broadcast_object_list(folder, src=0)
+    together(lambda: _write_config(config, folder[0]) if mesh.rank == 0 else None)
     return Run(config, plan, mesh, folder[0], train_samples, valid_samples, tokenizer, identity, resume_from)
 
 
@@ -197,20 +231,31 @@ def _verify_data(config: RunConfig) -> None:
 def _make_run_folder(config: RunConfig, stack: ExitStack) -> Path:
     """--save, else the run that --load goes on with, else a new folder under runs/; locked until `stack` closes."""
     wanted = config.checkpoint
-    folder = Path(wanted.save or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     if wanted.save is None and wanted.load is not None:
-        folder = folders.find(wanted.load).parent.parent
+        folder = folders.run_of(wanted.load)
+        if not folders.checkpoints_of(folder):
+            folders.find(wanted.load)  # raises, before anything is written
+    else:
+        folder = Path(wanted.save or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     goes_on = wanted.load is not None or wanted.auto_resume
     if not goes_on and (folder / "checkpoints").exists():
         raise UserError(f"{folder} holds a run already; go on with it by --load {folder}, or give another --save")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(folders.locked(folder))
-        folders.clear_unfinished(folder)
-        (folder / "config.yaml").write_text(to_yaml(config))
+        folders.mend(folder)
     except OSError as error:
         raise UserError(f"cannot write the run folder {folder} ({error.strerror}); give another --save") from error
     return folder
+
+
+def _write_config(config: RunConfig, folder: Path) -> None:
+    try:
+        replace_text(folder / "config.yaml", to_yaml(config))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}/config.yaml ({error.strerror}); make room, or another --save"
+        ) from error
 
 
 def _reporter(run: Run, engine: Engine, done: int) -> Reporter:
@@ -244,6 +289,10 @@ def _reporter(run: Run, engine: Engine, done: int) -> Reporter:
     return report
 
 
+def _training_batches(run: Run, step: int) -> Iterator[MicroBatch]:
+    return _batches(run, run.train_samples, 0 if run.config.debug.overfit_one_batch else step)
+
+
 def _batches(run: Run, samples: Samples, step: int) -> Iterator[MicroBatch]:
     return micro_batches(
         samples,
@@ -266,7 +315,7 @@ def _validate(run: Run, engine: Engine, samples: Samples) -> tuple[float, float 
     return loss, metrics.bits_per_byte(loss, len(labels), n_bytes)
 
 
-def _state(run: Run, engine: Engine, step: int, lr: float, validation_loss: float | None) -> State:
+def _state(run: Run, engine: Engine, guard: Guard, step: int, lr: float, validation_loss: float | None) -> State:
     samples = step * run.config.train.global_batch_size
     plan = run.plan
     return State(
@@ -278,6 +327,8 @@ def _state(run: Run, engine: Engine, step: int, lr: float, validation_loss: floa
         config=dataclasses.asdict(run.config),
         data=run.data_identity,
         layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp, "zero_stage": plan.zero_stage},
+        skipped_steps=guard.left_out,
+        guard=guard.state,
         validation_loss=validation_loss,
     )
 
@@ -291,13 +342,3 @@ def _data_identity(config: RunConfig, tokenizer: Tokenizer | None) -> dict[str, 
         "split": config.data.split,
         "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
     }
-
-
-def _require_finite(loss: float, step: int, mesh: Mesh) -> None:
-    """The loss is the same on every rank, so that all of them stop here together."""
-    if not math.isfinite(loss):
-        raise RankError(
-            f"the loss of step {step + 1} is {loss}; lower --lr, lengthen --optim.warmup-steps, or look for the module "
-            "that made it with --debug.detect-nan",
-            speaks=mesh.rank == 0,
-        )

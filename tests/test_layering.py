@@ -17,11 +17,24 @@ REPOSITORY = Path(__file__).parents[1]
 # A module imports from lower layers and from itself. Within a layer of LAYERS, modules may know each other...
 LAYERS = (
     {"errors", "kernels", "config", "config_file", "cli", "metrics", "metrics_file", "presets"},
-    {"plan"},
+    {"plan", "checkpoint"},
     {"ops", "parallel", "data"},
     {"model"},
     {"engine"},
-    {"train", "trained", "evaluate", "generate", "report", "plot", "launch", "parity", "parity_rank"},
+    {
+        "train",
+        "trained",
+        "evaluate",
+        "generate",
+        "hf_export",
+        "hf_import",
+        "report",
+        "plot",
+        "preflight",
+        "launch",
+        "parity",
+        "parity_rank",
+    },
 )
 STRANGERS = {"ops", "parallel", "data"}  # ... except these.
 PROGRAMS = ("tools", "examples", "benchmarks")  # above every layer
@@ -34,7 +47,7 @@ ONLY_IN = {
     "deepspeed": ("megagpt/engine/", "megagpt/launch.py"),
     "apex": ("megagpt/engine/", "megagpt/ops/"),
     "megatron": ("benchmarks/",),
-    "transformers": ("megagpt/model/hf.py", "benchmarks/", "tools/"),
+    "transformers": ("megagpt/hf_export.py", "benchmarks/"),
     "wandb": ("megagpt/report.py",),
     "megagpt._C": ("megagpt/ops/library.py",),
     "megagpt._index_builder": ("megagpt/data/",),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 
@@ -19,6 +21,12 @@ def replace_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def require_regular(path: Path) -> None:
+    """Raise OSError unless path is a file: a pipe or a device in its place would be waited for, or never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def flush(path: Path) -> None:

@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megagpt.checkpoint import sums
-from megagpt.checkpoint.durable import replace_text
-from megagpt.checkpoint.state import read_state
+from megagpt.checkpoint import state, sums
+from megagpt.checkpoint.durable import flush, replace_text, require_regular
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
 
 LATEST = "latest"
 BEST = "best"
-_NAME = re.compile(r"step-(\d{6,})")
-_POINTER = re.compile(r"(step-\d{6,}) ([0-9a-f]{64})\n")
+_NAME = re.compile(r"step-([0-9]{6,18})")
+_POINTER = re.compile(r"(step-[0-9]{6,18}) ([0-9a-f]{64})\n")
+_STEP = re.compile(r"[0-9]{1,18}")
 REPLACED = ".replaced"  # what a checkpoint of the same step is called while the new one takes its place
 
 
@@ -37,7 +37,7 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 def step_of(folder: Path) -> int:
     """The step that a checkpoint folder is named after."""
-    match = _NAME.fullmatch(folder.name)
+    match = _NAME.fullmatch(folder.name.removesuffix(REPLACED))
     assert match, folder
     return int(match[1])
 
@@ -48,23 +48,26 @@ def find(path: str | Path) -> Path:
     Raises UserError naming what is there instead. Hashes are not looked at (`sums.damage` does), but for the one that
     `latest` has.
     """
-    if (Path(path) / sums.NAME).exists() or _NAME.fullmatch(Path(path).name):
-        return Path(path)
-    text, at, which = str(path).rpartition("@")
-    if not at or Path(path).exists():
-        text, which = str(path), LATEST
-    run = Path(text)
-    if which == LATEST:
-        return pointed(run)
-    if which == BEST:
-        return _best(run)
-    if which.isdigit() and folder_of(run, int(which)).is_dir():
-        return folder_of(run, int(which))
+    try:
+        if _is_checkpoint(Path(path)):
+            return Path(path)
+        run, which = _split(path)
+        if which == LATEST:
+            return pointed(run)
+        if which == BEST:
+            return _best(run)
+        if _STEP.fullmatch(which) and folder_of(run, int(which)).is_dir():
+            return folder_of(run, int(which))
+    except (OSError, UnicodeError) as error:  # no right to look; a name too long, or not of this file system
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--load {str(path)!a}: cannot be looked for ({reason}); check --load") from None
     raise UserError(f"{run} has no checkpoint {which!r}; give --load {run}@ and latest, best, or one of {_steps(run)}")
 
 
 def older_than(folder: Path) -> list[Path]:
-    """The checkpoints to fall back on, the newest first."""
+    """The checkpoints to fall back on, the newest first; none for a checkpoint that lies in no run."""
+    if not _NAME.fullmatch(folder.name.removesuffix(REPLACED)):
+        return []
     run = folder.parent.parent
     return [p for p in reversed(checkpoints_of(run)) if step_of(p) < step_of(folder)]
 
@@ -79,8 +82,9 @@ def pointed(run: Path) -> Path:
     """The checkpoint that `latest` names.  Raises UserError where it names none, or one that has changed since."""
     pointer = run / "checkpoints" / LATEST
     try:
+        require_regular(pointer)
         text = pointer.read_bytes().decode("ascii", errors="replace")
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no name for a file
         known = f"; it has the steps {_steps(run)}: --load {run}@STEP" if checkpoints_of(run) else "; check --load"
         raise UserError(f"no checkpoint in {run}: wanted {pointer}{known}") from None
     match = _POINTER.fullmatch(text)
@@ -90,7 +94,7 @@ def pointed(run: Path) -> Path:
         )
     for name in (match[1], match[1] + REPLACED):  # the second: a crash between two renames
         folder = pointer.parent / name
-        if (folder / sums.NAME).exists() and sums.sha256_of(folder / sums.NAME) == match[2]:
+        if (folder / sums.NAME).is_file() and sums.sha256_of(folder / sums.NAME) == match[2]:
             return folder
     raise UserError(
         f"{pointer} names {match[1]}, whose {sums.NAME} is missing or not the one that was written; "
@@ -98,21 +102,41 @@ def pointed(run: Path) -> Path:
     )
 
 
+def commit(temporary: Path, final: Path) -> None:
+    """Give a checkpoint that is complete and on the disk its name, and `latest` to it.
+
+    A crash at any point leaves `latest` naming the checkpoint of before or this one, and both of them whole.
+    """
+    replaced = final.with_name(final.name + REPLACED)
+    if final.exists():
+        if replaced.exists():  # a crash before `latest` had moved: final is complete, as its name tells
+            point_to(final)
+            shutil.rmtree(replaced)
+        os.replace(final, replaced)
+    os.replace(temporary, final)
+    flush(final.parent)
+    point_to(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def best_of(run: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss; None where none was measured."""
-    measured = []
-    for folder in checkpoints_of(run):
-        loss = read_state(folder).validation_loss
-        if loss is not None:
-            measured.append((loss, folder))
-    return min(measured, key=lambda pair: pair[0])[1] if measured else None
+    """The checkpoint with the lowest validation loss; None where none was measured.
+
+    One whose state is damaged is not considered: it could not be loaded, and keeping others must not fail for it.
+    """
+    measured = [(loss, folder) for folder in checkpoints_of(run) if (loss := _validation_loss(folder)) is not None]
+    return min(measured)[1] if measured else None
 
 
-def drop_old(run: Path, config: CheckpointConfig) -> list[Path]:
-    """Delete what the keep rules do not keep, and return it. Without keep_last nothing is ever deleted."""
+def drop_old(newest: Path, config: CheckpointConfig) -> list[Path]:
+    """Delete what the keep rules do not keep after `newest` was saved, and return it. Without keep_last: nothing.
+
+    Checkpoints of later steps, from before the run went back to an earlier one, are nobody's to delete here.
+    """
     if config.keep_last is None:
         return []
-    found = checkpoints_of(run)
+    run = newest.parent.parent
+    found = [p for p in checkpoints_of(run) if step_of(p) <= step_of(newest)]
     kept = set(found[-config.keep_last :])
     if config.keep_every is not None:
         kept |= {p for p in found if step_of(p) % config.keep_every == 0}
@@ -133,22 +157,42 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def clear_unfinished(run: Path) -> None:
-    """Delete what crashes left. Only the holder of the run's lock may do this."""
+def mend(run: Path) -> None:
+    """Clear up what a crash left. Only the holder of the run's lock may do this."""
     for path in (run / "checkpoints").glob("*.tmp"):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+    for replaced in (run / "checkpoints").glob(f"*{REPLACED}"):
+        final = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if final.exists() and not _points_to(run, replaced):
+            remove(replaced)
+        else:  # its successor has no pointer yet, or not even its name
+            if final.exists():
+                remove(final)
+            os.replace(replaced, final)
+
+
+def run_of(path: str | Path) -> Path:
+    """The run folder that what --load means lies in."""
+    if _is_checkpoint(Path(path)):
+        return Path(path).parent.parent
+    run, _ = _split(path)
+    return run
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold a run folder, so that no other run writes to it; a process that dies lets go of it.
 
-    Raises UserError naming the process that has it.
+    Raises UserError naming the process that has it, or why the folder cannot be locked.
     """
-    with (run / "lock").open("a+", encoding="utf-8") as file:
+    try:
+        file = (run / "lock").open("a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{run / 'lock'}: cannot be written ({error.strerror}); give another --save") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -157,10 +201,40 @@ def locked(run: Path) -> Iterator[None]:
                 f"{run} is being written by another run ({file.read().strip()}); wait for it, stop it, or give another "
                 "--save"
             ) from None
+        except OSError as error:
+            raise UserError(
+                f"{run / 'lock'}: this file system has no locks ({error.strerror}); give a --save on one that has"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return _NAME.fullmatch(path.name) is not None or (path / sums.NAME).exists()
+
+
+def _split(path: str | Path) -> tuple[Path, str]:
+    """RUN@STEP -> (RUN, STEP); RUN -> (RUN, latest)."""
+    run, at, which = str(path).rpartition("@")
+    return (Path(run), which) if at and not Path(path).exists() else (Path(path), LATEST)
+
+
+def _points_to(run: Path, folder: Path) -> bool:
+    try:
+        return pointed(run) == folder
+    except UserError:  # to nothing that is there: for whoever loads to say
+        return False
+
+
+def _validation_loss(folder: Path) -> float | None:
+    try:
+        if sums.damage(folder, [state.NAME], sums.read_sums(folder)):
+            return None
+        return state.read_state(folder).validation_loss
+    except UserError:  # damaged, which whoever loads or verifies it says
+        return None
 
 
 def _best(run: Path) -> Path:

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megagpt.checkpoint.durable import require_regular
 from megagpt.config import RunConfig
 from megagpt.errors import UserError
 
@@ -19,10 +22,13 @@ class State:
     """The position of a run after a step.
 
     step: steps done. samples, tokens: consumed by them. lr: of the last step. counters: what the engine counts, the
-    loss scale included. skipped_steps: those whose batch was left out (faults). config: the whole configuration,
-    schedule included. data: its identity. layout: of the run that wrote this, to be shown. validation_loss: at this
-    step, None where it was not measured.
+    loss scale included. skipped_steps: those whose batch is left out (faults). guard: what the next step is judged by
+    (engine/guard.py). config: the whole configuration, schedule included. data: its identity. layout: of the run that
+    wrote this, to be shown. validation_loss: at this step, None where it was not measured. origin: how it came to be,
+    where not by training ("mean of …").
     """
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     step: int
     samples: int
@@ -33,7 +39,12 @@ class State:
     data: dict[str, Any]
     layout: dict[str, int] = field(default_factory=dict)
     skipped_steps: list[int] = field(default_factory=list)
+    guard: dict[str, Any] = field(default_factory=dict)
     validation_loss: float | None = None
+    origin: str = ""
+
+
+_CHECKED = TypeAdapter(State)
 
 
 def state_json(state: State) -> str:
@@ -45,25 +56,39 @@ def read_state(folder: Path) -> State:
     """The state of a checkpoint.  Raises UserError where it is missing, damaged, or of another format."""
     path = folder / NAME
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.pop("format") != FORMAT:
-            raise UserError(f"{path}: unknown format; this version reads format {FORMAT}")
-        state = State(**raw)
-        if not all(isinstance(n, int) and n >= 0 for n in (state.step, state.samples, state.tokens)):
-            raise ValueError("a count is no whole number")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a checkpoint's state ({error}); load another checkpoint") from error
+        require_regular(path)
+        raw = json.loads(path.read_bytes(), parse_constant=_no_number)
+        if not isinstance(raw, dict) or "format" not in raw:
+            raise ValueError("it names no format")
+        if (got := raw.pop("format")) != FORMAT:
+            raise UserError(f"{path}: format {got!r}; this version reads format {FORMAT}, use the one that wrote it")
+        state = _CHECKED.validate_json(json.dumps(raw))  # as JSON: from Python, strict would want a State
+        if min(state.step, state.samples, state.tokens) < 0:
+            raise ValueError("a count is negative")
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {where}: {first['msg']}; load another checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a checkpoint's state ({error}); load another checkpoint") from None
     return state
 
 
 def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
     """What a run that goes on must keep: the architecture, and what the order of the samples follows from.
 
-    Dropout, layout, precision, learning rate and the number of steps may change.
+    Dropout, layout, precision, learning rate and the number of steps may change. Weights that no sample was consumed
+    for (imported ones) keep the architecture alone.
     """
+    if state.origin and state.step > 0:
+        raise UserError(
+            f"{folder} is a {state.origin}: weights without the optimizer's moments, to evaluate, generate and export; "
+            "to go on training, load one that a run saved"
+        )
     fixed = {f"model.{name}": value for name, value in asdict(config.model).items() if "dropout" not in name}
-    fixed["train.global_batch_size"] = config.train.global_batch_size
-    fixed["train.seed"] = config.train.seed
+    if state.samples > 0:
+        fixed["train.global_batch_size"] = config.train.global_batch_size
+        fixed["train.seed"] = config.train.seed
     for name, ours in fixed.items():
         section, key = name.split(".")
         theirs = state.config.get(section, {}).get(key)
@@ -72,3 +97,7 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
                 f"{folder} was trained with {name}={theirs}, this run wants {ours}; "
                 f"take the settings of that run: --config {folder.parent.parent / 'config.yaml'}"
             )
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"it holds {name}")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from megagpt.checkpoint.durable import require_regular
 from megagpt.errors import UserError
 
 NAME = "SHA256SUMS"
@@ -18,7 +19,8 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_.-]+)")
 
 
 def sha256_of(path: Path) -> str:
-    """The hash of a file, in hexadecimal."""
+    """The hash of a file, in hexadecimal.  Raises OSError, also for what would never end (a pipe, a device)."""
+    require_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -32,8 +34,9 @@ def read_sums(folder: Path) -> dict[str, str]:
     """Hash by file name.  Raises UserError where the file is missing or is not what `to_text` writes."""
     path = folder / NAME
     try:
+        require_regular(path)
         text = path.read_bytes().decode("ascii")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: {folder} is no checkpoint, or an unfinished one; load another") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); the checkpoint is damaged, load another") from None
@@ -55,7 +58,7 @@ def damage(folder: Path, names: Iterable[str], sums: dict[str, str]) -> list[str
         path = folder / name
         try:
             got = sha256_of(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             found.append(f"{path}: missing")
         except OSError as error:
             found.append(f"{path}: cannot be read ({error.strerror})")

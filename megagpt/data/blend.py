@@ -35,10 +35,10 @@ class Blend:
         dataset, sample = self._locate(i)
         return dataset[sample]
 
-    def documents_of(self, i: int) -> list[tuple[str, int, int, int]]:
+    def sources_of(self, i: int) -> list[tuple[str, int, int, int]]:
         """The pieces of sample i, in order: (dataset prefix, document, first token, number of tokens)."""
         dataset, sample = self._locate(i)
-        return [(str(dataset.dataset.prefix), *piece) for piece in dataset.documents_of(sample)]
+        return dataset.sources_of(sample)
 
     def _locate(self, i: int) -> tuple[GPTSamples, int]:
         if not 0 <= i < len(self):

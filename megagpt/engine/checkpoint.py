@@ -7,7 +7,7 @@ it wrote; `latest` moves after that. A crash at any moment leaves the checkpoint
 
 from __future__ import annotations
 
-import os
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -18,10 +18,10 @@ from threading import Thread
 import numpy as np
 import torch.distributed as dist
 
-from megagpt.checkpoint import folders, pieces, state, sums
-from megagpt.checkpoint.durable import flush, replace_text
+from megagpt.checkpoint import folders, pieces, state
 from megagpt.checkpoint.pieces import MOMENTS, WEIGHT, Index, Logical, Piece, Reader
 from megagpt.checkpoint.state import State
+from megagpt.checkpoint.whole import write_tables
 from megagpt.config import CheckpointConfig
 from megagpt.engine.engine import Engine
 from megagpt.engine.masters import read, write, write_counters
@@ -170,7 +170,7 @@ def assign_writers(parameters: list[Named], mesh: Mesh) -> dict[str, int]:
     chosen = {}
     for named in parameters:
         data_rank = loads.index(min(loads))
-        loads[data_rank] += named.parameter.numel() if named.owned else 0
+        loads[data_rank] += math.prod(named.part.shape) if named.owned else 0
         chosen[named.name] = data_rank
     return chosen
 
@@ -211,8 +211,7 @@ def _write_share(held: Held, engine: Engine, folder: Path) -> Written:
             index[key][name] = Logical(part.shape, (Piece(file, start, values.shape),))
         if tensors:
             try:
-                pieces.write_pieces(folder / file, tensors)
-                hashes[file] = sums.sha256_of(folder / file)
+                hashes[file] = pieces.write_pieces(folder / file, tensors)
             except OSError as error:
                 raise UserError(_cannot_write(folder, error)) from error
     return Written(index, hashes, sum(v.nbytes for tensors in held.values() for v in tensors.values()))
@@ -236,21 +235,9 @@ def _commit(parts: list[Written], temporary: Path, final: Path, at: State, confi
             "give a --save that all hosts share"
         )
     try:
-        for name, text in {
-            pieces.NAME: pieces.index_json(pieces.merge(part.index for part in parts)),
-            state.NAME: state.state_json(at),
-        }.items():
-            replace_text(temporary / name, text)
-            hashes[name] = sums.sha256_of(temporary / name)
-        replace_text(temporary / sums.NAME, sums.to_text(hashes))
-        replaced = final.with_name(final.name + folders.REPLACED)
-        if final.exists():
-            os.replace(final, replaced)
-        os.replace(temporary, final)
-        flush(final.parent)
-        folders.point_to(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        folders.drop_old(final.parent.parent, config)
+        write_tables(temporary, pieces.merge(part.index for part in parts), at, hashes)
+        folders.commit(temporary, final)
+        folders.drop_old(final, config)
     except OSError as error:
         raise UserError(_cannot_write(final, error)) from error
 

@@ -138,5 +138,7 @@ def _write_zero_3(engine: Engine, parameter: nn.Parameter, key: str, local: Tens
     if key == WEIGHT:
         safe_set_local_fp32_param(parameter, mine)
         shard.data.copy_(mine.view_as(shard))
+        if parameter.numel() == local.numel():  # a small one, which DeepSpeed keeps whole between steps
+            parameter.data.copy_(local)
     else:
         safe_set_local_optimizer_state(parameter, mine, key)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megagpt.checkpoint import folders, pieces, state, sums
+from megagpt.checkpoint import folders, sums
 from megagpt.checkpoint.pieces import WEIGHT, Reader
+from megagpt.checkpoint.whole import read_tables
 from megagpt.engine.named import Named, named_parameters
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
@@ -54,15 +55,11 @@ def damage_of(folder: Path, keys: Iterable[str] | None = None) -> list[str]:
     Comm: one all-gather of the findings: each rank reads its share of the files.
     """
     try:
-        hashes = sums.read_sums(folder)
-        names = sorted(hashes)
-        if missing := {pieces.NAME, state.NAME} - hashes.keys():
-            raise UserError(f"{folder / sums.NAME}: has no {missing.pop()}; the checkpoint is damaged, load another")
+        hashes = read_tables(folder)
     except UserError as error:
-        found, names, hashes = [str(error)], [], {}
+        found = [str(error)]
     else:
-        if keys is not None:
-            names = [n for n in names if not n.endswith(".safetensors") or n.split("-")[0] in set(keys)]
+        names = [n for n in sorted(hashes) if keys is None or n.split("-")[0] in set(keys)]
         found = sums.damage(folder, names[dist.get_rank() :: dist.get_world_size()], hashes)
     ranks: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(ranks, found)
@@ -97,7 +94,7 @@ def _first(path: str | Path, newest_will_do: bool) -> Path:
     try:
         return folders.find(path)
     except UserError:
-        newest = folders.checkpoints_of(Path(str(path).rpartition("@")[0] or path))[-1:]
+        newest = folders.checkpoints_of(folders.run_of(path))[-1:]
         if not newest_will_do or not newest:
             raise
         return newest[0]

@@ -1,0 +1,299 @@
+"""Which checkpoint a name means, what is kept, who may write; and a crash at every single step of a commit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megagpt.checkpoint import folders
+from megagpt.checkpoint.durable import replace_text
+from megagpt.checkpoint.sums import sha256_of
+from megagpt.checkpoint.whole import damage_of
+from megagpt.config import CheckpointConfig
+from megagpt.errors import UserError
+from tests.written_checkpoint import write_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with the steps 10, 20 and 30; 20 has the lowest loss."""
+    for step, loss in ((10, None), (20, 2.0), (30, 2.5)):
+        write_checkpoint(tmp_path / "run", step, validation_loss=loss)
+    return tmp_path / "run"
+
+
+def test_every_form_of_load(run: Path):
+    place = run / "checkpoints"
+    for name, step in {"": 30, "@latest": 30, "@best": 20, "@10": 10, "@000020": 20}.items():
+        assert folders.find(f"{run}{name}") == place / f"step-{step:06d}", name
+    assert folders.find(place / "step-000010") == place / "step-000010"
+    exported = shutil.copytree(place / "step-000010", run.parent / "any name")
+    assert folders.find(exported) == exported
+    assert folders.older_than(exported) == []
+    assert folders.older_than(place / "step-000030") == [place / "step-000020", place / "step-000010"]
+    odd = shutil.copytree(run, run.parent / "r@5")  # an @ in the name of the run
+    assert folders.find(odd) == odd / "checkpoints" / "step-000030"
+    assert folders.find(f"{odd}@10") == odd / "checkpoints" / "step-000010"
+
+
+REFUSED = {
+    "@40": "has no checkpoint '40'; give --load .*@ and latest, best, or one of 10, 20, 30",
+    "@²": "has no checkpoint '²'",
+    "@-10": "has no checkpoint '-10'",
+    "@" + "9" * 30: "has no checkpoint '9",
+    "/elsewhere": "no checkpoint in .*elsewhere: wanted .*latest; check --load",
+    "/" + "x" * 300: "cannot be looked for .*too long.*; check --load",
+    "/checkpoints": "no checkpoint in .*checkpoints: wanted ",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_name_that_means_nothing_is_refused(run: Path, name: str):
+    with pytest.raises(UserError, match=REFUSED[name]) as caught:
+        folders.find(f"{run}{name}")
+    assert "\n" not in str(caught.value)
+
+
+POINTERS = {  # 39, 40, 41 of the list of bad inputs
+    "missing": (None, r"no checkpoint in .*run: wanted .*latest; it has the steps 10, 20, 30: --load .*run@STEP"),
+    "empty": ("", r"latest holds '', which names no checkpoint; give --load .*run@ and 10, 20, 30"),
+    "parent": ("../../elsewhere " + "0" * 64 + "\n", "latest holds '../../elsewhere"),
+    "absolute": ("/etc/passwd\n", "latest holds '/etc/passwd"),
+    "no end of line": ("step-000030 " + "0" * 64, "which names no checkpoint"),
+    "another hash": ("step-000030 " + "0" * 64 + "\n", "latest names step-000030, whose SHA256SUMS is missing or not"),
+    "not there": ("step-000031 " + "0" * 64 + "\n", "latest names step-000031, whose SHA256SUMS is missing or not"),
+    "bytes": ("\xff\0", "which names no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", POINTERS)
+def test_a_pointer_that_leads_nowhere_is_refused(run: Path, case: str):
+    text, message = POINTERS[case]
+    pointer = run / "checkpoints" / "latest"
+    pointer.unlink()
+    if text is not None:
+        pointer.write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=message):
+        folders.find(run)
+
+
+def test_a_pipe_in_place_of_the_pointer_is_not_waited_for(run: Path):
+    (run / "checkpoints" / "latest").unlink()
+    os.mkfifo(run / "checkpoints" / "latest")
+    with pytest.raises(UserError, match="no checkpoint in"):
+        folders.find(run)
+
+
+@given(st.text())
+def test_find_says_no_and_nothing_worse(name: str):
+    for path in (name, f"/nowhere/{name}", f"/nowhere@{name}"):
+        try:
+            assert folders.find(path)
+        except UserError as error:
+            assert "--load" in str(error)
+
+
+@given(
+    steps=st.sets(st.integers(1, 40), min_size=1, max_size=8),
+    losses=st.lists(st.none() | st.sampled_from([1.0, 2.0, 3.0]), min_size=40, max_size=40),
+    last=st.none() | st.integers(1, 5),
+    every=st.none() | st.integers(1, 10),
+    best=st.booleans(),
+    which=st.integers(0, 7),
+)
+def test_what_is_kept_is_what_a_plain_model_keeps(steps, losses, last, every, best, which):
+    ordered = sorted(steps)
+    newest = ordered[which % len(ordered)]  # not the last one where the run has gone back
+    older = [s for s in ordered if s <= newest]
+    kept = set(ordered) if last is None else set(ordered) - set(older[:-last])
+    if every is not None:
+        kept |= {s for s in ordered if s % every == 0}
+    measured = [(losses[s - 1], s) for s in ordered if losses[s - 1] is not None]
+    if best and measured:
+        kept.add(min(measured)[1])
+    with TemporaryDirectory() as name:
+        run = Path(name)
+        for step in ordered:
+            write_checkpoint(run, step, {}, validation_loss=losses[step - 1])
+        config = CheckpointConfig(keep_last=last, keep_every=every, keep_best=best)
+        dropped = folders.drop_old(folders.folder_of(run, newest), config)
+        assert {folders.step_of(p) for p in folders.checkpoints_of(run)} == kept
+        assert {folders.step_of(p) for p in dropped} == set(ordered) - kept
+        assert not list((run / "checkpoints").glob("*.tmp"))
+
+
+def test_the_best_is_one_that_can_be_read(run: Path):
+    (run / "checkpoints" / "step-000020" / "state.json").write_text("{}")
+    assert folders.find(f"{run}@best").name == "step-000030"
+    shutil.rmtree(run / "checkpoints" / "step-000030")
+    with pytest.raises(
+        UserError, match=r"no checkpoint of .* has a validation loss; .* --load .*run@ and one of 10, 20"
+    ):
+        folders.find(f"{run}@best")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from megagpt.checkpoint.folders import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_of_two_writers_one_is_refused_until_the_other_dies(tmp_path: Path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        for _ in range(2):  # being refused takes nothing from the holder
+            with (
+                pytest.raises(UserError, match=rf"by another run \(process {holder.pid} on .+\); wait for it, stop it"),
+                folders.locked(tmp_path),
+            ):
+                pass
+        holder.kill()
+    with folders.locked(tmp_path):
+        assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path):
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(UserError, match=r"lock: cannot be written \(Is a directory\); give another --save"):
+        folders.locked(tmp_path).__enter__()
+
+
+TINY = {"weight": {"x": np.zeros(2, np.float32)}}
+
+
+class Crash(BaseException):
+    """The power is off: no `except Exception` and no `except OSError` sees it."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Raise Crash in place of the file operation of that number, counted from 0."""
+    left = [number]
+
+    def patched(operation: Callable[..., object]) -> Callable[..., object]:
+        def run_or_crash(*args: object, **kwargs: object) -> object:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Crash
+            return operation(*args, **kwargs)
+
+        return run_or_crash
+
+    for name in ("replace", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, patched(getattr(os, name)))
+    monkeypatch.setattr(os, "fsync", patched(lambda descriptor: None))  # the kernel lives on: no need to wait
+
+
+def attempt(action: Callable[[], object], at: int | None) -> bool:
+    """Do it, with a crash at an operation; whether it came to the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(patch, 10**6 if at is None else at)
+        try:
+            action()
+        except Crash:
+            return False
+        return True
+
+
+def put_aside(run: Path, step: int, seed: int) -> tuple[Path, Path]:
+    """A finished checkpoint that only lacks its name."""
+    made = write_checkpoint(run.parent / f"made-{seed}", step, TINY, n_files=1, lr=float(seed))
+    temporary = run / "checkpoints" / f"step-{step:06d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(made, temporary)
+    shutil.rmtree(run.parent / f"made-{seed}")
+    return temporary, run / "checkpoints" / f"step-{step:06d}"
+
+
+@pytest.mark.parametrize("mended", [False, True], ids=["left", "mended"])
+@pytest.mark.parametrize("step", [10, 20], ids=["the same step again", "the next step"])
+def test_a_crash_at_any_point_of_two_commits_leaves_a_whole_checkpoint(tmp_path: Path, step: int, mended: bool):
+    first = second = n_crashes = 0
+    while True:
+        run = tmp_path / f"{first}-{second}" / "run"
+        old = write_checkpoint(run, 10, TINY, n_files=1)
+        known = {sha256_of(old / "SHA256SUMS")}
+        outcomes = []
+        for seed, at in ((1, first), (2, second), (3, None)):
+            temporary, final = put_aside(run, step, seed)
+            known.add(sha256_of(temporary / "SHA256SUMS"))
+            outcomes.append(attempt(lambda t=temporary, f=final: folders.commit(t, f), at))
+            digest = check_latest(run, known)
+            if mended:
+                folders.mend(run)
+                assert check_latest(run, {digest}) == digest
+                assert not [*run.glob("checkpoints/*.tmp"), *run.glob("checkpoints/*.replaced")]
+        assert outcomes[2] and folders.pointed(run) == final and not final.with_name(f"{final.name}.replaced").exists()
+        shutil.rmtree(run.parent)
+        n_crashes += outcomes[:2].count(False)
+        if not outcomes[1]:
+            second += 1
+        elif not outcomes[0]:
+            first, second = first + 1, 0
+        else:
+            break
+    assert n_crashes > 30, n_crashes
+
+
+def check_latest(run: Path, known: set[str]) -> str:
+    """That `latest` names a whole checkpoint, one of these by the hash of its SHA256SUMS; which."""
+    found = folders.pointed(run)
+    assert damage_of(found) == []
+    digest = sha256_of(found / "SHA256SUMS")
+    assert digest in known
+    return digest
+
+
+def test_mending_needs_no_pointer(run: Path):
+    os.replace(run / "checkpoints" / "step-000020", run / "checkpoints" / "step-000020.replaced")
+    (run / "checkpoints" / "latest").unlink()
+    folders.mend(run)
+    assert [folders.step_of(p) for p in folders.checkpoints_of(run)] == [10, 20, 30]
+
+
+def test_a_crash_while_a_checkpoint_is_deleted_leaves_none_that_looks_whole(tmp_path: Path):
+    for at in range(100):
+        folder = write_checkpoint(tmp_path / f"{at}", 10, TINY, n_files=1)
+        done = attempt(lambda folder=folder: folders.remove(folder), at)
+        assert not folder.exists() or (at == 0 and damage_of(folder) == [])
+        folders.mend(tmp_path / f"{at}")
+        assert list(folder.parent.glob("*.tmp")) == []
+        if done:
+            break
+    assert at >= 5
+
+
+def test_a_text_is_the_old_one_or_the_new_one(tmp_path: Path):
+    path = tmp_path / "text"
+    for at in range(5):
+        path.write_text("old")
+        done = attempt(lambda: replace_text(path, "new"), at)
+        assert path.read_text() == "new" if done else path.read_text() in ("old", "new")
+    assert done
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "text").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_text(tmp_path / "text", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["text"] and (tmp_path / "text").read_text() == "old"
