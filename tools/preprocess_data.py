@@ -13,6 +13,7 @@ Then train with: deepspeed examples/pretrain_gpt.py --data-path data/corpus_text
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -178,4 +179,6 @@ def _progress(log_interval: int) -> Iterator[Callable[[Progress], None]]:
 
 
 if __name__ == "__main__":
+    for _signal in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(_signal, lambda number, _frame: sys.exit(128 + number))  # what is unfinished is removed
     run_cli(main)
