@@ -32,7 +32,16 @@ def main() -> None:
     corpus.mkdir(parents=True, exist_ok=True)
     for i, data in enumerate(targets.seeds(arguments.target)):
         (corpus / f"seed-{i}").write_bytes(data)
-    options = [f"-max_total_time={arguments.seconds}", "-timeout=10", "-rss_limit_mb=2048", "-max_len=4096"]
+    dictionary = folder / "words"
+    hexed = ["".join(f"\\x{byte:02x}" for byte in word) for word in targets.WORDS[arguments.target]]
+    dictionary.write_text("".join(f'"{word}"\n' for word in hexed), encoding="ascii")
+    options = [
+        f"-dict={dictionary}",
+        f"-max_total_time={arguments.seconds}",
+        "-timeout=10",
+        "-rss_limit_mb=2048",
+        "-max_len=4096",
+    ]
     options += [f"-artifact_prefix={corpus.parent}/{arguments.target}-", "-print_final_stats=1", "-verbosity=1"]
     atheris.Setup([sys.argv[0], *options, arguments.repeat or str(corpus)], lambda data: target(data, folder))
     atheris.Fuzz()

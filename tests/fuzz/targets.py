@@ -105,6 +105,22 @@ def fuzz_argv(data: bytes, folder: Path) -> None:
     assert read_config(read_yaml(_written(config, folder)), "run.yaml") == config
 
 
+# What a fuzzer would not come upon by itself.
+WORDS: dict[str, tuple[bytes, ...]] = {
+    "index": (b"MMIDIDX\0\0",),
+    "side_file": (b'"json_sha256": "', b'"idx_sha256": "', b"null", b"true"),
+    "jsonl": (
+        *(b'"text": "', b"\\u0074", b"\\ud83d", b"[[[[[[[[", b"]]]]]]]]", b"1e999", b"NaN"),
+        *(b"\xef\xbb\xbf", b"\x1f\x8b\x08"),
+    ),
+    "yaml": (
+        *(b"!!int ", b"!!bool ", b"!!timestamp ", b"!!python/name:", b"&a ", b"*a", b"<<: ", b"0x", b"1:2", b".nan"),
+        *(b"2020-01-01", b'"\\0"', b'"\\ud800"', b"? ", b"- ", b"{", b"}", b"---", b"%YAML 1.1", b"n_layers", b"lr"),
+    ),
+    "argv": (b"--config", b"--preset", b"--tp", b"--n-layers=", b"--lr", b"--data-path", b"--help", b"None", b"nan"),
+}
+
+
 TARGETS: dict[str, Target] = {
     "index": fuzz_index,
     "side_file": fuzz_side_file,
@@ -170,7 +186,8 @@ def seeds(name: str) -> list[bytes]:
     if name == "jsonl":
         lines = b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "\\u0074\\ud83d\\ude00", "b": [1, {"text": null}], "c": 1e3}'
         zipped = gzip.compress(lines)
-        return [b"\0" + lines, b"\5" + lines, b"\1" + zipped, b"\1" + zipped + zipped[:20], b"\3text"]
+        near = b'{"text": "a", "texu": "b"}'
+        return [b"\0" + lines, b"\0" + near, b"\5" + lines, b"\1" + zipped, b"\1" + zipped + zipped[:20], b"\3text"]
     if name == "yaml":
         return [
             b"model: {n_layers: 3, norm_eps: 1e-5}\nparallel:\n  tp: 2\ndata:\n  data_path: [0.7, A, 0.3, B]\n",
