@@ -192,7 +192,7 @@ def _import(args: argparse.Namespace) -> None:
     from megagpt.hf_import import import_model  # seconds, which no other command should take
 
     folder = import_model(args.source, args.out)
-    print(f"wrote {folder}; train on: --load {args.out} --config {args.out / 'config.yaml'} --save …")
+    print(f"wrote {folder}; train on: --load {args.out} --config {args.out / 'config.yaml'} --data-path …")
 
 
 def _damage(wanted: Iterable[Path]) -> dict[Path, list[str]]:

@@ -62,6 +62,9 @@ def differing_tensors(a: Reader, b: Reader, tick: Callable[[int], None] = lambda
     """The tensors that are not bitwise equal, and those that only one of them has. tick: told bytes read."""
     for key in _weights_first(a.index.keys() | b.index.keys()):
         ours, theirs = a.index.get(key, {}), b.index.get(key, {})
+        if not (ours and theirs):  # the mean of weights and imported ones have no moments at all
+            yield Difference(key, f"all {len(ours or theirs)}", f"only in {(a if ours else b).folder}")
+            continue
         for name in sorted(ours.keys() | theirs.keys(), key=_in_order):
             if name not in theirs or name not in ours:
                 yield Difference(key, name, f"only in {(a if name in ours else b).folder}")
