@@ -105,7 +105,7 @@ def engine_loop(config: RunConfig, plan: Plan, device: str) -> Iterator[Step]:
     from megagpt.engine.engine import Engine
     from megagpt.engine.start import distributed  # the same
 
-    with distributed(pp=1, dp=1, tp=1) as mesh:
+    with distributed(pp=1, dp=1, tp=1) as (mesh, _):
         engine = Engine(config, plan, mesh)
         yield lambda step, batches: engine.train_step(step, batches).loss
         engine.close()

@@ -40,7 +40,9 @@ from megagpt.kernels import Kernels
 from megagpt.model.gpt import ops_used
 from megagpt.ops.status import check_kernels, kernel_rows
 from megagpt.parallel.agree import RankError, together
+from megagpt.parallel.judge import Limits
 from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.watch import Watch
 from megagpt.plan.plan import Plan, make_plan
 from megagpt.plan.table import config_table, plan_table
 from megagpt.plot import plot_runs
@@ -69,10 +71,13 @@ def train(config: RunConfig) -> None:
     asked to end early and has saved.
     """
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp) as mesh, ExitStack() as stack:
+    faults = config.faults
+    limits = Limits(faults.heartbeat_timeout_s, faults.progress_timeout_s, faults.slow_rank_factor)
+    with distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp, limits=limits) as (mesh, watch), ExitStack() as stack:
         run = _set_up(config, plan, mesh, stack)
         if run is None:
             return
+        watch.write_to(run.folder / "faults")
         engine = Engine(config, plan, mesh)
         kernels = Kernels.parse(config.train.kernels)
         together(lambda: check_kernels(kernels, ops_used(config.model, kernels), engine.device.type))
@@ -83,7 +88,7 @@ def train(config: RunConfig) -> None:
                 report.message(f"going on from {run.resume_from} after {done} steps")
                 if resumed.data != run.data_identity:
                     report.message("note: its text was another one, or had another tokenizer: --data-path differs")
-            stopped = _loop(run, engine, report, done)
+            stopped = _loop(run, engine, report, watch, done)
         if mesh.rank == 0:
             plot_runs([run.folder], run.folder / "loss.png")
             report.message(f"run folder: {run.folder} (loss curve: {run.folder / 'loss.png'})")
@@ -92,7 +97,7 @@ def train(config: RunConfig) -> None:
         raise Stopped(f"{stopped}; go on with: --load {run.folder}", speaks=mesh.rank == 0)
 
 
-def _loop(run: Run, engine: Engine, report: Reporter, done: int) -> str | None:
+def _loop(run: Run, engine: Engine, report: Reporter, watch: Watch, done: int) -> str | None:
     """All steps, or as many as there are until something asks to end: then returns what that was."""
     config = run.config
     nan_watch = NanWatch(engine.module) if config.debug.detect_nan else None
@@ -100,9 +105,12 @@ def _loop(run: Run, engine: Engine, report: Reporter, done: int) -> str | None:
     stopper = Stopper(config.faults.exit_after_minutes, engine.device)
     stopped = None
     for step in range(done, config.train.train_steps):
-        result = engine.train_step(
-            step, _batches(run, run.train_samples, 0 if config.debug.overfit_one_batch else step)
-        )
+        with watch.step(step + 1):
+            result = engine.train_step(
+                step, _batches(run, run.train_samples, 0 if config.debug.overfit_one_batch else step)
+            )
+        for note in watch.notes():
+            report.message(f"step {step + 1} | {note}")
         if nan_watch:
             nan_watch.report(step)
         _require_finite(result.loss, step, run.mesh)

@@ -49,7 +49,7 @@ def open_trained(path: str | Path, fallback: bool = False) -> Iterator[Trained]:
     Started as several processes (torchrun), they share the model by tensor parallelism; started as one, it holds all.
     """
     tp = int(os.environ.get("WORLD_SIZE", "1"))
-    with distributed(pp=1, dp=1, tp=tp) as mesh:
+    with distributed(pp=1, dp=1, tp=tp) as (mesh, _):
         say = partial(print, file=sys.stderr) if mesh.rank == 0 else lambda _: None
         folder = restore.find_whole(path, fallback, say, newest_will_do=fallback, keys=[WEIGHT])
         state = read_state(folder)

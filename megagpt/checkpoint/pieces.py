@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from megagpt.checkpoint.durable import flush, require_regular
+from megagpt.checkpoint.sums import sha256_of
 from megagpt.errors import UserError
 
 NAME = "index.json"
@@ -60,15 +62,22 @@ def file_name(key: str, rank: int, world_size: int) -> str:
     return f"{key}-{rank:05}-of-{world_size:05}.safetensors"
 
 
-def write_pieces(path: Path, pieces: dict[str, np.ndarray]) -> None:
-    """Write a safetensors file and wait until it is on the disk. pieces: contiguous fp32, by canonical name."""
+def write_pieces(path: Path, pieces: dict[str, np.ndarray]) -> str:
+    """Write a safetensors file, wait until it is on the disk, and return its hash as it can be read back.
+
+    pieces: contiguous fp32, by canonical name.
+    """
     for name, values in pieces.items():
         assert values.dtype == np.float32 and values.flags.c_contiguous, name
     try:
         save_file(pieces, path)
     except SafetensorError as error:  # it wraps what the operating system says
         raise OSError(str(error)) from error
-    flush(path)
+    with ThreadPoolExecutor(1) as pool:  # the disk works while the processor hashes
+        flushing = pool.submit(flush, path)
+        digest = sha256_of(path)
+        flushing.result()
+    return digest
 
 
 def merge(parts: Iterable[Index]) -> Index:

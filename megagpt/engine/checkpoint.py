@@ -18,7 +18,7 @@ from threading import Thread
 import numpy as np
 import torch.distributed as dist
 
-from megagpt.checkpoint import folders, pieces, state, sums
+from megagpt.checkpoint import folders, pieces, state
 from megagpt.checkpoint.pieces import MOMENTS, WEIGHT, Index, Logical, Piece, Reader
 from megagpt.checkpoint.state import State
 from megagpt.checkpoint.whole import write_tables
@@ -211,8 +211,7 @@ def _write_share(held: Held, engine: Engine, folder: Path) -> Written:
             index[key][name] = Logical(part.shape, (Piece(file, start, values.shape),))
         if tensors:
             try:
-                pieces.write_pieces(folder / file, tensors)
-                hashes[file] = sums.sha256_of(folder / file)
+                hashes[file] = pieces.write_pieces(folder / file, tensors)
             except OSError as error:
                 raise UserError(_cannot_write(folder, error)) from error
     return Written(index, hashes, sum(v.nbytes for tensors in held.values() for v in tensors.values()))

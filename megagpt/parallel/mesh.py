@@ -38,7 +38,12 @@ class Mesh:
     @property
     def name(self) -> str:
         """This process in mesh terms, for messages."""
-        return f"rank {self.rank} (pipe {self.pipe.rank}, data {self.data.rank}, model {self.model.rank})"
+        return rank_name(self.rank, dp=self.data.size, tp=self.model.size)
+
+
+def rank_name(rank: int, *, dp: int, tp: int) -> str:
+    """Any process in mesh terms, for messages."""
+    return f"rank {rank} (pipe {rank // (dp * tp)}, data {rank // tp % dp}, model {rank % tp})"
 
 
 def single_process_mesh() -> Mesh:
