@@ -165,6 +165,14 @@ def test_verify_looks_at_latest(tool, run: Path):
     assert "latest holds ''" in done.out
 
 
+def test_a_checkpoint_that_a_crash_left_under_another_name_is_looked_at(tool, run: Path):
+    newest = run / "checkpoints" / "step-000030"
+    newest.rename(f"{newest}.replaced")
+    row = tool("list", run).out.splitlines()[-1].split()
+    assert (row[0], row[-1]) == ("30", "latest")
+    assert f"{newest}.replaced: whole" in tool("verify", run).out
+
+
 def test_diff_is_like_diff(tool, run: Path, tmp_path: Path):
     done = tool("diff", run, f"{run}@30")
     assert (done.code, done.out) == (0, "0 of 84 tensors and 0 fields of the state differ\n")

@@ -46,10 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _list(args: argparse.Namespace) -> None:
     run = Path(args.run)
-    found = folders.checkpoints_of(run)
-    if not found:
-        raise UserError(f"{run} has no checkpoints; give the folder of a run, which has checkpoints/step-…")
-    latest, note = _latest(run)
+    found, latest, note = _checkpoints(run)
     best = folders.best_of(run)
     table = _table("step", "tokens", "validation loss", "layout", "size", "age", "")
     for folder in found:
@@ -110,8 +107,7 @@ def _verify(args: argparse.Namespace) -> None:
     run = Path(args.checkpoint)
     pointer_wrong = None
     if (run / "checkpoints").is_dir():
-        wanted = folders.checkpoints_of(run)
-        _, pointer_wrong = _latest(run)
+        wanted, _, pointer_wrong = _checkpoints(run)
     else:
         wanted = [folders.find(args.checkpoint)]
         run = folders.run_of(args.checkpoint)
@@ -121,8 +117,8 @@ def _verify(args: argparse.Namespace) -> None:
     if pointer_wrong:
         print(pointer_wrong)
     damaged = [folder for folder, wrong in found.items() if wrong]
-    if damaged or pointer_wrong or not found:
-        what = f"{len(damaged)} of {len(found)} checkpoints damaged" if damaged or not found else "`latest` is damaged"
+    if damaged or pointer_wrong:
+        what = f"{len(damaged)} of {len(found)} checkpoints damaged" if damaged else "`latest` is damaged"
         raise UserError(f"{what}; {_offer(run, found)}")
 
 
@@ -216,12 +212,18 @@ def _offer(run: Path, known: dict[Path, list[str]]) -> str:
     return f"no checkpoint of {run} is whole"
 
 
-def _latest(run: Path) -> tuple[Path | None, str | None]:
-    """What `latest` names, or what is wrong with it."""
+def _checkpoints(run: Path) -> tuple[list[Path], Path | None, str | None]:
+    """What a run has, what its `latest` names, and what is wrong with that."""
+    found = folders.checkpoints_of(run)
     try:
-        return folders.pointed(run), None
+        latest = folders.pointed(run)
     except UserError as error:
-        return None, str(error)
+        if not found:
+            raise UserError(
+                f"{run} has no checkpoints; give the folder of a run, which has checkpoints/step-…"
+            ) from None
+        return found, None, str(error)
+    return (found if latest in found else [*found, latest]), latest, None  # a crash may leave it under another name
 
 
 def _layout(at: State) -> str:

@@ -97,7 +97,11 @@ def test_other_architectures_have_no_mean(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == []
 
 
-def test_what_exists_is_left_alone_and_what_fails_leaves_nothing(tmp_path: Path):
+def no_space(*args: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_what_exists_is_left_alone_and_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = write_checkpoint(tmp_path / "run")
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="out exists; give another --out, or remove it"):
@@ -105,6 +109,10 @@ def test_what_exists_is_left_alone_and_what_fails_leaves_nothing(tmp_path: Path)
     (source / "exp_avg-00001-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"exp_avg-00001-of-00002.safetensors: cannot be read"):
         rewrite.reshape(source, tmp_path / "new" / "out", 1)
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.setattr(rewrite, "write_tables", no_space)
+    with pytest.raises(UserError, match=r"cannot write .*full \(No space left on device\); make room there or give"):
+        rewrite.average([write_checkpoint(tmp_path / "other")], tmp_path / "new" / "full")
     assert list((tmp_path / "new").iterdir()) == []
     with pytest.raises(UserError, match=r"cannot write /proc/out \(No such file or directory\); make room there or"):
         rewrite.reshape(source, Path("/proc/out"), 1)
