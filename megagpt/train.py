@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -24,13 +23,16 @@ from megagpt.checkpoint.state import State, check_resumable, read_state
 from megagpt.checkpoint.sums import sha256_of
 from megagpt.cli import to_yaml
 from megagpt.config import RunConfig
-from megagpt.data.blend import Samples, build_splits, parse_data_path
+from megagpt.data.blend import Samples, build_splits, parse_data_path, sources
+from megagpt.data.indexed import verify
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.data.tokenizer import Tokenizer, tokenizer_for
 from megagpt.engine import checkpoint
 from megagpt.engine.checkpoint import Saver
-from megagpt.engine.checks import NanWatch, check_ranks
+from megagpt.engine.checks import check_ranks
 from megagpt.engine.engine import Engine
+from megagpt.engine.fault_notes import FaultNotes
+from megagpt.engine.guard import Guard
 from megagpt.engine.masters import read_counters
 from megagpt.engine.restore import find_whole
 from megagpt.engine.start import distributed
@@ -39,7 +41,7 @@ from megagpt.errors import Stopped, UserError
 from megagpt.kernels import Kernels
 from megagpt.model.gpt import ops_used
 from megagpt.ops.status import check_kernels, kernel_rows
-from megagpt.parallel.agree import RankError, together
+from megagpt.parallel.agree import together
 from megagpt.parallel.judge import Limits
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.watch import Watch
@@ -88,7 +90,13 @@ def train(config: RunConfig) -> None:
                 report.message(f"going on from {run.resume_from} after {done} steps")
                 if resumed.data != run.data_identity:
                     report.message("note: its text was another one, or had another tokenizer: --data-path differs")
-            stopped = _loop(run, engine, report, watch, done)
+            notes = FaultNotes(run.folder, run.train_samples, run.tokenizer, writes=mesh.rank == 0)
+            guard = Guard(engine, notes, report.message, partial(_training_batches, run))
+            if resumed and run.resume_from:
+                guard.go_on_from(resumed, run.resume_from)
+            if guard.left_out:
+                report.message(f"steps that are left out: {', '.join(map(str, guard.left_out))}")
+            stopped = _loop(run, engine, report, watch, guard, done)
         if mesh.rank == 0:
             plot_runs([run.folder], run.folder / "loss.png")
             report.message(f"run folder: {run.folder} (loss curve: {run.folder / 'loss.png'})")
@@ -97,27 +105,33 @@ def train(config: RunConfig) -> None:
         raise Stopped(f"{stopped}; go on with: --load {run.folder}", speaks=mesh.rank == 0)
 
 
-def _loop(run: Run, engine: Engine, report: Reporter, watch: Watch, done: int) -> str | None:
+def _loop(run: Run, engine: Engine, report: Reporter, watch: Watch, guard: Guard, done: int) -> str | None:
     """All steps, or as many as there are until something asks to end: then returns what that was."""
-    config = run.config
-    nan_watch = NanWatch(engine.module) if config.debug.detect_nan else None
+    config, step = run.config, done
+    newest = run.resume_from
     saver = Saver(engine, run.folder, config.checkpoint)
     stopper = Stopper(config.faults.exit_after_minutes, engine.device)
     stopped = None
-    for step in range(done, config.train.train_steps):
+
+    def last_checkpoint() -> Path | None:
+        """Of this run as it goes now; what lies beside it may be of an earlier one."""
+        saver.wait()
+        saved = saver.finished()
+        return saved.folder if saved else newest
+
+    while step < config.train.train_steps:
         with watch.step(step + 1):
-            result = engine.train_step(
-                step, _batches(run, run.train_samples, 0 if config.debug.overfit_one_batch else step)
-            )
+            result = guard.train_step(step)
         for note in watch.notes():
             report.message(f"step {step + 1} | {note}")
-        if nan_watch:
-            nan_watch.report(step)
-        _require_finite(result.loss, step, run.mesh)
         loss_scale = result.loss_scale if config.train.precision == "fp16" else None
         report.step(
             step + 1, result.loss, result.lr, result.grad_norm, result.step_time_s, loss_scale, skipped=result.skipped
         )
+        if back_to := guard.judge(step, result, last_checkpoint):
+            step = _go_back(run, engine, report, guard, back_to)
+            newest = back_to
+            continue
         if config.debug.check_ranks:
             check_ranks(engine, step)
         stopped = stopper.agree(saver.failed)
@@ -127,15 +141,26 @@ def _loop(run: Run, engine: Engine, report: Reporter, watch: Watch, done: int) -
             validation_loss, bits_per_byte = _validate(run, engine, run.valid_samples)
             report.validation(step + 1, validation_loss, bits_per_byte)
         if last or _due(step + 1, config.checkpoint.save_interval):
-            saver.save(_state(run, engine, step + 1, result.lr, validation_loss))
+            saver.save(_state(run, engine, guard, step + 1, result.lr, validation_loss))
         if last:
             saver.wait()
         if saved := saver.finished():
+            newest = saved.folder
             report.message(f"step {step + 1} | {saved}")
         if stopped:
             break
+        step += 1
     stopper.release()
     return stopped
+
+
+def _go_back(run: Run, engine: Engine, report: Reporter, guard: Guard, folder: Path) -> int:
+    """Be as the run was when it saved this checkpoint; returns the steps that were done by then."""
+    whole = find_whole(folder, True, report.message)
+    state = checkpoint.load(engine, whole)
+    guard.go_on_from(state, whole)
+    report.go_back(state.step)
+    return state.step
 
 
 def _due(step: int, interval: int | None) -> bool:
@@ -155,6 +180,7 @@ def _set_up(config: RunConfig, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run 
             print(f"nothing to do: {resume_from} has done all {config.train.train_steps} steps")
         return None
     train_samples, valid_samples = together(lambda: _find_samples(config))
+    together(lambda: _verify_data(config))
     tokenizer = together(lambda: tokenizer_for(config.data, parse_data_path(config.data.data_path)[0][1]))
     identity = together(lambda: _data_identity(config, tokenizer))
     together(lambda: _write_config(config, folder[0]) if mesh.rank == 0 else None)
@@ -193,6 +219,13 @@ def _find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
     if train_samples is None:
         raise UserError(f"data.split={config.data.split} leaves nothing to train on; give it a first share above 0")
     return train_samples, valid_samples
+
+
+def _verify_data(config: RunConfig) -> None:
+    """Read all the data, where that is asked for: on one rank of each machine, which may have its own copy."""
+    if config.data.verify and os.environ.get("LOCAL_RANK", "0") == "0":
+        for _, prefix in parse_data_path(config.data.data_path):
+            verify(prefix, config.model.vocab)
 
 
 def _make_run_folder(config: RunConfig, stack: ExitStack) -> Path:
@@ -247,7 +280,17 @@ def _reporter(run: Run, engine: Engine, done: int) -> Reporter:
     kernels = Kernels.parse(config.train.kernels)
     report.show(kernel_table(kernel_rows(kernels, ops_used(config.model, kernels), engine.device.type)))
     report.message(f"optimizer: {engine.optimizer_name}")
+    for dataset in sources(run.train_samples):
+        if dataset.meta is None:
+            report.message(
+                f"note: {dataset.prefix} has no .json beside it, as preprocess_data.py writes it: of the index only "
+                "the structure was checked, not the hash"
+            )
     return report
+
+
+def _training_batches(run: Run, step: int) -> Iterator[MicroBatch]:
+    return _batches(run, run.train_samples, 0 if run.config.debug.overfit_one_batch else step)
 
 
 def _batches(run: Run, samples: Samples, step: int) -> Iterator[MicroBatch]:
@@ -272,7 +315,7 @@ def _validate(run: Run, engine: Engine, samples: Samples) -> tuple[float, float 
     return loss, metrics.bits_per_byte(loss, len(labels), n_bytes)
 
 
-def _state(run: Run, engine: Engine, step: int, lr: float, validation_loss: float | None) -> State:
+def _state(run: Run, engine: Engine, guard: Guard, step: int, lr: float, validation_loss: float | None) -> State:
     samples = step * run.config.train.global_batch_size
     plan = run.plan
     return State(
@@ -284,6 +327,8 @@ def _state(run: Run, engine: Engine, step: int, lr: float, validation_loss: floa
         config=dataclasses.asdict(run.config),
         data=run.data_identity,
         layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp, "zero_stage": plan.zero_stage},
+        skipped_steps=guard.left_out,
+        guard=guard.state,
         validation_loss=validation_loss,
     )
 
@@ -297,13 +342,3 @@ def _data_identity(config: RunConfig, tokenizer: Tokenizer | None) -> dict[str, 
         "split": config.data.split,
         "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
     }
-
-
-def _require_finite(loss: float, step: int, mesh: Mesh) -> None:
-    """The loss is the same on every rank, so that all of them stop here together."""
-    if not math.isfinite(loss):
-        raise RankError(
-            f"the loss of step {step + 1} is {loss}; lower --lr, lengthen --optim.warmup-steps, or look for the module "
-            "that made it with --debug.detect-nan",
-            speaks=mesh.rank == 0,
-        )
