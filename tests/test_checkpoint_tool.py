@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -315,6 +316,12 @@ def test_an_export_that_computes_something_else_is_refused(tool, run: Path, tmp_
     monkeypatch.setattr(hf_export, "lazy_to_hf_gpt2", swapped)
     tool("export", run, "--out", tmp_path / "hf").refused("the logits of transformers' model differ by", "not exported")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_float64_decides_where_fp32_differs(tool, run: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(hf_export.ALLOWED, torch.float32, 0.0)
+    done = tool("export", run, "--out", tmp_path / "hf")
+    assert done.code == 0 and float(re.findall(r"differ by (\S+)", done.out)[0]) < 1e-12, done
 
 
 def test_architectures_without_a_place_in_transformers_are_refused(tool, tmp_path: Path):
