@@ -127,20 +127,21 @@ def _diff(args: argparse.Namespace) -> int:
     fields = [] if args.tensors_only else compare.differing_fields(read_state(a), read_state(b))
     tensors = _table("tensor", "", "values", "largest difference", "to the largest element")
     with Reader(a) as first, Reader(b) as second, _progress("comparing", _n_bytes(a)) as tick:
-        n_tensors = sum(len(named) for named in (first.index | second.index).values())
+        n_differ, n_tensors = 0, sum(len(named) for named in (first.index | second.index).values())
         for d in compare.differing_tensors(first, second, tick):
             name = d.name if d.key == WEIGHT else f"{d.name} ({d.key})"
             figures = (f"{d.n_values:,}", f"{d.largest:.3g}", f"{d.relative:.3g}") if d.n_values else ("", "", "")
             tensors.add_row(name, d.what, *figures)
+            n_differ += d.n_tensors
     if fields:
         states = _table("state", str(args.a), str(args.b))
         for name, x, y in fields:
             states.add_row(name, str(x), str(y))
         _print(states)
-    if tensors.row_count:
+    if n_differ:
         _print(tensors)
-    print(f"{tensors.row_count} of {n_tensors} tensors and {len(fields)} fields of the state differ")
-    return 1 if fields or tensors.row_count else 0
+    print(f"{n_differ} of {n_tensors} tensors and {len(fields)} fields of the state differ")
+    return 1 if fields or n_differ else 0
 
 
 def _reshape(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -127,7 +128,8 @@ def test_a_file_written_by_chunks_is_what_safetensors_reads(shapes: list[list[in
         for start, shape in row_boxes(tensors[name].shape):
             yield tensors[name][tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))]
 
-    with pytest.MonkeyPatch.context() as patch, Scratch() as path:
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
         patch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
         write_chunks(path, {n: t.shape for n, t in tensors.items()}, chunks_of, {"format": "pt"})
         read = load_file(path)
@@ -136,20 +138,10 @@ def test_a_file_written_by_chunks_is_what_safetensors_reads(shapes: list[list[in
     assert_same(read, tensors)
 
 
-class Scratch:
-    """A path that is gone afterwards."""
-
-    def __enter__(self) -> Path:
-        self.path = Path(f"/tmp/megagpt-test-{id(self)}.safetensors")
-        return self.path
-
-    def __exit__(self, *exception: object) -> None:
-        self.path.unlink()
-
-
 MEASURED = """
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from megagpt.checkpoint import chunks, pieces, rewrite
 
 def peak():  # in KiB; ru_maxrss would count the parent's
