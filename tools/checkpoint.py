@@ -70,26 +70,10 @@ def _list(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     folder = folders.find(args.checkpoint)
     at = read_state(folder)
+    table, n_not_finite = _table("tensor", "shape", "norm", "min", "max", "not finite"), 0
     with Reader(folder) as reader:
-        n_parameters = sum(math.prod(tensor.shape) for tensor in reader.index.get(WEIGHT, {}).values())
-        rows = {
-            "checkpoint": folder,
-            "origin": at.origin or "saved by a run",
-            "step": f"{at.step:,}, {at.samples:,} samples, {at.tokens:,} tokens",
-            "validation loss": "not measured" if at.validation_loss is None else at.validation_loss,
-            "learning rate": at.lr,
-            "written by": _layout(at),
-            "parameters": f"{n_parameters:,}",
-            "holds": ", ".join(reader.index),
-            "size": f"{_size(_n_bytes(folder))} in {sum(1 for _ in folder.iterdir())} files",
-            "skipped steps": ", ".join(map(str, at.skipped_steps)) or "none",
-            **{f"counter {name}": f"{value:g}" for name, value in at.counters.items()},
-            **{f"data {name}": value for name, value in at.data.items()},
-        }
-        for name, value in rows.items():
+        for name, value in _facts(at, reader).items():
             print(f"{name:24} {value}")
-        table = _table("tensor", "shape", "norm", "min", "max", "not finite")
-        n_not_finite = 0
         with _progress("reading", _n_bytes(folder)) as tick:
             for s in compare.summaries(reader):
                 tick(4 * math.prod(s.shape))
@@ -101,6 +85,25 @@ def _inspect(args: argparse.Namespace) -> None:
     _print(table)
     print(f"{n_not_finite} values are NaN or Inf" if n_not_finite else "all values are finite", end="; ")
     print(f"the hashes were not looked at: tools/checkpoint.py verify {args.checkpoint}")
+
+
+def _facts(at: State, reader: Reader) -> dict[str, object]:
+    """What a checkpoint is, beside its tensors."""
+    n_parameters = sum(math.prod(tensor.shape) for tensor in reader.index.get(WEIGHT, {}).values())
+    return {
+        "checkpoint": reader.folder,
+        "origin": at.origin or "saved by a run",
+        "step": f"{at.step:,}, {at.samples:,} samples, {at.tokens:,} tokens",
+        "validation loss": "not measured" if at.validation_loss is None else at.validation_loss,
+        "learning rate": at.lr,
+        "written by": _layout(at) or "no run",
+        "parameters": f"{n_parameters:,}",
+        "holds": ", ".join(reader.index),
+        "size": f"{_size(_n_bytes(reader.folder))} in {sum(1 for _ in reader.folder.iterdir())} files",
+        "skipped steps": ", ".join(map(str, at.skipped_steps)) or "none",
+        **{f"counter {name}": f"{value:g}" for name, value in at.counters.items()},
+        **{f"data {name}": value for name, value in at.data.items()},
+    }
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -125,9 +128,9 @@ def _verify(args: argparse.Namespace) -> None:
 def _diff(args: argparse.Namespace) -> int:
     a, b = folders.find(args.a), folders.find(args.b)
     fields = [] if args.tensors_only else compare.differing_fields(read_state(a), read_state(b))
-    tensors = _table("tensor", "", "values", "largest difference", "to the largest element")
+    tensors, n_differ = _table("tensor", "", "values", "largest difference", "to the largest element"), 0
     with Reader(a) as first, Reader(b) as second, _progress("comparing", _n_bytes(a)) as tick:
-        n_differ, n_tensors = 0, sum(len(named) for named in (first.index | second.index).values())
+        n_tensors = len({(key, name) for r in (first, second) for key, named in r.index.items() for name in named})
         for d in compare.differing_tensors(first, second, tick):
             name = d.name if d.key == WEIGHT else f"{d.name} ({d.key})"
             figures = (f"{d.n_values:,}", f"{d.largest:.3g}", f"{d.relative:.3g}") if d.n_values else ("", "", "")
@@ -258,7 +261,8 @@ def _table(*columns: str) -> Table:
 
 
 def _print(what: Any) -> None:
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=isinstance(what, str)).print(what)
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width, highlight=False, markup=False, emoji=False).print(what, soft_wrap=isinstance(what, str))
 
 
 @contextmanager

@@ -31,7 +31,8 @@ class Summary:
 class Difference:
     """Two tensors that are not bitwise the same.
 
-    what: in words. n_tensors: that this is about. n_values: that differ. largest: absolute; relative: to the first one's largest element.
+    what: in words. n_tensors: that this is about. n_values: that differ. largest: absolute; relative: to the first
+    one's largest element.
     """
 
     key: str
