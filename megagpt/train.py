@@ -23,7 +23,8 @@ from megagpt.checkpoint.state import State, check_resumable, read_state
 from megagpt.checkpoint.sums import sha256_of
 from megagpt.cli import to_yaml
 from megagpt.config import RunConfig
-from megagpt.data.blend import Samples, build_splits, parse_data_path
+from megagpt.data.blend import Samples, build_splits, parse_data_path, sources
+from megagpt.data.indexed import verify
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.data.tokenizer import Tokenizer, tokenizer_for
 from megagpt.engine import checkpoint
@@ -179,6 +180,7 @@ def _set_up(config: RunConfig, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run 
             print(f"nothing to do: {resume_from} has done all {config.train.train_steps} steps")
         return None
     train_samples, valid_samples = together(lambda: _find_samples(config))
+    together(lambda: _verify_data(config))
     tokenizer = together(lambda: tokenizer_for(config.data, parse_data_path(config.data.data_path)[0][1]))
     identity = together(lambda: _data_identity(config, tokenizer))
     together(lambda: _write_config(config, folder[0]) if mesh.rank == 0 else None)
@@ -217,6 +219,13 @@ def _find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
     if train_samples is None:
         raise UserError(f"data.split={config.data.split} leaves nothing to train on; give it a first share above 0")
     return train_samples, valid_samples
+
+
+def _verify_data(config: RunConfig) -> None:
+    """Read all the data, where that is asked for: on one rank of each machine, which may have its own copy."""
+    if config.data.verify and os.environ.get("LOCAL_RANK", "0") == "0":
+        for _, prefix in parse_data_path(config.data.data_path):
+            verify(prefix, config.model.vocab)
 
 
 def _make_run_folder(config: RunConfig, stack: ExitStack) -> Path:
@@ -271,6 +280,12 @@ def _reporter(run: Run, engine: Engine, done: int) -> Reporter:
     kernels = Kernels.parse(config.train.kernels)
     report.show(kernel_table(kernel_rows(kernels, ops_used(config.model, kernels), engine.device.type)))
     report.message(f"optimizer: {engine.optimizer_name}")
+    for dataset in sources(run.train_samples):
+        if dataset.meta is None:
+            report.message(
+                f"note: {dataset.prefix} has no .json beside it, as preprocess_data.py writes it: of the index only "
+                "the structure was checked, not the hash"
+            )
     return report
 
 

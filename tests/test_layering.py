@@ -30,6 +30,7 @@ LAYERS = (
         "hf_import",
         "report",
         "plot",
+        "preflight",
         "launch",
         "parity",
         "parity_rank",

@@ -71,6 +71,11 @@ def build_splits(
     return build(0), build(1), build(2)
 
 
+def sources(samples: Samples) -> list[IndexedDataset]:
+    """The datasets that samples come from, in the order of data_path."""
+    return [samples.dataset] if isinstance(samples, GPTSamples) else [part.dataset for part in samples.datasets]
+
+
 def parse_data_path(data_path: Sequence[str]) -> list[tuple[float, str]]:
     """(weight, prefix) of each dataset, from `("A",)` or `("0.7", "A", "0.3", "B")`.
 
