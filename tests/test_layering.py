@@ -29,6 +29,7 @@ LAYERS = (
         "hf_export",
         "hf_import",
         "report",
+        "run",
         "plot",
         "preflight",
         "launch",
