@@ -71,7 +71,7 @@ class Engine:
         if plan.dp == 1 and (plan.zero_stage == 0 or isinstance(self.optimizer, BF16_Optimizer)):
             # Nothing to reduce: DeepSpeed would copy all gradients to and fro. Its other optimizers need that call.
             self.engine.enable_backward_allreduce = self.engine.pipeline_enable_backward_allreduce = False
-        if plan.zero_stage > 0:
+        if plan.zero_stage > 0 and config.train.precision != "fp16":  # there DeepSpeed looks at every gradient
             watch_uncounted(self.optimizer, self.parameters, mesh)
         create_moments(self)
         self._before = read_counters(self)
