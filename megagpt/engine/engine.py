@@ -156,7 +156,7 @@ def connect_deepspeed() -> None:
     and a hang at every later one if that was interrupted. Its own table of usable ops is where that is declined.
     """
     # A whole table in place of one entry: asked for its own, DeepSpeed runs the C compiler first, at every start.
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # pyright: ignore[reportAttributeAccessIssue]
     deepspeed.init_distributed(verbose=False)
 
 
