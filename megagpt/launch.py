@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -24,6 +24,7 @@ from megagpt.cli import parse_run_config
 from megagpt.config import RunConfig
 from megagpt.data.blend import parse_data_path
 from megagpt.data.corpus import default_cache_dir, default_corpus
+from megagpt.data.indexed import IndexedDataset
 from megagpt.data.tokenizer import tokenizer_for
 from megagpt.errors import UserError, run_cli
 from megagpt.plan.plan import make_plan
@@ -37,9 +38,14 @@ FROM_A_LAUNCHER = (
 
 
 def pretrain(argv: Sequence[str]) -> None:
-    """The program behind examples/pretrain_gpt.py: exits with 0, or with 2 and one message."""
+    """The program behind examples/pretrain_gpt.py: exits with 0, or with a code of errors.py and one message."""
+    run_program(lambda: _pretrain(argv))
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run what each rank of a program runs, and end the process."""
     try:
-        run_cli(lambda: _pretrain(argv), speaks=os.environ.get("RANK", "0") == "0")
+        run_cli(main, speaks=os.environ.get("RANK", "0") == "0")
     except SystemExit as stop:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -48,19 +54,32 @@ def pretrain(argv: Sequence[str]) -> None:
         os._exit(stop.code if isinstance(stop.code, int) else 0)
 
 
-def _pretrain(argv: Sequence[str]) -> None:
-    config = parse_run_config(argv)
+def ranks_to_start(config: RunConfig) -> int:
+    """The processes that this one has to start for the layout; 0 where a launcher has, or where one is enough.
+
+    Raises UserError where layout and number of processes do not fit.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     needed = config.parallel.tp * config.parallel.pp
     start_ranks = world_size == 1 and needed > 1 and not has_gpu()
     # The vocabulary is not known yet and plays no part in these checks: any number does.
     guess = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1)
     make_plan(dataclasses.replace(config, model=guess), needed if start_ranks else world_size)
-    config = with_text(config)
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
-    if start_ranks:
-        sys.exit(_start_ranks(needed, argv))
+    return needed if start_ranks else 0
+
+
+def _pretrain(argv: Sequence[str]) -> None:
+    config = parse_run_config(argv)
+    n_ranks = ranks_to_start(config)
+    config = with_text(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # Several ranks agree first on who speaks (train.py): each machine may have its own copy.
+        for _, prefix in parse_data_path(config.data.data_path):
+            IndexedDataset(prefix)
+    if n_ranks:
+        sys.exit(start_ranks(n_ranks, argv))
     # torch and DeepSpeed load only now: the checks above answer at once, and DeepSpeed reads DS_ACCELERATOR.
     importlib.import_module("megagpt.train").train(config)
 
@@ -105,7 +124,7 @@ def announce(text: str) -> None:
         print(text, flush=True)
 
 
-def _start_ranks(n_ranks: int, argv: Sequence[str]) -> int:
+def start_ranks(n_ranks: int, argv: Sequence[str]) -> int:
     """Start this program n_ranks times by DeepSpeed's launcher of local processes; returns the exit code."""
     announce(f"no GPU here: starting {n_ranks} processes on the CPU (gloo), as this layout needs")
     environment = {name: value for name, value in os.environ.items() if name not in FROM_A_LAUNCHER}

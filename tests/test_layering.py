@@ -21,7 +21,21 @@ LAYERS = (
     {"ops", "parallel", "data"},
     {"model"},
     {"engine"},
-    {"train", "trained", "evaluate", "generate", "report", "plot", "launch", "parity", "parity_rank"},
+    {
+        "train",
+        "trained",
+        "evaluate",
+        "generate",
+        "hf_export",
+        "hf_import",
+        "report",
+        "run",
+        "plot",
+        "preflight",
+        "launch",
+        "parity",
+        "parity_rank",
+    },
 )
 STRANGERS = {"ops", "parallel", "data"}  # ... except these.
 PROGRAMS = ("tools", "examples", "benchmarks")  # above every layer
@@ -34,7 +48,7 @@ ONLY_IN = {
     "deepspeed": ("megagpt/engine/", "megagpt/launch.py"),
     "apex": ("megagpt/engine/", "megagpt/ops/"),
     "megatron": ("benchmarks/",),
-    "transformers": ("megagpt/model/hf.py", "benchmarks/", "tools/"),
+    "transformers": ("megagpt/hf_export.py", "benchmarks/"),
     "wandb": ("megagpt/report.py",),
     "megagpt._C": ("megagpt/ops/library.py",),
     "megagpt._index_builder": ("megagpt/data/",),

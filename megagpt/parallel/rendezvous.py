@@ -34,7 +34,7 @@ def meet(
     Comm: through the store, which rank 0 opens at MASTER_ADDR:MASTER_PORT, or torchrun before it.
     Raises RankError when some rank, or rank 0 and its store, is not there within timeout_s.
     """
-    store = _open_store(rank, n_ranks, timeout_s)
+    store = open_store(rank, timeout_s)
     deadline, pause_s = time.monotonic() + timeout_s, FIRST_PAUSE_S
     me = [secrets.token_hex(8), here]
     if rank == 0:
@@ -82,30 +82,66 @@ def _who_is_missing(
     )
 
 
-def _open_store(rank: int, n_ranks: int, timeout_s: float) -> dist.Store:
+def open_store(rank: int, timeout_s: float) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT: rank 0 hosts it, or torchrun, and then all ranks are clients.
+
+    Where rank 0 is host, it listens on that address alone, and not on every interface as torch's own would: it
+    authenticates nobody. timeout_s: of the connection, and of each later call of the store.
+    Raises RankError where it cannot be opened; one rank of each machine speaks, since they cannot agree on it.
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent keeps it
+    is_host = rank == 0 and not has_store
+    if not is_host:
+        _wait_for(host, port, timeout_s, speaks=os.environ.get("LOCAL_RANK", "0") == "0" or rank == 1)
     try:
         return dist.TCPStore(
             host,
             port,
-            n_ranks,
-            is_master=rank == 0 and not has_store,
+            is_master=is_host,
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=_listen(host, port) if is_host else None,
         )
     except RuntimeError as error:
-        if rank == 0:
-            raise RankError(
-                f"cannot listen on {host}:{port} (MASTER_ADDR, MASTER_PORT): {_first_line(error)}"
-            ) from error
         raise RankError(
-            f"no answer from rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout_s:g} s; see its "
-            f"output, and that {socket.gethostname()} reaches that address",
-            speaks=os.environ.get("LOCAL_RANK", "0") == "0" or rank == 1,
+            f"cannot open {host}:{port} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]
+def _wait_for(host: str, port: int, timeout_s: float, speaks: bool) -> None:
+    """Until somebody listens there. TCPStore would wait as well, and fail with some 40 lines of C++."""
+    end_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=min(timeout_s, 5.0)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end_s:
+                raise RankError(
+                    f"no answer from rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout_s:g} s "
+                    f"({error.strerror or error}); see its output, and that {socket.gethostname()} reaches that "
+                    "address",
+                    speaks,
+                ) from None
+        time.sleep(0.2)
+
+
+def _listen(host: str, port: int) -> int | None:
+    """A socket that listens on that address.
+
+    None, for torch to listen on every interface, where that is no address of this machine, or its port is taken; by
+    a store of this process, which torch then shares, or by another one, which it says.
+    """
+    for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            continue
+        listener.listen(4096)
+        return listener.detach()
+    return None

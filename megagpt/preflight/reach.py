@@ -1,0 +1,120 @@
+"""Which address a rank speaks from, and whether each host can open a connection to each other one.
+
+A plain TCP connection to the address that gloo or NCCL would use: where that fails, they would hang or fail later,
+and not say between whom.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+CONNECT_S = 5.0
+_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where this rank is reached. problem: why that is wrong, with a remedy; None where nothing is."""
+
+    ip: str
+    problem: str | None = None
+
+
+def own_address(backend: str, n_hosts: int) -> Address:
+    """The address that the backend ("gloo" or "nccl") will speak from on this host."""
+    host = socket.gethostname()
+    variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+    wanted = os.environ.get(variable, "")
+    interfaces = {name: _ip_of(name) for _, name in socket.if_nameindex()}
+    if wanted:
+        names = matching(wanted, list(interfaces), prefixes=backend == "nccl")
+        for name in names:
+            if interfaces[name]:
+                return Address(interfaces[name])
+        have = ", ".join(f"{name} ({ip})" for name, ip in interfaces.items() if ip)
+        return Address(_route(), f"{variable}={wanted} is no interface with an address on {host}; it has {have}")
+    if backend == "nccl":
+        return Address(_route())
+    try:
+        ip = socket.gethostbyname(host)
+    except OSError:
+        ip = "127.0.0.1"  # gloo falls back to it too
+    if n_hosts > 1 and ip.startswith("127."):
+        problem = f"gloo would use {ip}, which the name {host} resolves to and no other host reaches"
+        return Address(_route(), f"{problem}; set GLOO_SOCKET_IFNAME to the interface between the hosts")
+    return Address(ip)
+
+
+def matching(wanted: str, names: list[str], prefixes: bool) -> list[str]:
+    """The interfaces that a list selects: gloo's exact names, or NCCL's prefixes, with ^ for not and = for exact."""
+    if not prefixes:
+        return [name for name in wanted.split(",") if name in names]
+    negated, exact = wanted.startswith("^"), wanted.lstrip("^").startswith("=")
+    words = wanted.lstrip("^").lstrip("=").split(",")
+
+    def fits(name: str) -> bool:
+        return any(name == word if exact else name.startswith(word) for word in words)
+
+    return [name for name in names if fits(name) != negated]
+
+
+def listen(ip: str) -> socket.socket:
+    """A socket that others may connect to; close it when all have."""
+    listener = socket.socket()
+    try:
+        listener.bind((ip, 0))
+    except OSError:  # not an address of this host after all: the others' attempts will show it
+        listener.bind(("", 0))
+    listener.listen(1024)
+    return listener
+
+
+def unreachable(rank: int, places: list[dict]) -> list[int]:
+    """The ranks, one on every other host, to which this rank cannot connect.
+
+    places: of every rank, "host", "ip" and "port". Each rank tries the one in its own position on each host, so that
+    all of a host's ranks are tried by somebody.
+    """
+    hosts: dict[str, list[int]] = {}
+    for number, place in enumerate(places):
+        hosts.setdefault(place["host"], []).append(number)
+    own = hosts.pop(places[rank]["host"])
+    peers = [ranks[own.index(rank) % len(ranks)] for ranks in hosts.values()]
+    if not peers:
+        return []
+    with ThreadPoolExecutor(max_workers=min(32, len(peers))) as pool:
+        reached = pool.map(lambda peer: _connects(places[peer]["ip"], places[peer]["port"]), peers)
+        return [peer for peer, ok in zip(peers, reached, strict=True) if not ok]
+
+
+def _connects(ip: str, port: int) -> bool:
+    try:
+        socket.create_connection((ip, port), timeout=CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _ip_of(interface: str) -> str:
+    """Its IPv4 address, "" where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            return ""
+    return socket.inet_ntoa(answer[20:24])
+
+
+def _route() -> str:
+    """The address from which this host reaches the rendezvous. Sends nothing: connecting UDP only picks a route."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ["MASTER_ADDR"], 9))
+        except OSError:
+            return "127.0.0.1"
+        return probe.getsockname()[0]

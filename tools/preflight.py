@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Look before a run whether these machines can do it: start it as the training, with the training's flags.
+
+torchrun --nnodes 2 … tools/preflight.py --tp 2 --pp 2 --data-path my_text_document --save runs/mine
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from megagpt.cli import parse_run_config
+from megagpt.errors import UserError
+from megagpt.launch import ranks_to_start, run_program, start_ranks
+
+DESCRIPTION = """Check the machines before a run: same versions, settings and data on all ranks; who reaches whom;
+speed of every rank, axis and link; memory; the run folder, its space and speed; clocks and limits.
+  torchrun --nnodes 2 … tools/preflight.py --tp 2 --pp 2 --data-path my_text_document --save runs/mine
+
+Start it by the launcher of the training, with the same flags. Exit code 2 when a check fails. Beside those flags:
+  --json FILE      write findings and figures
+  --wait-s N       seconds that ranks wait for each other; default 120
+  --preset NAME    start from a published model: {presets}
+  --config FILE    read a YAML file; may be given several times"""
+
+
+def main() -> None:
+    """Parse, start the ranks where no launcher has, check."""
+    own, rest = _own_flags().parse_known_args()
+    config = parse_run_config(rest, prog="tools/preflight.py", description=DESCRIPTION)
+    n_ranks = ranks_to_start(config)
+    if n_ranks:
+        sys.exit(start_ranks(n_ranks, sys.argv[1:]))
+    # torch loads only now: a wrong flag is answered at once.
+    importlib.import_module("megagpt.preflight.program").preflight(config, own.json, own.wait_s)
+
+
+class _OwnFlags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def _own_flags() -> argparse.ArgumentParser:
+    parser = _OwnFlags(add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--wait-s", type=float, default=120.0)
+    return parser
+
+
+if __name__ == "__main__":
+    run_program(main)
