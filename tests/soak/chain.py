@@ -11,7 +11,7 @@ from random import Random
 
 from megagpt.checkpoint import folders
 from tests.soak import trace
-from tests.soak.case import LAYOUTS, SAVE_INTERVAL, STEPS, Layout, command_line
+from tests.soak.case import BATCH, LAYOUTS, SAVE_INTERVAL, STEPS, Layout, command_line
 from tests.soak.kill import Hit, Pace, draw_aim, measure_pace, strike
 from tests.soak.moment import look
 from tests.soak.ranks import Job, Way, start
@@ -83,7 +83,9 @@ def make_reference(layout: Layout, dataset: str, folder: Path) -> Reference:
     assert codes is not None and not any(codes), f"{folder}: the uninterrupted run ended with {codes}"
     found = trace.trace_of(run)
     assert len(found.checkpoints) == STEPS // SAVE_INTERVAL and not found.leftovers, found
-    return Reference(found, trace.reads_of(notes, layout.n_ranks), pace)
+    reads = trace.reads_of(notes, layout.n_ranks)
+    assert [len(reads[rank]) for rank in (0, -1)] == [STEPS * BATCH // layout.dp] * 2, "not all samples were recorded"
+    return Reference(found, reads, pace)
 
 
 def run_chain(chain: Chain, reference: Reference, dataset: str, folder: Path) -> list[Cycle]:
