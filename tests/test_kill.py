@@ -118,6 +118,15 @@ def test_a_planted_defect_of_the_resume_is_found(plant, killed, references, data
     assert bool(found) == (plant is not None), found
 
 
+def test_a_run_killed_when_all_was_saved_has_nothing_to_do_but_to_clear_up(references, folder, dataset, tmp_path):
+    run = shutil.copytree(folder / f"reference-{PP2}" / "run", tmp_path / "run")  # with all its checkpoints
+    (run / "checkpoints" / "step-000003.deleted.tmp").mkdir()
+    job = start("fork", 2, command_line(PP2, dataset, run), tmp_path / "again")
+    assert job.wait(60.0) == [0, 0]
+    assert "nothing to do: " in (tmp_path / "again-rank-0.out").read_text()
+    assert differences(references[PP2].kept, trace_of(run)) == []
+
+
 CHANGES: dict[str, Callable[[Trace], Trace]] = {
     "a bit of a loss": lambda t: dataclasses.replace(t, losses=t.losses | {"step 5 loss": "0x1.0000000000001p+1"}),
     "a row too many": lambda t: dataclasses.replace(t, losses=t.losses | {"step 16 loss": "0x1.0p+1"}),
