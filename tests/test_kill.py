@@ -21,7 +21,7 @@ from tests.soak.kill import Aim, strike
 from tests.soak.ranks import start
 from tests.soak.trace import Trace, differences, read_differences, reads_of, trace_of
 
-pytestmark = pytest.mark.timeout(300)  # real launchers on a busy machine
+pytestmark = pytest.mark.timeout(600)  # real launchers on a busy machine
 AT_ONCE = 3  # most of the time the survivors of a kill wait for each other
 PP2, TP2_BF16 = Layout(pp=2), Layout(tp=2, precision="bf16")
 

@@ -19,7 +19,8 @@ from tests.soak.trace import Trace
 
 KEPT = {folders.folder_of(Path(), step).name for step in (STEPS - SAVE_INTERVAL, STEPS)}
 LAUNCH_S = 10.0  # from the command to the first step, about: each rank imports torch and DeepSpeed
-DEADLINE_S = 120.0  # for what is left of a job to end by itself, and for a whole run to come to its end
+DEADLINE_S = 120.0  # for what is left of a job to end by itself, or to start again
+WHOLE_RUN_S = 500.0  # seconds on a machine with nothing else to do; the watch ends a run that hangs much sooner
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class _Life:
 
     def finish(self) -> list[str]:
         """Let the run come to its end; what is wrong with it."""
-        codes = self._job.wait(DEADLINE_S)
+        codes = self._job.wait(WHOLE_RUN_S)
         if codes is None or any(codes):
             self._job.kill()
             return [f"the last attempt ended with {codes}"]
