@@ -16,8 +16,7 @@ from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.checkpoint.state import read_state
 from megagpt.cli import read_config
 from megagpt.config import RunConfig
-from megagpt.data.blend import parse_data_path
-from megagpt.data.tokenizer import Tokenizer, tokenizer_for
+from megagpt.data.tokenizer import Tokenizer, tokenizer_of_run
 from megagpt.engine import restore
 from megagpt.engine.start import distributed
 from megagpt.model.gpt import GPT
@@ -58,5 +57,5 @@ def open_trained(path: str | Path, fallback: bool = False) -> Iterator[Trained]:
         model = GPT(config.model, mesh.model)
         together(lambda: restore.load_weights(model, folder))
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        tokenizer = tokenizer_for(config.data, parse_data_path(config.data.data_path)[0][1])
+        tokenizer = tokenizer_of_run(config.data)
         yield Trained(model, config, tokenizer, folder, state.step, mesh)

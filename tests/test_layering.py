@@ -21,7 +21,20 @@ LAYERS = (
     {"ops", "parallel", "data"},
     {"model"},
     {"engine"},
-    {"train", "trained", "evaluate", "generate", "report", "plot", "launch", "parity", "parity_rank", "preflight"},
+    {
+        "train",
+        "trained",
+        "evaluate",
+        "generate",
+        "hf_export",
+        "hf_import",
+        "report",
+        "plot",
+        "launch",
+        "parity",
+        "parity_rank",
+        "preflight",
+    },
 )
 STRANGERS = {"ops", "parallel", "data"}  # ... except these.
 PROGRAMS = ("tools", "examples", "benchmarks")  # above every layer
@@ -34,7 +47,7 @@ ONLY_IN = {
     "deepspeed": ("megagpt/engine/", "megagpt/launch.py"),
     "apex": ("megagpt/engine/", "megagpt/ops/"),
     "megatron": ("benchmarks/",),
-    "transformers": ("megagpt/model/hf.py", "benchmarks/", "tools/"),
+    "transformers": ("megagpt/hf_export.py", "benchmarks/"),
     "wandb": ("megagpt/report.py",),
     "megagpt._C": ("megagpt/ops/library.py",),
     "megagpt._index_builder": ("megagpt/data/",),

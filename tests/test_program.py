@@ -120,7 +120,7 @@ def test_a_run_folder_holds_what_is_promised(first):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").iterdir())
     assert "tp: 2" in (folder / "config.yaml").read_text()
-    assert (folder / "checkpoints" / "latest").read_text() == "step-000004"
+    assert (folder / "checkpoints" / "latest").read_text().startswith("step-000004 ")
 
 
 def test_resumed_elsewhere_it_is_the_run_of_one_process(first, cache):
@@ -140,7 +140,7 @@ def test_resumed_elsewhere_it_is_the_run_of_one_process(first, cache):
         assert [r[key] for r in steps] == pytest.approx([r[key] for r in expected], rel=1e-5)
     for key in ("validation_loss", "bits_per_byte"):
         assert [r[key] for r in validations] == pytest.approx([r[key] for r in expected_validations], rel=1e-5)
-    assert (folder / "checkpoints" / "latest").read_text() == "step-000006"
+    assert (folder / "checkpoints" / "latest").read_text().startswith("step-000006 ")
 
 
 REFUSED = {

@@ -79,7 +79,7 @@ def _inspect(args: argparse.Namespace) -> None:
             "checkpoint": folder,
             "origin": at.origin or "saved by a run",
             "step": f"{at.step:,}, {at.samples:,} samples, {at.tokens:,} tokens",
-            "validation loss": at.validation_loss,
+            "validation loss": "not measured" if at.validation_loss is None else at.validation_loss,
             "learning rate": at.lr,
             "written by": _layout(at),
             "parameters": f"{n_parameters:,}",
@@ -181,8 +181,10 @@ def _export(args: argparse.Namespace) -> None:
     print("loading torch and transformers ...", file=sys.stderr)
     from megagpt.hf_export import export  # seconds, which no other command should take
 
-    worst = export(source, args.out)
-    print(f"wrote {args.out}; logits of transformers' own model differ by {worst:.1e} of the largest at most")
+    exported = export(source, args.out)
+    print(f"wrote {args.out}; logits of transformers' own model differ by {exported.worst:.1e} of the largest at most")
+    if exported.note:
+        print(f"note: {exported.note}")
 
 
 def _import(args: argparse.Namespace) -> None:

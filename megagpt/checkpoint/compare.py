@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from megagpt.checkpoint.chunks import read_chunks, row_boxes
-from megagpt.checkpoint.pieces import Reader
+from megagpt.checkpoint.pieces import WEIGHT, Reader
 from megagpt.checkpoint.state import State
 
 
@@ -44,8 +44,8 @@ class Difference:
 
 def summaries(reader: Reader) -> Iterator[Summary]:
     """Each tensor in numbers."""
-    for key, tensors in reader.index.items():
-        for name, logical in tensors.items():
+    for key in _weights_first(reader.index):
+        for name in sorted(reader.index[key], key=_in_order):
             squares, low, high, n_bad = 0.0, math.inf, -math.inf, 0
             for chunk in read_chunks(reader, key, name):
                 finite = chunk[np.isfinite(chunk)]
@@ -55,14 +55,14 @@ def summaries(reader: Reader) -> Iterator[Summary]:
                     low, high = min(low, float(finite.min())), max(high, float(finite.max()))
             none = low > high
             norm, low, high = (math.nan,) * 3 if none else (math.sqrt(squares), low, high)
-            yield Summary(key, name, logical.shape, norm, low, high, n_bad)
+            yield Summary(key, name, reader.shape(key, name), norm, low, high, n_bad)
 
 
 def differing_tensors(a: Reader, b: Reader, tick: Callable[[int], None] = lambda n_bytes: None) -> Iterator[Difference]:
     """The tensors that are not bitwise equal, and those that only one of them has. tick: told bytes read."""
-    for key in sorted(a.index.keys() | b.index.keys()):
+    for key in _weights_first(a.index.keys() | b.index.keys()):
         ours, theirs = a.index.get(key, {}), b.index.get(key, {})
-        for name in sorted(ours.keys() | theirs.keys()):
+        for name in sorted(ours.keys() | theirs.keys(), key=_in_order):
             if name not in theirs or name not in ours:
                 yield Difference(key, name, f"only in {(a if name in ours else b).folder}")
             elif ours[name].shape != theirs[name].shape:
@@ -97,6 +97,15 @@ def _difference(a: Reader, b: Reader, key: str, name: str) -> Difference | None:
     relative = largest / scale if scale > 0 else math.nan
     what = "NaN or Inf" if not math.isfinite(largest) else "values differ"
     return Difference(key, name, what, n_values, largest, relative)
+
+
+def _weights_first(keys: Iterable[str]) -> list[str]:
+    return sorted(keys, key=lambda key: (key != WEIGHT, key))
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """blocks.2 before blocks.10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -107,6 +107,20 @@ def tokenizer_for(data: DataConfig, prefix: str | Path) -> Tokenizer | None:
     return tokenizer
 
 
+def tokenizer_of_run(data: DataConfig) -> Tokenizer | None:
+    """The tokenizer of a run's data; that of an imported model, which has none, is the one it names.
+
+    **Raises** `UserError` as `tokenizer_for`.
+    """
+    if data.data_path:
+        return tokenizer_for(data, data.data_path[len(data.data_path) > 1])  # a blend begins with a weight
+    if data.tokenizer is None:
+        return None
+    return build_tokenizer(
+        data.tokenizer, model=data.tokenizer_model, vocab_file=data.vocab_file, merge_file=data.merge_file
+    )
+
+
 def _recorded(path: str, folder: Path) -> str:
     """A recorded file, or the one of its name beside the dataset if the dataset was moved with it."""
     beside = folder / Path(path).name

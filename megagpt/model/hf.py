@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,20 +28,35 @@ def from_hf_gpt2(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     state: by their names, with or without the leading "transformer."; old files' causal masks are left out.
     Raises UserError naming a tensor that is missing, unknown, or of another shape than config's.
     """
-    state = {name if name.startswith(_GPT2_ROOTS) else f"transformer.{name}": t for name, t in state.items()}
-    state = {name: tensor for name, tensor in state.items() if not _GPT2_MASKS.search(name)}
-    if config.tied_embeddings:
-        _drop_tied_copy(state)
+    return {name: lazy.get() for name, lazy in lazy_from_hf_gpt2(state, state.__getitem__, config).items()}
+
+
+def lazy_from_hf_gpt2(
+    names: Iterable[str], read: Callable[[str], Tensor], config: ModelConfig
+) -> dict[str, LazyTensor]:
+    """The same for weights that need not fit into memory. read: gives the tensor of one of the names.
+
+    Raises UserError at once where a name is missing or unknown; for another shape when that tensor is asked for.
+    """
+    found = {name if name.startswith(_GPT2_ROOTS) else f"transformer.{name}": name for name in names}
+    found = {name: as_given for name, as_given in found.items() if not _GPT2_MASKS.search(name)}
+    if config.tied_embeddings and (copy := found.pop("lm_head.weight", None)) and "transformer.wte.weight" in found:
+        _require_equal(read(copy), read(found["transformer.wte.weight"]))
     ours = {}
     for rule, i in _expand(GPT2, config):
-        name = rule.theirs.format(i)
-        if name not in state:
+        name, shape = rule.theirs.format(i), rule.shape(config)
+        if name not in found:
             raise UserError(f"the weights have no {name}; wanted a GPT-2 of {config.n_layers} layers; check the config")
-        tensor, shape = state.pop(name), rule.shape(config)
-        _require_shape(name, tensor, shape)
-        ours[rule.ours.format(i)] = rule.change.to_ours(tensor, config)
-    if state:
-        raise UserError(f"the weights hold {_few(state)}, not in a GPT-2 of {config.n_layers} layers; check the config")
+
+        def get(rule: Rule = rule, name: str = name, as_given: str = found.pop(name)) -> Tensor:
+            tensor = read(as_given)
+            _require_shape(name, tensor, rule.shape(config))
+            return rule.change.to_ours(tensor, config)
+
+        changed = rule.change.to_ours(torch.empty(shape, device="meta"), config)
+        ours[rule.ours.format(i)] = LazyTensor(tuple(changed.shape), get)
+    if found:
+        raise UserError(f"the weights hold {_few(found)}, not in a GPT-2 of {config.n_layers} layers; check the config")
     return ours
 
 
@@ -50,9 +66,18 @@ def to_hf_gpt2(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     With tied embeddings there is no lm_head.weight, as in the files that transformers writes.
     Raises UserError where GPT-2 has no place for the architecture.
     """
+    return {name: lazy.get() for name, lazy in lazy_to_hf_gpt2(tensors.__getitem__, config).items()}
+
+
+def lazy_to_hf_gpt2(read: Callable[[str], Tensor], config: ModelConfig) -> dict[str, LazyTensor]:
+    """The same for weights that need not fit into memory. read: gives the tensor of a canonical name."""
     hf_config(config)  # raises
+
+    def get(rule: Rule, i: int) -> Tensor:
+        return rule.change.to_theirs(read(rule.ours.format(i)), config)
+
     return {
-        rule.theirs.format(i): rule.change.to_theirs(tensors[rule.ours.format(i)], config)
+        rule.theirs.format(i): LazyTensor(rule.shape(config), partial(get, rule, i))
         for rule, i in _expand(GPT2, config)
     }
 
@@ -140,6 +165,14 @@ def load_logical(
         for name, parameter in wanted.items():
             part = part_of(parameter)
             part.unpadded(parameter).copy_(part.take(tensors[name]))
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read and converted when it is asked for."""
+
+    shape: tuple[int, ...]
+    get: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -240,9 +273,8 @@ def _expand(table: Iterable[Rule], config: ModelConfig) -> Iterator[tuple[Rule, 
             yield rule, i
 
 
-def _drop_tied_copy(state: dict[str, Tensor]) -> None:
-    copy = state.pop("lm_head.weight", None)
-    if copy is not None and not torch.equal(copy, state.get("transformer.wte.weight", copy)):
+def _require_equal(head: Tensor, embedding: Tensor) -> None:
+    if not torch.equal(head, embedding):
         raise UserError("lm_head.weight differs from wte.weight, but the model ties them; use tied_embeddings=False")
 
 

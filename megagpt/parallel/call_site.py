@@ -122,7 +122,7 @@ def place(frame: FrameType) -> str:
         path = path[len(str(Path(PACKAGE).parent)) + 1 :]
     for library in LIBRARIES[1:]:
         path = path.removeprefix(library + "/")
-    return f"{path}:{frame.f_lineno} {frame.f_code.co_name}"
+    return f"{path}:{_line(frame)} {frame.f_code.co_name}"
 
 
 def is_ours(path: str) -> bool:
@@ -142,9 +142,13 @@ def _collective(frame: FrameType, top: FrameType) -> str | None:
     code = frame.f_code
     if code.co_filename == distributed_c10d.__file__ and not code.co_name.startswith("_"):
         return code.co_name
-    if frame is top and ".wait()" in linecache.getline(code.co_filename, frame.f_lineno):
+    if frame is top and ".wait()" in linecache.getline(code.co_filename, _line(frame)):
         return "wait"
     return None
+
+
+def _line(frame: FrameType) -> int:
+    return frame.f_lineno or frame.f_code.co_firstlineno  # Python has instructions that belong to no line
 
 
 def _partners(frame: FrameType) -> list[int]:

@@ -73,7 +73,7 @@ def describe(ranks: Sequence[RankView], timeout_s: float) -> str:
 
 def _what(found: Sequence[RankView], timeout_s: float) -> tuple[str, str]:
     """What happened to the culprits, told of the first, and what to do about it."""
-    slow = "if it was only slow, raise --progress-timeout-s"
+    slow = "if it was only slow, raise --faults.progress-timeout-s"
     if not found:
         return f"no rank goes on since {timeout_s:g} s, though none is missing", f"look at the network; {slow}"
     first = found[0]

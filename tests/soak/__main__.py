@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import conditions
-from tests.soak import ranks
-from tests.soak.case import make_dataset
+from megagpt.parallel.local import warm_up
+from tests.soak.case import Layout, make_dataset
 from tests.soak.chain import Chain, Cycle, Reference, make_chain, make_reference, run_chain
 from tests.soak.moment import WINDOWS
 
@@ -46,6 +47,8 @@ def main() -> int:
     if arguments.chain is None:
         report["damage"] = [damage(module, arguments) for module in DAMAGE]
     print(json.dumps({k: v for k, v in report.items() if k not in ("machine", "versions")}, indent=1))
+    if not arguments.folder and not report["failures"]:
+        shutil.rmtree(folder)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     failed = bool(report["failures"]) or any(part["code"] for part in report.get("damage", []))
@@ -85,23 +88,22 @@ def soak(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Cycle]]:
 
 
 class Work:
-    """The folder of a soak, and the references made so far: one for each layout and way to start it."""
+    """The folder of a soak, and the references made so far: one for each layout."""
 
     def __init__(self, folder: Path) -> None:
-        ranks.prepare()
+        warm_up("tests.soak.rank")
         self._folder, self._dataset = folder, make_dataset(folder)
-        self._references: dict[Any, Reference] = {}
+        self._references: dict[Layout, Reference] = {}
 
     def run(self, chain: Chain) -> list[Cycle]:
         """Kill and restart one run."""
         return run_chain(chain, self._reference(chain), self._dataset, self._folder / f"chain-{chain.number:04d}")
 
     def _reference(self, chain: Chain) -> Reference:
-        key = (chain.layout, chain.way)
-        if key not in self._references:
-            folder = self._folder / f"reference-{chain.layout}-{chain.way}-{chain.number}"
-            self._references[key] = make_reference(chain.layout, chain.way, self._dataset, folder)
-        return self._references[key]
+        if chain.layout not in self._references:
+            folder = self._folder / f"reference-{chain.layout}-{chain.number}"
+            self._references[chain.layout] = make_reference(chain.layout, self._dataset, folder)
+        return self._references[chain.layout]
 
 
 def tell(cycles: list[Cycle], done: int, wanted: int) -> None:

@@ -18,6 +18,7 @@ from tests.soak.ranks import Job, Way, start
 from tests.soak.trace import Trace
 
 KEPT = {folders.folder_of(Path(), step).name for step in (STEPS - SAVE_INTERVAL, STEPS)}
+LAUNCH_S = 10.0  # from the command to the first step, about: each rank imports torch and DeepSpeed
 DEADLINE_S = 120.0  # for what is left of a job to end by itself, and for a whole run to come to its end
 
 
@@ -28,6 +29,12 @@ class Reference:
     trace: Trace
     reads: list[list[str]]
     pace: Pace
+
+    @property
+    def kept(self) -> Trace:
+        """What is left of it where only two checkpoints are kept."""
+        kept = {name: contents for name, contents in self.trace.checkpoints.items() if name in KEPT}
+        return dataclasses.replace(self.trace, checkpoints=kept)
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,8 @@ class Chain:
 
 @dataclass
 class Cycle:
-    """A kill and the restart after it. codes: exit codes of all ranks (-9: killed); left: what lay on the disk when
-    all had ended; problems: of this cycle; the last one of a chain has those of the finished run too.
+    """A kill and the restart after it. codes: exit codes of all ranks (-9: killed), or of their launcher; left: what
+    lay on the disk ended_s later, when all had ended; problems: the last cycle has those of the finished run too.
     """
 
     chain: Chain
@@ -66,11 +73,11 @@ def make_chain(number: int, seed: int) -> Chain:
     return Chain(number, layout, way, random.random() < 0.5, 3 if way == "fork" else 2, seed)
 
 
-def make_reference(layout: Layout, way: Way, dataset: str, folder: Path) -> Reference:
-    """Train without interruption."""
+def make_reference(layout: Layout, dataset: str, folder: Path) -> Reference:
+    """Train without interruption, on ranks from the fork server: how a run is started must not matter."""
     run, notes = folder / "run", folder / "attempt-0"
     folder.mkdir(parents=True)
-    job = start(way, layout.n_ranks, command_line(layout, dataset, run, keep_all=True), notes)
+    job = start("fork", layout.n_ranks, command_line(layout, dataset, run, keep_all=True), notes)
     pace = measure_pace(job, run)
     codes = job.codes()
     assert codes is not None and not any(codes), f"{folder}: the uninterrupted run ended with {codes}"
@@ -79,13 +86,10 @@ def make_reference(layout: Layout, way: Way, dataset: str, folder: Path) -> Refe
     return Reference(found, trace.reads_of(notes, layout.n_ranks), pace)
 
 
-def run_chain(chain: Chain, reference: Reference, dataset: str, folder: Path, plant: str | None = None) -> list[Cycle]:
-    """Kill, restart, …, let it end, compare. The folder is deleted where nothing is wrong.
-
-    plant: a defect of `plants.py`, that the restarts have.
-    """
+def run_chain(chain: Chain, reference: Reference, dataset: str, folder: Path) -> list[Cycle]:
+    """Kill, restart, …, let it end, compare. The folder is deleted where nothing is wrong."""
     folder.mkdir(parents=True)
-    life = _Life(chain, reference, dataset, folder, plant)
+    life = _Life(chain, reference, dataset, folder)
     cycles: list[Cycle] = []
     random = Random(f"{chain.seed} {chain.number} kills")
     began = time.monotonic()
@@ -110,8 +114,8 @@ def run_chain(chain: Chain, reference: Reference, dataset: str, folder: Path, pl
 class _Life:
     """One run folder through its attempts."""
 
-    def __init__(self, chain: Chain, reference: Reference, dataset: str, folder: Path, plant: str | None) -> None:
-        self._chain, self._reference, self._folder, self._plant = chain, reference, folder, plant
+    def __init__(self, chain: Chain, reference: Reference, dataset: str, folder: Path) -> None:
+        self._chain, self._reference, self._folder = chain, reference, folder
         self._run = folder / "run"
         self._argv = command_line(chain.layout, dataset, self._run, async_save=chain.async_save)
         self._attempts = 0
@@ -121,23 +125,38 @@ class _Life:
     def kill(self, random: Random, *, saving: bool) -> Cycle | None:
         """Kill a rank at a random moment, wait for the others to end, and start the run again."""
         pace, n_ranks = self._reference.pace, self._chain.layout.n_ranks
+        if self._chain.way != "fork":
+            pace = dataclasses.replace(pace, start_s=LAUNCH_S)
         hit = strike(self._job, self._run, draw_aim(random, n_ranks, self._done, pace, saving=saving))
         if hit is None:
             return None
         cycle = Cycle(self._chain, hit)
-        start_s = time.monotonic()
-        if not self._job.restarts_itself:
+        started = time.monotonic()
+        if self._job.restarts_itself:
+            cycle.problems += self._await_restart()
+        else:
             cycle.codes = self._job.wait(DEADLINE_S)
             if cycle.codes is None:
                 cycle.problems.append(f"not all had ended {DEADLINE_S:.0f} s after rank {hit.aim.rank} was killed")
                 self._job.kill()
-            cycle.ended_s = time.monotonic() - start_s
-            cycle.left = look(self._run).window
             cycle.problems += self._check_attempt(finished=False)
-            rest = look(self._run)
-            self._done = cycle.resumed_from = rest.pointed or max(rest.complete, default=0)
+        cycle.ended_s = time.monotonic() - started
+        rest = look(self._run)
+        cycle.left, self._done = rest.window, rest.pointed or max(rest.complete, default=0)
+        cycle.resumed_from = self._done
+        if not self._job.restarts_itself:
             self._job = self._start()
         return cycle
+
+    def _await_restart(self) -> list[str]:
+        """Until all ranks are new ones, or the job ends; what is wrong where neither comes."""
+        old, deadline = set(self._job.pids().values()), time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            new = set(self._job.pids().values())
+            if (len(new) == self._chain.layout.n_ranks and not new & old) or self._job.codes() is not None:
+                return []
+            time.sleep(0.1)
+        return [f"no new ranks {DEADLINE_S:.0f} s after one was killed"]
 
     def finish(self) -> list[str]:
         """Let the run come to its end; what is wrong with it."""
@@ -145,16 +164,11 @@ class _Life:
         if codes is None or any(codes):
             self._job.kill()
             return [f"the last attempt ended with {codes}"]
-        found = trace.trace_of(self._run)
-        expected = self._reference.trace
-        kept = {name: contents for name, contents in expected.checkpoints.items() if name in KEPT}
-        problems = trace.differences(dataclasses.replace(expected, checkpoints=kept), found)
-        return problems + self._check_attempt(finished=True)
+        return trace.differences(self._reference.kept, trace.trace_of(self._run)) + self._check_attempt(finished=True)
 
     def _start(self) -> Job:
         self._attempts += 1
-        plant = self._plant if self._attempts > 1 else None
-        return start(self._chain.way, self._chain.layout.n_ranks, self._argv, self._notes, plant)
+        return start(self._chain.way, self._chain.layout.n_ranks, self._argv, self._notes)
 
     def _check_attempt(self, *, finished: bool) -> list[str]:
         """What an attempt leaves must be a part of what the uninterrupted run left: figures, checkpoints, samples."""

@@ -62,7 +62,7 @@ def draw_aim(random: Random, n_ranks: int, done: int, pace: Pace, *, saving: boo
         saves = random.randint(1, max(1, (STEPS - done) // SAVE_INTERVAL))
         if random.random() < 0.5:
             return Aim(rank, random.uniform(0, pace.save_s), saves=saves)
-        return Aim(rank, random.uniform(0, 0.001), saves=saves, window=random.choice(WINDOWS[1:]))
+        return Aim(rank, 0.0, saves=saves, window=random.choice(WINDOWS[1:]))
     moment = random.uniform(0, pace.start_s + pace.step_s * (STEPS - done))
     if moment < pace.start_s:
         return Aim(rank, moment)

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from megagpt.parallel.local import warm_up
 from tests.soak.rank import rank_main
 
 ROOT = Path(__file__).parents[2]
@@ -64,13 +63,8 @@ def start(way: Way, n_ranks: int, argv: list[str], notes: Path, plant: str | Non
     return Launched([*command, *argv], notes, restarts_itself=way == "torchrun")
 
 
-def prepare() -> None:
-    """Start the fork server with what the ranks import. Once, before threads of this process start ranks."""
-    warm_up("megagpt.launch", "tyro", "tests.soak.rank")
-
-
 class Forked(Job):
-    """Ranks from the fork server; `prepare` comes first."""
+    """Ranks from the fork server; `warm_up` comes first, once, before threads of this process start ranks."""
 
     def __init__(self, n_ranks: int, argv: list[str], notes: str, plant: str | None) -> None:
         context = multiprocessing.get_context("forkserver")
