@@ -28,7 +28,7 @@ SMALL = [
     "--global-batch-size", "8", "--micro-batch-size", "2", "--warmup-steps", "2", "--lr", "0.01",
     "--model.dropout-residual", "0.1", "--optim.decay-steps", "1000",
 ]  # fmt: skip
-HEARTBEAT_S = 4.0
+HEARTBEAT_S = 10.0  # an import that holds the lock of Python takes seconds on a busy machine
 # Noticed after HEARTBEAT_S; then some seconds until one has spoken, all have ended, and the launchers have seen it.
 END_WITHIN_S = HEARTBEAT_S + 30.0
 
@@ -84,7 +84,11 @@ def test_a_cut_link_ends_all_ranks_and_the_restart_goes_on_exactly(hosts, data, 
     arguments += ["--faults.heartbeat-timeout-s", str(HEARTBEAT_S), "--auto-resume", "--save"]
     cut_run, whole_run = tmp_path / "cut", tmp_path / "whole"
     launchers = torchrun(hosts, tmp_path, [*arguments, str(cut_run)])
-    wait_until(lambda: len(losses(cut_run)) >= 12, 240, lambda: output(tmp_path, hosts.a) + output(tmp_path, hosts.b))
+    wait_until(
+        lambda: len(losses(cut_run)) >= 12 or any(launcher.poll() is not None for launcher in launchers),
+        240,
+        lambda: output(tmp_path, hosts.a) + output(tmp_path, hosts.b),
+    )
     ranks = [pid for host in hosts for pid in ranks_on(host)]
     assert len(ranks) == 4
     hosts.cut()
@@ -96,7 +100,7 @@ def test_a_cut_link_ends_all_ranks_and_the_restart_goes_on_exactly(hosts, data, 
         launcher.wait(30)
     for host, lost in ((hosts.a, hosts.b), (hosts.b, hosts.a)):  # each side can know only of the other
         (error,) = re.findall("^error: .*", output(tmp_path, host), re.MULTILINE)
-        assert re.search(rf" on {lost.name} gave no sign of life for 4 s ", error), error
+        assert re.search(rf" on {lost.name} gave no sign of life for 10 s ", error), error
 
     hosts.mend()
     assert len(losses(cut_run)) < 60
