@@ -3,12 +3,13 @@
     python benchmarks/index.py                    10^9 tokens, 3 epochs, a blend of 4
     python benchmarks/index.py --tokens 1e8 --seq-len 2048
 
-Then what a micro-batch costs to read from files in the page cache.
+Then, from files in the page cache: what it costs to open an index, and to read a micro-batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import multiprocessing
 import tempfile
 import time
@@ -21,7 +22,7 @@ from numpy.random import RandomState
 from megagpt.config import ModelConfig, RunConfig, TrainConfig
 from megagpt.data import index_builder as maps
 from megagpt.data.blend import build_splits
-from megagpt.data.indexed import IndexedWriter
+from megagpt.data.indexed import IndexedDataset, IndexedWriter
 from megagpt.data.loader import micro_batches
 from megagpt.errors import UserError, run_cli
 
@@ -75,6 +76,21 @@ def measure(task: str, backend: str, args: argparse.Namespace) -> tuple[float, f
     return measured(lambda: maps.sample_index_numpy(lengths, documents, args.seq_len, epochs.n_samples, dtype))
 
 
+def opening_s(n_documents: int) -> tuple[float, float]:
+    """Seconds to open a dataset of n_documents: all that is checked; and those of its SHA-256 alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder) / "d"
+        with IndexedWriter(prefix, np.uint16) as writer:
+            writer.add_documents(np.zeros(n_documents, np.uint16), np.ones(n_documents, np.int64))
+        Path(f"{prefix}.idx").read_bytes()
+        start_s = time.perf_counter()
+        IndexedDataset(prefix)
+        opened_s = time.perf_counter()
+        with open(f"{prefix}.idx", "rb") as file:
+            hashlib.file_digest(file, "sha256")
+        return opened_s - start_s, time.perf_counter() - opened_s
+
+
 def reading_us(seq_len: int, micro_batch_size: int) -> float:
     """Microseconds of one micro-batch, averaged over a shuffled epoch of about 10^7 tokens."""
     random = np.random.default_rng(0)
@@ -117,7 +133,12 @@ def main() -> None:
             cells = [pool.apply(measure, (task, name, args)) for name in ("C++", "NumPy")[-n_backends:]]
             shown = [f"{took_s:.2f} s {peak_mib:6.0f} MiB" for took_s, peak_mib in cells]
             print(f"{task:20}{shown[0] if n_backends == 2 else '':>20}{shown[-1]:>20}", flush=True)
-    print(f"\none micro-batch of 4 x {args.seq_len} tokens: {reading_us(args.seq_len, 4):.0f} us")
+    n_documents = int(args.tokens / args.mean_length)
+    opened_s, hashed_s = opening_s(n_documents)
+    gb = 20 * n_documents / 1e9
+    print(f"\nopening an index of {n_documents:,} documents: {opened_s:.2f} s, of which its SHA-256 {hashed_s:.2f} s")
+    print(f"a GB of index (50 million documents): {opened_s / gb:.1f} s, of which SHA-256 {hashed_s / gb:.1f} s")
+    print(f"one micro-batch of 4 x {args.seq_len} tokens: {reading_us(args.seq_len, 4):.0f} us")
 
 
 if __name__ == "__main__":

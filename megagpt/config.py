@@ -15,6 +15,10 @@ from tyro.conf import arg
 from megagpt.errors import UserError
 from megagpt.kernels import Kernels
 
+_MAX_INT = 2**63 - 1
+_MAX_LAYERS = 4096  # the plan lists them one by one
+_TOO_LARGE = ("must be at most 2^63 - 1", "use a number that a run can reach")
+
 
 def require(ok: bool, got: str, wanted: str, remedy: str) -> None:
     """Raise `UserError` "got: wanted; remedy" unless ok."""
@@ -22,19 +26,25 @@ def require(ok: bool, got: str, wanted: str, remedy: str) -> None:
         raise UserError(f"{got} {wanted}; {remedy}")
 
 
+def _is_finite(value: float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)  # an integer may be too large to be made a float
+
+
 def _positive(section: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        ok = value is None or (math.isfinite(value) and value > 0)
+        ok = value is None or (_is_finite(value) and value > 0)
         remedy = "use 1 or more" if isinstance(value, int) else "use a finite number above 0"
         require(ok, f"{section}.{name}={value}", "must be positive", remedy)
+        require(not isinstance(value, int) or value <= _MAX_INT, f"{section}.{name}={value}", *_TOO_LARGE)
 
 
 def _not_negative(section: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        ok = math.isfinite(value) and value >= 0
+        ok = _is_finite(value) and value >= 0
         require(ok, f"{section}.{name}={value}", "must be finite and not negative", "0 turns it off")
+        require(value <= _MAX_INT, f"{section}.{name}={value}", *_TOO_LARGE)
 
 
 def _fraction(section: str, config: object, *names: str) -> None:
@@ -97,6 +107,12 @@ class ModelConfig:
             "norm_eps",
             "init_std",
             "rotary_base",
+        )
+        require(
+            self.n_layers <= _MAX_LAYERS,
+            f"model.n_layers={self.n_layers}",
+            f"must be at most {_MAX_LAYERS}",
+            "published models have up to 200",
         )
         _fraction("model", self, "dropout_embedding", "dropout_attention", "dropout_residual")
         require(
@@ -177,7 +193,9 @@ class DataConfig:
     split: Annotated[str, arg(aliases=["--split"])] = "949,50,1"
     """Shares of documents for train, validation, test."""
     cache_dir: str | None = None
-    """Where the default corpus, tokenizers and sample maps are kept; default $XDG_CACHE_HOME/megagpt."""
+    """Where the default corpus and its tokenizer are kept; default $XDG_CACHE_HOME/megagpt."""
+    verify: bool = False
+    """Read all the data first: the hash of each .bin, every token (without it: index, hash of it, size of .bin)."""
     tokenizer: Annotated[Literal["gpt2", "sentencepiece", "hf", "bytes"] | None, arg(aliases=["--tokenizer"])] = None
     """Kind of the tokenizer; default: the one recorded beside the data."""
     tokenizer_model: Annotated[str | None, arg(aliases=["--tokenizer-model"])] = None

@@ -26,6 +26,11 @@ class UserError(Exception):
         self.speaks = speaks
 
 
+def one_line(text: str) -> str:
+    """The text with what would break the line, or play with the terminal, written as escapes: a key or a file name."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class Stopped(Exception):  # noqa: N818  # it is no error
     """The run was asked to end early, and saved what it had. The message, told by one rank, says where."""
 
@@ -43,7 +48,7 @@ def run_cli(main: Callable[[], int | None], speaks: bool = True) -> None:
         sys.exit(main() or 0)
     except UserError as error:
         if error.speaks and (speaks or type(error) is not UserError):  # a subclass knows better who speaks
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
         else:
             time.sleep(SILENT_S)
         sys.exit(EXIT_USER)

@@ -24,6 +24,7 @@ from megagpt.cli import parse_run_config
 from megagpt.config import RunConfig
 from megagpt.data.blend import parse_data_path
 from megagpt.data.corpus import default_cache_dir, default_corpus
+from megagpt.data.indexed import IndexedDataset
 from megagpt.data.tokenizer import tokenizer_for
 from megagpt.errors import UserError, run_cli
 from megagpt.plan.plan import make_plan
@@ -73,6 +74,10 @@ def _pretrain(argv: Sequence[str]) -> None:
     config = parse_run_config(argv)
     n_ranks = ranks_to_start(config)
     config = with_text(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # Several ranks agree first on who speaks (train.py): each machine may have its own copy.
+        for _, prefix in parse_data_path(config.data.data_path):
+            IndexedDataset(prefix)
     if n_ranks:
         sys.exit(start_ranks(n_ranks, argv))
     # torch and DeepSpeed load only now: the checks above answer at once, and DeepSpeed reads DS_ACCELERATOR.

@@ -85,9 +85,8 @@ class Reporter:
         _make_folder(run_dir)
         self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
         self._file = metrics_file.open_from(run_dir / metrics_file.NAME, start_step)
-        self._tensorboard = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None, flush_secs=10
-        )
+        self._run_dir = run_dir
+        self._tensorboard = _tensorboard(run_dir, start_step)
         self._tensorboard.add_text("config", _as_markdown(config), start_step)
         self._progress = self._start_progress() if self._console.file.isatty() else None
 
@@ -104,7 +103,7 @@ class Reporter:
         """One optimizer step is done; step_time_s is its own time, without validation or saving."""
         if not self._enabled:
             return
-        if step > self._start_step + 1:  # the first step compiles and allocates
+        if step > self._start_step + 1 and step_time_s > 0:  # the first one compiles and allocates; 0: left out
             self._step_times_s.append(step_time_s)
         self._skipped += skipped
         row = {"step": step, "tokens": step * self._batch_tokens, "loss": loss, "lr": lr}
@@ -126,6 +125,15 @@ class Reporter:
         self._record(row, prefix="validation/")
         bits = "" if bits_per_byte is None else f" | {bits_per_byte:.3f} bits per byte"
         self.message(f"step {step} | validation loss {loss:.4f} | perplexity {perplexity:.4g}{bits}")
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from where it was after `step` steps; what was recorded of later ones is dropped."""
+        if not self._enabled:
+            return
+        self._file.close()
+        self._file = metrics_file.open_from(self._run_dir / metrics_file.NAME, step)
+        self._tensorboard.close()
+        self._tensorboard = _tensorboard(self._run_dir, step)
 
     def message(self, text: str) -> None:
         """Print a line that stays, above the live one."""
@@ -222,6 +230,12 @@ class Reporter:
         if self._skipped:
             words.append(f"skipped {self._skipped}")
         return words
+
+
+def _tensorboard(run_dir: Path, start_step: int) -> SummaryWriter:
+    """A writer of what follows start_step done steps."""
+    purge_step = start_step + 1 if start_step else None
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=10)
 
 
 def _make_folder(run_dir: Path) -> None:

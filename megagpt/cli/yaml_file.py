@@ -32,9 +32,7 @@ def read_config(values: Mapping[str, Any], where: str) -> RunConfig:
 def read_yaml(path: Path) -> Values:
     """What a YAML file sets, types checked. Raises: UserError, one line with the file and the place."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        loader = _Loader(text)
-        values = loader.get_single_data()
+        values = _Loader(_read(path).decode("utf-8-sig")).get_single_data()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
@@ -47,6 +45,14 @@ def read_yaml(path: Path) -> Values:
     except RecursionError:
         raise UserError(f"{path}: is nested too deep; a run has sections with keys, no more") from None
     return check_values({} if values is None else values, str(path))
+
+
+def _read(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise UserError(f"{path}: has more than {_MAX_BYTES >> 20} MB, so it is no configuration; check the path")
+    return data
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -148,29 +154,48 @@ def _as_words(value: Any) -> Any:
     return value
 
 
+_MAX_BYTES = 4 << 20
 # PyYAML follows YAML 1.1, where 3e-4 is a word; people mean a number. The same for writing: words stay words.
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data only. Keys are words and stand once; no aliases, which a small file can blow up with."""
+    """Plain data only. Keys are words and stand once; no aliases, which a small file can blow up with; no tags."""
 
     def compose_node(self, parent, index):
+        event = self.peek_event()
         if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases are not supported", self.peek_event().start_mark
-            )
+            raise _refusal("aliases are not supported", event)
+        if event.tag is not None:
+            raise _refusal(f"tags such as {event.tag} are not supported", event)
         return super().compose_node(parent, index)
+
+    def construct_object(self, node, deep=False):
+        value = super().construct_object(node, deep)
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise _refusal("an integer of more than 64 bits", node)
+        if isinstance(value, str) and not _is_text(value):
+            raise _refusal("a word with a NUL or half a surrogate pair in it", node)
+        return value
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
             key = key_node.value
             if not isinstance(key, str) or key in seen:
-                what = f"key {key} is there twice" if isinstance(key, str) else "a key must be a word"
-                raise yaml.constructor.ConstructorError(None, None, what, key_node.start_mark)
+                raise _refusal(
+                    f"key {key} is there twice" if isinstance(key, str) else "a key must be a word", key_node
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _refusal(what: str, where: yaml.Event | yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, what, where.start_mark)
+
+
+def _is_text(value: str) -> bool:
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -35,10 +35,10 @@ class Blend:
         dataset, sample = self._locate(i)
         return dataset[sample]
 
-    def documents_of(self, i: int) -> list[tuple[str, int, int, int]]:
+    def sources_of(self, i: int) -> list[tuple[str, int, int, int]]:
         """The pieces of sample i, in order: (dataset prefix, document, first token, number of tokens)."""
         dataset, sample = self._locate(i)
-        return [(str(dataset.dataset.prefix), *piece) for piece in dataset.documents_of(sample)]
+        return dataset.sources_of(sample)
 
     def _locate(self, i: int) -> tuple[GPTSamples, int]:
         if not 0 <= i < len(self):
@@ -69,6 +69,11 @@ def build_splits(
         return _blend(parts, [weight for weight, _ in weighted], num_samples[which], seq_len, seed)
 
     return build(0), build(1), build(2)
+
+
+def sources(samples: Samples) -> list[IndexedDataset]:
+    """The datasets that samples come from, in the order of data_path."""
+    return [samples.dataset] if isinstance(samples, GPTSamples) else [part.dataset for part in samples.datasets]
 
 
 def parse_data_path(data_path: Sequence[str]) -> list[tuple[float, str]]:

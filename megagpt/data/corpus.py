@@ -25,6 +25,7 @@ from megagpt.errors import UserError
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings"}  # encodings: tables
 _SEED = 1234
+_FORMAT = 2  # of the files kept; 2: the side file has a hash of its own
 _SAMPLE_BYTES = 4_000_000
 _CHUNK_CHARS = 2000
 _TRAINER = {
@@ -144,7 +145,7 @@ def _is_text(path: Path) -> bool:
 def _key(root: Path, files: Iterable[Path]) -> str:
     """What goes in decides where it is kept: settings, names and sizes of the files."""
     listing = [(str(path.relative_to(root)), path.stat().st_size) for path in files]
-    settings = [_TRAINER, _SAMPLE_BYTES, _CHUNK_CHARS, _SEED]
+    settings = [_FORMAT, _TRAINER, _SAMPLE_BYTES, _CHUNK_CHARS, _SEED]
     return hashlib.sha256(json.dumps([settings, listing]).encode()).hexdigest()[:12]
 
 

@@ -7,8 +7,8 @@ bounded by the block size and by the longest document allowed, whatever a file u
 from __future__ import annotations
 
 import gzip
-import json
 import os
+import re
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +26,9 @@ JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 PACKED_SUFFIXES = (".gz", ".zst")
 Format = Literal["auto", "jsonl", "text"]
 _BOM = b"\xef\xbb\xbf"
+_KEY_OR_BRACKET = re.compile(rb'("(?:[^"\\]++|\\.)*+")([ \t\r]*+:)?|[{}\[\]]')
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_. -]+")
+_ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 
 
 @dataclass(frozen=True)
@@ -108,21 +111,28 @@ def _record_texts(where: str, line: bytes, keys: Sequence[str]) -> tuple[str, ..
             raise UserError(f"{where}: no key {key!r}, it has {_shorten(list(record))}; name the key with --json-keys")
         if not isinstance(record[key], str):
             raise UserError(f"{where}: key {key!r} holds {_shorten(record[key])}, wanted a string; see --json-keys")
-        if line.count(b'"%b"' % key.encode()) > 1 and _is_repeated(line, key):
+        if _may_repeat(line, key) and _outermost_keys(line).count(key) > 1:
             raise UserError(f"{where}: key {key!r} appears twice; keep one")
         values.append(record[key])
     return tuple(values)
 
 
-def _is_repeated(line: bytes, key: str) -> bool:
-    """Whether the outermost object has the key twice (a value or an inner key may look alike)."""
-    outermost: list[tuple[str, object]] = []
+def _may_repeat(line: bytes, key: str) -> bool:
+    """A quick look: false for nearly all lines. A key may be spelt with escapes the second time."""
+    escapes = _ESCAPED_ASCII.search(line) if _PLAIN_KEY.fullmatch(key) else b"\\" in line
+    return bool(escapes) or line.count(b'"%b"' % key.encode()) > 1
 
-    def keep(pairs: list[tuple[str, object]]) -> None:
-        outermost[:] = pairs  # called from the inside out, so the last call is the outermost object's
 
-    json.loads(line, object_pairs_hook=keep)
-    return [name for name, _ in outermost].count(key) > 1
+def _outermost_keys(line: bytes) -> list[str]:
+    """The keys of an object that is known to be JSON, repeated ones too. Not recursive, as `json` is."""
+    keys, depth = [], 0
+    for match in _KEY_OR_BRACKET.finditer(line):
+        string, colon = match.groups()
+        if string is None:
+            depth += 1 if match[0] in b"{[" else -1
+        elif colon and depth == 1:
+            keys.append(orjson.loads(string))
+    return keys
 
 
 def _plain_text(block: Block) -> str:
@@ -204,10 +214,14 @@ def _unpack_zst(raw: BinaryIO) -> Iterator[bytes]:
 def _walk(folder: Path) -> list[Path]:
     """Files under a folder, symbolic links to folders not followed: so that no loop can form."""
     found = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if not name.startswith(".")]
     return sorted(found)
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
 
 
 def _mode(path: Path, test: Callable[[int], bool]) -> bool:

@@ -35,12 +35,13 @@ class IndexedDataset:
         self.prefix = Path(prefix)
         self.bin_path, self.idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         self._fd = open_for_reading(self.bin_path)
-        self.dtype, self.lengths, self.pointers, self.document_indices = read_index(
-            self.idx_path, self.bin_path, os.fstat(self._fd).st_size
-        )
+        index = read_index(self.idx_path, self.bin_path, os.fstat(self._fd).st_size)
+        self.dtype, self.lengths, self.pointers = index.dtype, index.lengths, index.pointers
+        self.document_indices, self.idx_sha256 = index.boundaries, index.sha256
         self.n_tokens = int(self.lengths.sum(dtype=np.int64))
-        meta = read_meta(prefix)
-        if meta is not None and meta.idx_sha256 != _sha256(self.idx_path):
+        self.meta = read_meta(prefix)
+        """None for a dataset without side file: then nothing tells whether a well-formed index is the right one."""
+        if self.meta is not None and self.meta.idx_sha256 != self.idx_sha256:
             raise UserError(
                 f"{self.idx_path}: its SHA-256 is not the one recorded in {meta_path(prefix)}; {REDO}, "
                 "or delete the .json if the dataset was replaced on purpose"
@@ -83,7 +84,8 @@ def verify(prefix: str | Path, vocab_size: int | None = None) -> None:
 
     **Raises** `UserError` at the first fault, with its place.
     """
-    dataset, meta, digest = IndexedDataset(prefix), read_meta(prefix), hashlib.sha256()
+    dataset, digest = IndexedDataset(prefix), hashlib.sha256()
+    meta = dataset.meta
     limit = vocab_size if vocab_size is not None else meta.vocab_size if meta else np.iinfo(dataset.dtype).max + 1
     for start, tokens in dataset.chunks():
         digest.update(tokens.data)

@@ -64,6 +64,12 @@ def micro_batches(
     return (_micro_batch(samples, range(start, start + micro_batch_size), config.model.vocab) for start in starts)
 
 
+def positions_of(config: RunConfig, step: int) -> range:
+    """The positions of the samples that step `step` of the training (counted from 0) reads, over all ranks."""
+    first = 0 if config.debug.overfit_one_batch else step * config.train.global_batch_size
+    return range(first, first + config.train.global_batch_size)
+
+
 def _micro_batch(samples: TokenSamples, positions: range, vocab_size: int) -> MicroBatch:
     text = torch.from_numpy(np.stack([samples[position] for position in positions]))
     if not 0 <= int(text.min()) <= int(text.max()) < vocab_size:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from megagpt.data.mmididx import open_for_reading
 from megagpt.errors import UserError
+
+_OWN_HASH = "json_sha256"  # a key of the file: the hash of all its other values
+_MAX_BYTES = 1 << 20
+_REMEDY = "run preprocess_data.py again, or delete the file and name the tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,30 +47,52 @@ def meta_path(prefix: str | Path) -> Path:
 def read_meta(prefix: str | Path) -> DatasetMeta | None:
     """Read `prefix.json`; None where there is none (a dataset that Megatron-LM wrote).
 
-    **Raises** `UserError` when the file is there and is not what `write_meta` writes.
+    **Raises** `UserError` when the file is there and is not, to the last value, what `meta_json` gave.
     """
     path = meta_path(prefix)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); delete it and name the tokenizer instead") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: got a {type(values).__name__}, wanted an object; delete it and name the tokenizer")
-    for f in fields(DatasetMeta):
-        if f.name not in values or not _is_a(values[f.name], str(f.type)):
-            raise UserError(
-                f"{path}: key {f.name!r} is {values.get(f.name, 'missing')!r}, wanted {f.type}; "
-                "run preprocess_data.py again, or delete the file and name the tokenizer"
-            )
+    values = _read_object(path)
+    types = {f.name: str(f.type) for f in fields(DatasetMeta)} | {_OWN_HASH: "str"}
+    for name, wanted in types.items():
+        if name not in values or not _is_a(values[name], wanted):
+            got = repr(values[name])[:60] if name in values else "missing"
+            raise UserError(f"{path}: key {name!r} is {got}, wanted {wanted}; {_REMEDY}")
+    if unknown := values.keys() - types.keys():
+        raise UserError(f"{path}: unknown key {min(unknown)[:60]!r}; {_REMEDY}")
     values["tokenizer_files"] = tuple(values["tokenizer_files"])
-    return DatasetMeta(**{f.name: values[f.name] for f in fields(DatasetMeta)})
+    recorded = values.pop(_OWN_HASH)
+    meta = DatasetMeta(**values)
+    if recorded != _own_hash(meta):
+        raise UserError(f"{path}: its values are not those of its own key {_OWN_HASH!r}, one was changed; {_REMEDY}")
+    return meta
 
 
 def meta_json(meta: DatasetMeta) -> str:
     """The text of the side file."""
-    return json.dumps(asdict(meta), indent=2) + "\n"
+    return json.dumps(asdict(meta) | {_OWN_HASH: _own_hash(meta)}, indent=2) + "\n"
+
+
+def _own_hash(meta: DatasetMeta) -> str:
+    return hashlib.sha256(json.dumps(asdict(meta)).encode()).hexdigest()
+
+
+def _read_object(path: Path) -> dict:
+    with os.fdopen(open_for_reading(path), "rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise UserError(f"{path}: more than {_MAX_BYTES} bytes, so no side file of a dataset; {_REMEDY}")
+    try:
+        values = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start}: not UTF-8; {_REMEDY}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; {_REMEDY}") from None
+    except (RecursionError, ValueError):  # an integer of thousands of digits is a ValueError
+        raise UserError(f"{path}: not usable as JSON; {_REMEDY}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: got a {type(values).__name__}, wanted an object; {_REMEDY}")
+    return values
 
 
 def _is_a(value: object, annotation: str) -> bool:

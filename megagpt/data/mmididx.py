@@ -6,10 +6,12 @@ byte offsets into `.bin` int64[S] · document boundaries int64[D]. See docs/data
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,15 +32,33 @@ def dtype_for(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
-def read_index(path: Path, bin_path: Path, bin_size: int) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """(dtype, lengths, pointers, document_indices) of an `.idx` in which every value has been checked."""
+@dataclass(frozen=True)
+class Index:
+    """The contents of an `.idx`. **Shapes**: lengths int32[S], pointers int64[S], boundaries int64[D]."""
+
+    dtype: np.dtype
+    lengths: np.ndarray
+    pointers: np.ndarray
+    boundaries: np.ndarray
+    sha256: str
+    """Of the file: of the very bytes that the arrays were read from, in one reading."""
+
+
+def read_index(path: Path, bin_path: Path, bin_size: int) -> Index:
+    """An `.idx` in which every value has been checked.
+
+    **Raises** `UserError` naming the file and the byte.
+    """
     fd = open_for_reading(path)
+    digest = hashlib.sha256()
     with os.fdopen(fd, "rb") as file:
         size = os.fstat(fd).st_size
-        dtype, n_sequences, n_boundaries = _check_header(path, file.read(HEADER.size), size)
-        lengths = np.fromfile(file, "<i4", n_sequences)
-        pointers = np.fromfile(file, "<i8", n_sequences)
-        boundaries = np.fromfile(file, "<i8", n_boundaries)
+        header = file.read(HEADER.size)
+        dtype, n_sequences, n_boundaries = _check_header(path, header, size)
+        digest.update(header)
+        lengths = _read_array(path, file, "<i4", n_sequences, digest.update)
+        pointers = _read_array(path, file, "<i8", n_sequences, digest.update)
+        boundaries = _read_array(path, file, "<i8", n_boundaries, digest.update)
     _check_lengths(path, lengths)
     n_bytes = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
     wanted = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
@@ -53,7 +73,7 @@ def read_index(path: Path, bin_path: Path, bin_size: int) -> tuple[np.dtype, np.
             f"restore the .bin that belongs to this .idx, or {REDO}"
         )
     _check_boundaries(path, HEADER.size + 12 * n_sequences, boundaries, n_sequences)
-    return dtype, lengths, pointers, boundaries
+    return Index(dtype, lengths, pointers, boundaries, digest.hexdigest())
 
 
 def complete_index(file: BinaryIO, n_sequences: int, empty_at: np.ndarray, dtype: np.dtype) -> None:
@@ -78,6 +98,16 @@ def complete_index(file: BinaryIO, n_sequences: int, empty_at: np.ndarray, dtype
         file.write(np.sort(np.concatenate([boundaries, repeated])).data)
     file.seek(0)
     file.write(HEADER.pack(MAGIC, 1, CODES[dtype], n_sequences, n_sequences + 1 + len(empty_at)))
+
+
+def _read_array(
+    path: Path, file: BinaryIO, dtype: str, count: int, hash_it: Callable[[memoryview], object]
+) -> np.ndarray:
+    array = np.fromfile(file, dtype, count)
+    if len(array) < count:
+        raise UserError(f"{path}: ends at byte {file.tell()}, cut while it was read; {REDO}")
+    hash_it(array.data)
+    return array
 
 
 def _check_header(path: Path, header: bytes, size: int) -> tuple[np.dtype, int, int]:

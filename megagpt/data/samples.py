@@ -75,6 +75,10 @@ class GPTSamples:
         pieces.append((int(self.document_index[last]), offset, last_offset + 1 - offset))
         return [piece for piece in pieces if piece[2]]
 
+    def sources_of(self, i: int) -> list[tuple[str, int, int, int]]:
+        """The pieces of sample i, in order: (dataset prefix, document, first token, number of tokens)."""
+        return [(str(self.dataset.prefix), *piece) for piece in self.documents_of(i)]
+
 
 def split_bounds(split: str, n_documents: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """Documents [start, stop) of train, validation and test, for shares such as "969,30,1" of any sum.

@@ -57,9 +57,9 @@ class Saved:
 class Saver:
     """Saves checkpoints of one run, one at a time; with async_save from a copy, while training goes on."""
 
-    def __init__(self, engine: Engine, run: Path, config: CheckpointConfig) -> None:
+    def __init__(self, engine: Engine, run: Path, config: CheckpointConfig, resumed_from: Path | None = None) -> None:
         """Comm: collective over all ranks (a group for the files alone, which the training does not wait on)."""
-        self._engine, self._run, self._config = engine, run, config
+        self._engine, self._run, self._config, self._newest = engine, run, config, resumed_from
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)  # every rank is in it
         self._group = group
@@ -88,8 +88,15 @@ class Saver:
         """Whether a save in the background came to nothing, as far as this rank knows by now."""
         return isinstance(self._outcome, Exception)
 
-    def finished(self) -> Saved | None:
+    def newest(self) -> Path | None:
+        """The checkpoint that the run could go back to, once nothing is being saved any more."""
+        self.wait()
+        return self._newest
+
+    def finished(self, wait: bool = False) -> Saved | None:
         """The save that has ended since the last call, if one has.  Raises what it raised."""
+        if wait:
+            self.wait()
         if self._thread is not None and self._thread.is_alive():
             return None
         outcome, self._outcome = self._outcome, None
@@ -130,7 +137,7 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         write_s = time.perf_counter() - start
-        n_bytes = sum(part.n_bytes for part in parts)
+        n_bytes, self._newest = sum(part.n_bytes for part in parts), final
         return Saved(final, n_bytes, write_s, write_s if stopped_s is None else stopped_s)
 
 

@@ -1,17 +1,14 @@
-"""The debug switches: is equal what must be equal across ranks, and which module made the first NaN."""
+"""A debug switch: is equal what must be equal across ranks?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megagpt.engine.engine import Engine
-from megagpt.engine.stages import TIED, GPTStage
+from megagpt.engine.stages import TIED
 from megagpt.errors import UserError
-from megagpt.model.gpt import GPT
 from megagpt.parallel.agree import together
 from megagpt.parallel.axis import Axis
 
@@ -42,44 +39,6 @@ def check_ranks(engine: Engine, step: int) -> None:
             )
 
     together(report)
-
-
-class NanWatch:
-    """Remembers the first layer of this rank whose output was not finite.
-
-    It lets the step end, and reports then: stopping in the middle would leave other stages waiting.
-    """
-
-    def __init__(self, module: GPT | GPTStage) -> None:
-        self.first: str | None = None
-        layers = module.canonical_layers() if isinstance(module, GPTStage) else [("", module)]
-        for prefix, layer in layers:
-            for name, child in layer.named_modules(prefix=prefix):
-                if not list(child.children()):
-                    child.register_forward_hook(self._hook(name))
-
-    def report(self, step: int) -> None:
-        """Stop if there was one.
-
-        Comm: one all-gather.  Raises a RankError on all ranks: of the first rank, hence the first stage, that saw it.
-        """
-
-        def stop() -> None:
-            if self.first:
-                raise UserError(
-                    f"step {step + 1}, rank {dist.get_rank()}: {self.first} is the first module with a NaN or Inf"
-                )
-
-        together(stop)
-
-    def _hook(self, name: str) -> Callable[[nn.Module, object, object], None]:
-        def look(_module: nn.Module, _inputs: object, output: object) -> None:
-            tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
-            finite = all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
-            if not finite and self.first is None:
-                self.first = name
-
-        return look
 
 
 def _fingerprint(value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from megagpt.config import RunConfig
 from megagpt.data.loader import MicroBatch
-from megagpt.engine.masters import create_moments
+from megagpt.engine.finite import nan_to_gradient, watch_uncounted
+from megagpt.engine.masters import SKIPPED, create_moments, read_counters, write_counters
 from megagpt.engine.optim import build_optimizer, learning_rate
 from megagpt.engine.settings import deepspeed_settings
 from megagpt.engine.stages import build_module, global_grad_norm
@@ -30,7 +32,10 @@ from megagpt.plan.plan import Plan
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step gave; the same on every rank. skipped: fp16 overflow, the weights did not move."""
+    """What one optimizer step gave; the same on every rank.
+
+    skipped: something was not finite (or the step was to be left out): weights, moments and Adam's count are as before.
+    """
 
     loss: float
     grad_norm: float
@@ -66,7 +71,10 @@ class Engine:
         if plan.dp == 1 and (plan.zero_stage == 0 or isinstance(self.optimizer, BF16_Optimizer)):
             # Nothing to reduce: DeepSpeed would copy all gradients to and fro. Its other optimizers need that call.
             self.engine.enable_backward_allreduce = self.engine.pipeline_enable_backward_allreduce = False
+        if plan.zero_stage > 0:
+            watch_uncounted(self.optimizer, self.parameters, mesh)
         create_moments(self)
+        self._before = read_counters(self)
 
     @property
     def device(self) -> torch.device:
@@ -76,25 +84,43 @@ class Engine:
     def train_step(self, step: int, batches: Iterable[MicroBatch]) -> StepResult:
         """One optimizer step over this rank's micro-batches of global step `step`.
 
+        Where a loss or gradient is not finite on any rank, the optimizer does not move on any (see `finite.py`).
         Comm: the step's own (pipeline sends, gradient reductions), and one all-reduce of the loss.
         """
         start = time.perf_counter()
-        lr = learning_rate(step, self.config.optim, self.config.train.train_steps)
+        lr = self._learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        skipped_before = self.engine.skipped_steps
+        self._before = read_counters(self)
         if self.has_stages:
             loss = self.engine.train_batch(self._as_pipeline_data(batches))
         else:
             loss = self._accumulate(batches)
+        skipped = self.engine.skipped_steps > self._before[SKIPPED]
+        if skipped:
+            write_counters(self, step + 1, read_counters(self))  # apex counts a step without gradients as one
         return StepResult(
             loss=float(loss),
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
             lr=lr,
-            loss_scale=float(getattr(self.optimizer, "cur_scale", None) or getattr(self.optimizer, "loss_scale", 1.0)),
-            skipped=self.engine.skipped_steps > skipped_before,
+            loss_scale=self._loss_scale(),
+            skipped=skipped,
             step_time_s=time.perf_counter() - start,
         )
+
+    def retry_step(self, step: int, batches: Iterable[MicroBatch]) -> StepResult:
+        """The step that was just skipped, from the state that it met: bit for bit the same, unless a machine errs.
+
+        Comm: as `train_step`.
+        """
+        write_counters(self, step, self._before)
+        return self.train_step(step, batches)
+
+    def skip_step(self, step: int) -> StepResult:
+        """Leave a step out: what is counted goes on by one, and nothing else moves. Comm: none."""
+        self.engine.skipped_steps += 1
+        lr, scale = self._learning_rate(step), self._loss_scale()
+        return StepResult(math.nan, math.nan, lr, scale, skipped=True, step_time_s=0.0)
 
     def evaluate(self, batches: Iterable[MicroBatch], n_micro_batches: int) -> float:
         """Mean loss, in nats per token, over this rank's n_micro_batches and all data-parallel ranks."""
@@ -122,11 +148,17 @@ class Engine:
             total += loss.detach().float()
         return self._mean_over_data(total / self.plan.micro_batches)
 
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.config.optim, self.config.train.train_steps)
+
+    def _loss_scale(self) -> float:
+        return float(getattr(self.optimizer, "cur_scale", None) or getattr(self.optimizer, "loss_scale", 1.0))
+
     def _loss(self, batch: MicroBatch) -> Tensor:
         tokens_BT, labels_BT, ids_B = (
             t.to(self.device) for t in (batch.tokens_BT, batch.labels_BT, batch.sample_ids_B)
         )
-        return self.engine(tokens_BT, ids_B, labels_BT)
+        return nan_to_gradient(self.engine(tokens_BT, ids_B, labels_BT))
 
     def _mean_over_data(self, value: Tensor) -> Tensor:
         if self.mesh.data.size > 1:
@@ -139,11 +171,18 @@ class Engine:
             yield (batch.tokens_BT, batch.sample_ids_B), batch.labels_BT
 
     def _clip(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        """Before the step of ZeRO stage 0: clip by the true global norm, and tell DeepSpeed what it was."""
+        """Before the step of ZeRO stage 0: clip by the true global norm, and tell DeepSpeed what it was.
+
+        Where it is not finite, there is to be no step: without gradients the optimizer moves nothing.
+        """
         norm = global_grad_norm(self.parameters, self.mesh)
         optimizer._global_grad_norm = norm  # type: ignore[attr-defined]  # where DeepSpeed looks for it
+        optimizer.overflow = not bool(torch.isfinite(norm))  # type: ignore[attr-defined]  # and for this: to count it
         clip = self.config.optim.clip
-        if clip > 0:
+        if optimizer.overflow:  # type: ignore[attr-defined]
+            for named in self.parameters:
+                named.parameter.grad = None
+        elif clip > 0:
             scale = torch.clamp(clip / (norm + 1e-6), max=1.0)
             grads = [n.parameter.grad for n in self.parameters if n.parameter.grad is not None]
             torch._foreach_mul_(grads, scale)

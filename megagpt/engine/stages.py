@@ -11,6 +11,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megagpt.config import RunConfig
+from megagpt.engine.finite import counts, nan_to_gradient
 from megagpt.engine.named import Named, named_parameters
 from megagpt.kernels import Kernels
 from megagpt.model.gpt import GPT, Head, layer_list
@@ -51,7 +52,7 @@ class GPTStage(PipelineModule):
     def _loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         head = self.forward_funcs[-1]
         assert isinstance(head, Head)
-        return head.loss(logits_BTV, labels_BT)
+        return nan_to_gradient(head.loss(logits_BTV, labels_BT))
 
     def canonical_layers(self) -> list[tuple[str, nn.Module]]:
         """This stage's layers under the names that the whole model has."""
@@ -82,17 +83,14 @@ def build_module(config: RunConfig, plan: Plan, mesh: Mesh) -> tuple[GPT | GPTSt
 
 
 def global_grad_norm(parameters: list[Named], mesh: Mesh) -> Tensor:
-    """√ of the sum of squares over the whole model, each logical element counted once.
+    """√ of the sum of squares over the whole model, each logical element counted once; not finite if any is not.
 
     Comm: all-reduce of one number over the model axis and one over the pipe axis.
     """
-    counted = [
-        n.parameter.grad
-        for n in parameters
-        if n.parameter.grad is not None and n.owned and (n.part.dim is not None or mesh.model.rank == 0)
-    ]
-    none = torch.zeros((), device=parameters[0].parameter.device)
-    total = torch.stack([none, *torch._foreach_norm(counted)]).square().sum()
+    held = [(n, n.parameter.grad) for n in parameters if n.parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm([grad for _, grad in held])).square()
+    # Left out by a factor of 0, not by an if: a NaN of this rank alone must reach the others.
+    total = (norms * torch.tensor([float(counts(n, mesh)) for n, _ in held], device=norms.device)).sum()
     for axis in (mesh.model, mesh.pipe):
         if axis.size > 1:
             torch.distributed.all_reduce(total, group=axis.group)

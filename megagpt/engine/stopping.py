@@ -17,10 +17,17 @@ class Stopper:
     """Remembers what asks this process to end, and lets the ranks agree on it between two steps."""
 
     def __init__(self, limit_minutes: float | None, device: torch.device) -> None:
-        """The time limit counts from here. Catches SIGNALS from now on, until `release`."""
+        """The time limit counts from here. As a context manager it catches SIGNALS."""
         self._end_s = None if limit_minutes is None else time.monotonic() + limit_minutes * 60
         self._received, self._device = 0, device
+
+    def __enter__(self) -> Stopper:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def agree(self, save_failed: bool) -> str | None:
         """Why all ranks end now; None where nothing asks any of them to.
@@ -34,11 +41,6 @@ class Stopper:
         if dist.get_world_size() > 1:
             dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         return _told(int(highest))
-
-    def release(self) -> None:
-        """Let signals do again what they did before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._received = number

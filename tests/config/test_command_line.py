@@ -83,8 +83,15 @@ BAD_YAML = {
     "unknown section": ("modell: {n_layers: 4}", "unknown key modell"),
     "python tag": (
         "model: !!python/object/apply:os.system ['touch pwned']",
-        ":1: could not determine a construc",
+        ":1: tags such as tag:yaml.org,2002:python/object/apply:os.system are not supported",
     ),
+    "tag": ("model: {n_layers: !!int ''}", ":1: tags such as tag:yaml.org,2002:int are not supported"),
+    "huge number": ("model: {n_layers: 0x" + "f" * 5000 + "}", ":1: an integer of more than 64 bits"),
+    "huge float": ("optim: {lr: " + "1" * 400 + "}", ":1: an integer of more than 64 bits"),
+    "too many layers": ("model: {n_layers: 5000}", "model.n_layers=5000 must be at most 4096"),
+    "NUL in a word": ('data: {split: "a\\0"}', ":1: a word with a NUL"),
+    "half a surrogate pair": ('data: {"\\udc00": a}', ":1: a word with a NUL or half a surrogate pair"),
+    "too large": ("#" + " " * (4 << 20), "more than 4 MB"),
     "NaN": ("optim: {lr: .nan}", "optim.lr: got nan, wanted a finite number"),
     "infinity": ("optim: {lr: .inf}", "optim.lr: got inf, wanted a finite number"),
     "negative": ("model:\n  n_layers: -4", "model.n_layers=-4 must be positive; use 1 or more"),
@@ -117,6 +124,7 @@ BAD_YAML = {
 }
 
 
+@pytest.mark.bad_input(49)
 @pytest.mark.parametrize("name", BAD_YAML)
 def test_bad_yaml_is_one_line_that_names_the_file(name, tmp_path, monkeypatch):
     text, expected = BAD_YAML[name]
@@ -156,6 +164,8 @@ BAD_FLAGS = {
     "NaN": (["--lr", "nan"], "optim.lr=nan must be positive; use a finite number above 0"),
     "infinity": (["--lr", "inf"], "optim.lr=inf must be positive"),
     "negative": (["--n-layers", "-4"], "model.n_layers=-4 must be positive; use 1 or more"),
+    "huge number": (["--train-steps", "1" + "0" * 400], "train.train_steps=1000"),
+    "too many layers": (["--n-layers", "5000"], "model.n_layers=5000 must be at most 4096"),
     "NaN dropout": (["--model.dropout-residual", "nan"], "model.dropout_residual=nan must be at least 0"),
     "no such choice": (["--precision", "fp8"], "invalid choice 'fp8'"),
     "unknown preset": (
@@ -171,6 +181,7 @@ BAD_FLAGS = {
 }
 
 
+@pytest.mark.bad_input(49)
 @pytest.mark.parametrize("name", BAD_FLAGS)
 def test_bad_flags_are_one_line(name):
     argv, expected = BAD_FLAGS[name]
@@ -184,7 +195,7 @@ def test_bad_flags_are_one_line(name):
     ("argv", "expected"),
     [
         (["--tpp", "2"], "error: unknown flag --tpp; did you mean --tp?"),
-        (["--config", "{tmp}/tag.yaml"], "could not determine a constructor"),
+        (["--config", "{tmp}/tag.yaml"], "tag.yaml:1: tags such as tag:yaml.org,2002:python/name:os.system are"),
         (["--lr", "nan"], "error: optim.lr=nan must be positive"),
         (
             ["--world-size", "6", "--tp", "2", "--pp", "2"],
@@ -239,7 +250,9 @@ configs = st.builds(
         norm_eps=rates,
     ),
     data=st.builds(DataConfig, data_path=st.lists(words, max_size=3).map(tuple), split=words),
-    optim=st.builds(OptimConfig, lr=rates, eps=rates, clip=st.floats(0, 1e6), decay_steps=st.none() | st.integers(1)),
+    optim=st.builds(
+        OptimConfig, lr=rates, eps=rates, clip=st.floats(0, 1e6), decay_steps=st.none() | st.integers(1, 2**63 - 1)
+    ),
     checkpoint=st.builds(
         CheckpointConfig, save=st.none() | words | st.sampled_from(["1e-4", "null", "0.7", "yes", "2020-01-01"])
     ),

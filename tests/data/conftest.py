@@ -6,16 +6,22 @@ import functools
 import importlib.util
 import io
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megagpt.data.indexed import IndexedWriter
 from megagpt.errors import run_cli
+from megagpt.launch import pretrain
+from tests.bad_inputs import GOOD_LINE, contents
 
 ROOT = Path(__file__).parents[2]
 SAMPLE_TEXT = Path(json.__file__).read_text(encoding="utf-8")
@@ -63,6 +69,70 @@ def run_tool(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(int(exit_info.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def run_training(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """run_training("--data-path", P) -> Outcome; examples/pretrain_gpt.py in this process, up to where torch loads.
+
+    code -1: all was well so far, and training would begin.
+    """
+
+    def run(*args: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            pretrain([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return Outcome(int(exit_info.value.code or 0), captured.out, captured.err)
+
+    monkeypatch.setitem(sys.modules, "megagpt.train", SimpleNamespace(train=lambda config: sys.exit(-1)))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return run
+
+
+@pytest.fixture(params=["inspect_data", "pretrain_gpt"])
+def open_dataset(
+    request: pytest.FixtureRequest, run_tool: Callable[..., Outcome], run_training: Callable[..., Outcome]
+) -> Callable[[str], Outcome]:
+    """Open a dataset as users do, each in turn: to look into it, and to train on it."""
+    if request.param == "inspect_data":
+        return lambda prefix: run_tool("inspect_data", prefix)
+    return lambda prefix: run_training("--data-path", prefix, "--vocab-size", 257)
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """Output of an earlier run; `preprocess` checks that it survives."""
+    with IndexedWriter(tmp_path / "out_text_document", np.uint16) as writer:
+        writer.add_document(np.array([1, 2, 3]))
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def preprocess(run_tool: Callable[..., Outcome], earlier: Path) -> Callable[..., Outcome]:
+    """Run the tool over an input, to an output that exists and may be overwritten: it stays as it was if refused."""
+
+    def run(source: Path, *options: object, tokenizer: tuple[object, ...] = ("bytes",)) -> Outcome:
+        before = contents(earlier.parent, "out_*")
+        outcome = run_tool(
+            "preprocess_data", "--input", source, "--output-prefix", earlier, "--overwrite", "--workers", 1,
+            "--tokenizer", *tokenizer, *options,
+        )  # fmt: skip
+        if outcome.code:
+            assert contents(earlier.parent, "out_*") == before
+        return outcome
+
+    return run
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An input that is fine."""
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(GOOD_LINE)
+    return path
 
 
 @pytest.fixture(scope="session")

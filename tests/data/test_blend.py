@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megagpt.data.blend import Blend, build_splits, parse_data_path
-from megagpt.data.indexed import IndexedWriter
+from megagpt.data.indexed import IndexedDataset, IndexedWriter
 from megagpt.data.samples import GPTSamples
 from megagpt.errors import UserError
 
@@ -81,12 +81,15 @@ def test_many_rare_datasets_get_the_samples_that_the_rule_draws(tmp_path):
     assert all(len(train[i]) == 8 for i in range(len(train)))
 
 
-def test_documents_of_names_the_dataset(corpora):
-    train, _, _ = build_splits(["0.5", corpora[0], "0.5", corpora[1]], "1", 30, 0, (40, 0, 0))
+@pytest.mark.parametrize("n_datasets", [1, 2])
+def test_sources_of_name_where_the_tokens_lie(corpora, n_datasets):
+    data_path = corpora[:1] if n_datasets == 1 else ["0.5", corpora[0], "0.5", corpora[1]]
+    train, _, _ = build_splits(data_path, "1", 30, 0, (40, 0, 0))
+    datasets = {prefix: IndexedDataset(prefix) for prefix in corpora}
     for i in range(len(train)):
-        pieces = train.documents_of(i)
-        assert {prefix for prefix, *_ in pieces} == {corpora[train.dataset_index[i]]}
-        assert sum(length for *_, length in pieces) == 31
+        pieces = [datasets[prefix].get(*piece) for prefix, *piece in train.sources_of(i)]
+        np.testing.assert_array_equal(np.concatenate(pieces), train[i])
+    assert {prefix for i in range(len(train)) for prefix, *_ in train.sources_of(i)} == set(corpora[:n_datasets])
     for i in (-1, len(train)):
         with pytest.raises(IndexError):
             train[i]

@@ -163,3 +163,21 @@ def test_every_flipped_bit_of_an_index(tmp_path: Path) -> None:
     # that changes no token: 3 of 1,040 flips, the lowest bits of boundaries 1, 2 and 3 of [0, 1, 2, 3, 3, 4].
     first = HEADER.size + 12 * 4
     assert silent_flips() == [8 * (first + 8 * boundary) for boundary in (1, 2, 3)]
+
+
+def test_every_flipped_bit_and_cut_of_a_side_file(tmp_path: Path) -> None:
+    """Its own hash tells what no type does: another count, another vocabulary, a hash of other files."""
+    _write(tmp_path / "a", [[1, 2], [3]], np.uint16, META)
+    side = tmp_path / "a.json"
+    good = side.read_bytes()
+    assert read_meta(tmp_path / "a") is not None
+    for bit in range(8 * len(good)):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << (bit % 8)
+        side.write_bytes(data)
+        with pytest.raises(UserError, match=r"a\.json: "):
+            read_meta(tmp_path / "a")
+    for length in range(len(good) - 1):  # all but the final newline
+        side.write_bytes(good[:length])
+        with pytest.raises(UserError, match=r"a\.json: "):
+            read_meta(tmp_path / "a")

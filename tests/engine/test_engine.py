@@ -13,7 +13,7 @@ from megagpt.engine.storage import WEIGHT
 from torch import Tensor
 
 from megagpt.config import ModelConfig, OptimConfig, RunConfig
-from megagpt.engine.checks import NanWatch, check_ranks
+from megagpt.engine.checks import check_ranks
 from megagpt.engine.masters import write
 from megagpt.engine.named import named_parameters
 from megagpt.engine.optim import build_optimizer, learning_rate
@@ -214,30 +214,6 @@ def disturb(config: RunConfig, dp: int, name: str, rank: int) -> str:
 def test_check_ranks_finds_a_disturbed_copy(layout, name, rank):
     for message in run_ranks(disturb, layout.world_size, config_of(layout), layout.dp, name, rank):
         assert f"{name} differs between ranks" in message and "step 2" in message
-
-
-def poison(config: RunConfig, dp: int, name: str) -> str:
-    """Train two steps, the second with a NaN in one weight; returns the message."""
-    engine = start_engine(config, dp)
-    watch = NanWatch(engine.module)
-    for step in (0, 1):
-        engine.train_step(step, batches_of(config, step, engine.mesh.data))
-        try:
-            watch.report(step)
-        except RankError as error:
-            return f"{error} {error.speaks}"
-        for named in engine.parameters:
-            if named.name == name:
-                named.parameter.data.view(-1)[0] = torch.nan
-    return "nothing found"
-
-
-@pytest.mark.parametrize(("layout", "rank"), [(Layout(), 0), (Layout(pp=2, tp=2), 2), (Layout(dp=2), 0)], ids=str)
-def test_detect_nan_names_the_first_module(layout, rank):
-    """In the third of four blocks: of the second stage, whose ranks are 2 and 3."""
-    messages = run_ranks(poison, layout.world_size, config_of(layout), layout.dp, "blocks.2.mlp.up.weight")
-    expected = f"step 2, rank {rank}: blocks.2.mlp.up is the first module with a NaN or Inf"
-    assert messages == [f"{expected} {index == rank}" for index in range(layout.world_size)]
 
 
 def engine_with_json(config: RunConfig) -> tuple[int, float, str]:
