@@ -53,11 +53,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
 
 
-def torchrun(hosts: TwoHosts, folder: Path, arguments: list[str]) -> list[subprocess.Popen[bytes]]:
+def torchrun(
+    hosts: TwoHosts, folder: Path, arguments: list[str], program: str = PROGRAM, first_on_b: tuple[str, ...] = ()
+) -> list[subprocess.Popen[bytes]]:
     """Start the program by torchrun on each host; output goes to folder/HOST.log."""
     rendezvous = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts.a.name}:29500"]
-    command = [str(BIN / "torchrun"), *rendezvous, "--rdzv-id", "test", "--nproc-per-node", "2", PROGRAM, *arguments]
-    return [host.start(command, environment(), folder / f"{host.name}.log", folder) for host in hosts]
+    command = [str(BIN / "torchrun"), *rendezvous, "--rdzv-id", "test", "--nproc-per-node", "2", program, *arguments]
+    return [
+        host.start([*first, *command], environment(), folder / f"{host.name}.log", folder)
+        for host, first in ((hosts.a, ()), (hosts.b, first_on_b))
+    ]
 
 
 def output(folder: Path, host: Host) -> str:
@@ -114,6 +119,29 @@ def test_a_cut_link_ends_all_ranks_and_the_restart_goes_on_exactly(hosts, data, 
     assert whole.returncode == 0, whole.stderr
     assert losses(cut_run) == losses(whole_run)
     assert len(losses(cut_run)) == 60
+
+
+def test_preflight_reaches_both_hosts_and_finds_a_folder_that_is_not_shared(hosts, data, tmp_path):
+    """Host b has a file system of its own where the run folder would be."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    # In the mount namespace that `ip netns exec` makes: it ends with the command.
+    own_disk = ("sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(shared))
+    arguments = [*SMALL, "--tp", "2", "--pp", "2", "--data-path", data, "--save", str(shared / "run")]
+    arguments += ["--json", str(tmp_path / "found.json")]
+    launchers = torchrun(hosts, tmp_path, arguments, str(ROOT / "tools" / "preflight.py"), own_disk)
+    assert all(launcher.wait(300) != 0 for launcher in launchers)
+    told = output(tmp_path, hosts.a)
+    assert re.findall("^error: .*", told, re.MULTILINE) == [
+        "error: preflight failed: run folder; each row says what to do"
+    ], told
+    result = json.loads((tmp_path / "found.json").read_text())
+    rows = {row["check"]: row for row in result["rows"]}
+    assert rows["hosts"]["finding"] == "4 ranks on 2 hosts: node-a 2, node-b 2; each connects to each"
+    assert rows["data"]["finding"] == "3 hashes and sizes alike on 2 hosts"
+    assert "ranks 2-3 (node-b) cannot see there what rank 0 has written" in rows["run folder"]["finding"]
+    assert sorted(link["ranks"] for link in result["measured"]["links"]) == [[0, 1], [0, 2], [1, 3], [2, 3]]
+    assert {"compute", "model axis", "pipe axis"} < rows.keys()
 
 
 @pytest.mark.skipif(not (shutil.which("sshd") or Path("/usr/sbin/sshd").exists()), reason="needs openssh-server")
