@@ -35,7 +35,6 @@ LAYERS = (
         "launch",
         "parity",
         "parity_rank",
-        "preflight",
     },
 )
 STRANGERS = {"ops", "parallel", "data"}  # ... except these.
