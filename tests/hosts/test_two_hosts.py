@@ -132,9 +132,8 @@ def test_preflight_reaches_both_hosts_and_finds_a_folder_that_is_not_shared(host
     launchers = torchrun(hosts, tmp_path, arguments, str(ROOT / "tools" / "preflight.py"), own_disk)
     assert all(launcher.wait(300) != 0 for launcher in launchers)
     told = output(tmp_path, hosts.a)
-    assert re.findall("^error: .*", told, re.MULTILINE) == [
-        "error: preflight failed: run folder; each row says what to do"
-    ], told
+    (error,) = re.findall("^error: .*", told, re.MULTILINE)  # on a busy machine a link may be found slow too
+    assert re.search(r"preflight failed: .*\brun folder\b", error), told
     result = json.loads((tmp_path / "found.json").read_text())
     rows = {row["check"]: row for row in result["rows"]}
     assert rows["hosts"]["finding"] == "4 ranks on 2 hosts: node-a 2, node-b 2; each connects to each"
