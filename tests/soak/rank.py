@@ -5,6 +5,7 @@ torch and DeepSpeed are imported by the fork server, not by who names `rank_main
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import os
@@ -26,6 +27,7 @@ def rank_main(rank: int, n_ranks: int, port: int, argv: list[str], notes: str, p
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_SIZE=str(n_ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     importlib.import_module("torch").set_num_threads(1)
+    gc.freeze()  # as in parallel/local.py
     record_reads(Path(notes + ".reads"))
     try:
         if plant is not None:
@@ -38,15 +40,15 @@ def rank_main(rank: int, n_ranks: int, port: int, argv: list[str], notes: str, p
 
 def record_reads(path: Path) -> None:
     """From here on this process writes down each training sample that it reads: its position, a hash of its tokens."""
-    train = importlib.import_module("megagpt.train")
-    build_splits = train.build_splits
+    run = importlib.import_module("megagpt.run")
+    build_splits = run.build_splits
     file = path.open("a", buffering=1, encoding="ascii")
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         train_samples, *others = build_splits(*args, **kwargs)
         return (Recorded(train_samples, file), *others)
 
-    train.build_splits = recorded
+    run.build_splits = recorded
 
 
 class Recorded:
@@ -54,6 +56,10 @@ class Recorded:
 
     def __init__(self, samples: Any, file: Any) -> None:
         self._samples, self._file = samples, file
+
+    @property
+    def __class__(self) -> Any:  # for isinstance
+        return type(self._samples)
 
     def __len__(self) -> int:
         return len(self._samples)
