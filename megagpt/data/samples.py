@@ -21,7 +21,6 @@ from megagpt.data.index_builder import (
 from megagpt.data.indexed import IndexedDataset
 from megagpt.errors import UserError
 
-
 _MAX_SAMPLES = 2**40  # 13 TB: beyond it NumPy would stumble over its own sizes
 
 
