@@ -48,9 +48,9 @@ def meet(
                 return dist.PrefixStore("default_pg", meeting), [there for _, there in present]
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LAST_PAUSE_S)
-    except RuntimeError as error:  # a timeout, or rank 0 is gone and its store with it
-        raise _who_is_missing(meeting, rank, n_ranks, timeout_s, name) from error
-    raise _who_is_missing(meeting, rank, n_ranks, timeout_s, name)
+    except (TimeoutError, RuntimeError) as error:  # RuntimeError: rank 0 is gone, and its store with it
+        raise _who_is_missing(meeting, n_ranks, timeout_s, name) from error
+    raise _who_is_missing(meeting, n_ranks, timeout_s, name)
 
 
 def _attend(meeting: dist.Store, rank: int, n_ranks: int, timeout_s: float, me: list[str]) -> list[list[str]]:
@@ -58,16 +58,27 @@ def _attend(meeting: dist.Store, rank: int, n_ranks: int, timeout_s: float, me: 
     meeting.set(ARRIVED.format(rank), json.dumps(me))
     if rank == 0:
         keys = [ARRIVED.format(r) for r in range(n_ranks)]
-        meeting.wait(keys, timedelta(seconds=timeout_s))
+        _wait_for_all(meeting, keys, timeout_s)
         meeting.set(OPEN, json.dumps([json.loads(text) for text in meeting.multi_get(keys)]))
     return json.loads(meeting.get(OPEN)) if meeting.check([OPEN]) else []
 
 
+def _wait_for_all(store: dist.Store, keys: list[str], timeout_s: float) -> None:
+    """Until all keys are there. `Store.wait` with a timeout would also print lines of C++ when that is over."""
+    end_s = time.monotonic() + timeout_s
+    while not store.check(keys):
+        if time.monotonic() > end_s:
+            raise TimeoutError
+        time.sleep(0.1)
+
+
 def _who_is_missing(
-    meeting: dist.Store | None, rank: int, n_ranks: int, timeout_s: float, name: Callable[[int], str]
+    meeting: dist.Store | None, n_ranks: int, timeout_s: float, name: Callable[[int], str]
 ) -> RankError:
     try:
         arrived = [r for r in range(n_ranks) if meeting and meeting.check([ARRIVED.format(r)])]
+        # Those that came later also give up later: the first one speaks, before a launcher ends it for another's end.
+        speaks = bool(meeting) and meeting.add("gave up", 1) == 1
     except RuntimeError:
         return RankError("rank 0 ended before all processes had come; see its output", speaks=False)
     missing = [r for r in range(n_ranks) if r not in arrived]
@@ -78,7 +89,7 @@ def _who_is_missing(
     return RankError(
         f"{len(arrived)} of {n_ranks} processes came within {timeout_s:g} s; missing: {named}; see their output, "
         "and that every host was started with the same number of processes",
-        speaks=rank == min(arrived),
+        speaks,
     )
 
 
