@@ -40,10 +40,12 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     cycles: list[Cycle] = []
-    for done in soak(arguments, folder):
+    work = Work(folder)
+    for done in soak(arguments, work):
         cycles += done
         tell(done, len(cycles), arguments.cycles)
     report: dict[str, Any] = conditions("tests.soak", "cpu") | summary(cycles)
+    report["failures"] += work.broken
     report["wall_s"] = round(time.monotonic() - start, 1)
     print(json.dumps({k: v for k, v in report.items() if k not in ("machine", "versions")}, indent=1), flush=True)
     if arguments.chain is None:
@@ -70,9 +72,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def soak(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Cycle]]:
+def soak(arguments: argparse.Namespace, work: Work) -> Iterator[list[Cycle]]:
     """The cycles of one run after another, several side by side, until there are enough."""
-    work = Work(folder)
     if arguments.chain is not None:
         yield work.run(make_chain(arguments.chain, arguments.seed))
         return
@@ -89,16 +90,22 @@ def soak(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Cycle]]:
 
 
 class Work:
-    """The folder of a soak, and the references made so far: one for each layout."""
+    """The folder of a soak, and the references made so far: one for each layout. broken: runs of no use."""
 
     def __init__(self, folder: Path) -> None:
         warm_up("tests.soak.rank")
         self._folder, self._dataset = folder, make_dataset(folder)
         self._references: dict[Layout, Reference] = {}
+        self.broken: list[dict[str, Any]] = []
 
     def run(self, chain: Chain) -> list[Cycle]:
         """Kill and restart one run."""
-        return run_chain(chain, self._reference(chain), self._dataset, self._folder / f"chain-{chain.number:04d}")
+        try:
+            return run_chain(chain, self._reference(chain), self._dataset, self._folder / f"chain-{chain.number:04d}")
+        except AssertionError as error:  # 199 others are still worth having
+            print(f"  FAILED {error}\n  repeat: {repeat(chain)}", flush=True)
+            self.broken.append({"repeat": repeat(chain), "layout": str(chain.layout), "problems": [str(error)[:1000]]})
+            return []
 
     def _reference(self, chain: Chain) -> Reference:
         if chain.layout not in self._references:
@@ -119,12 +126,12 @@ def tell(cycles: list[Cycle], done: int, wanted: int) -> None:
         for problem in cycle.problems[:10]:
             print(f"  FAILED {problem}", flush=True)
         if cycle.problems:
-            print(f"  repeat: {repeat(cycle)}", flush=True)
+            print(f"  repeat: {repeat(cycle.chain)}", flush=True)
 
 
-def repeat(cycle: Cycle) -> str:
+def repeat(chain: Chain) -> str:
     """The command that draws the same kills again."""
-    return f"python -m tests.soak --seed {cycle.chain.seed} --chain {cycle.chain.number}"
+    return f"python -m tests.soak --seed {chain.seed} --chain {chain.number}"
 
 
 def summary(cycles: list[Cycle]) -> dict[str, Any]:
@@ -149,7 +156,7 @@ def summary(cycles: list[Cycle]) -> dict[str, Any]:
         "exit_codes": count(code for cycle in cycles for code in cycle.codes or []),
         "survivors_ended_s_max": round(max((cycle.ended_s for cycle in cycles), default=0.0), 1),
         "failures": [
-            {"repeat": repeat(cycle), "layout": str(cycle.chain.layout), "problems": cycle.problems[:10]}
+            {"repeat": repeat(cycle.chain), "layout": str(cycle.chain.layout), "problems": cycle.problems[:10]}
             for cycle in cycles
             if cycle.problems
         ],

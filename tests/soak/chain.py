@@ -71,6 +71,8 @@ def make_chain(number: int, seed: int) -> Chain:
     random = Random(f"{seed} {number}")
     way: Way = random.choices(("fork", "program", "torchrun"), (0.9, 0.05, 0.05))[0]  # type: ignore[assignment]
     layout = LAYOUTS[number % len(LAYOUTS)]
+    if layout.dp > 1 and way == "program":  # which starts no more ranks by itself than tp and pp need
+        way = "torchrun"
     return Chain(number, layout, way, random.random() < 0.5, 3 if way == "fork" else 2, seed)
 
 
