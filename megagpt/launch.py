@@ -26,7 +26,7 @@ from megagpt.data.blend import parse_data_path
 from megagpt.data.corpus import default_cache_dir, default_corpus
 from megagpt.data.indexed import IndexedDataset
 from megagpt.data.tokenizer import tokenizer_for
-from megagpt.errors import UserError, run_cli
+from megagpt.errors import EXIT_PEER_LOST, UserError, run_cli
 from megagpt.plan.plan import make_plan
 
 # What would misinform the ranks that this program starts. torchrun's last one is a trap: rank 0 would not open the
@@ -137,8 +137,9 @@ def start_ranks(n_ranks: int, argv: Sequence[str]) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda received, _frame: _tell_ranks(launcher.pid, received))
         code = launcher.wait()
-    if code > 128:  # what ends by itself says why; what is killed cannot
-        print(f"error: a rank was killed by signal {256 - code} (9: often for lack of memory)", file=sys.stderr)
+    if code > 128:  # the other ranks name the one that was killed; by what, only its parent knows
+        print(f"note: a rank was killed by signal {256 - code} (9: often for lack of memory)", file=sys.stderr)
+        return EXIT_PEER_LOST  # as those others: whichever of them the launcher saw first
     return code
 
 
