@@ -79,6 +79,7 @@ POINTERS = {  # 39, 40, 41 of the list of bad inputs
 }
 
 
+@pytest.mark.bad_input(39, 40, 41)
 @pytest.mark.parametrize("case", POINTERS)
 def test_a_pointer_that_leads_nowhere_is_refused(run: Path, case: str):
     text, message = POINTERS[case]
