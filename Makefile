@@ -31,7 +31,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test parity plan bench-data bench-train bench-kernels gpu-check fuzz lint format build clean
+.PHONY: help train test soak parity plan bench-data bench-train bench-kernels gpu-check fuzz lint format build clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -42,6 +42,9 @@ train: $(ready) ## Train a small GPT on this machine, 2-way tensor and 2-way pip
 
 test: $(ready) ## Run the tests
 	$(bin)/python -m pytest $(TESTS)
+
+soak: $(ready) ## Kill training runs 200 times and see that each goes on bit for bit; flip and cut what they left
+	$(bin)/python -m tests.soak --json benchmarks/results/soak.json $(ARGS)
 
 parity: $(ready) ## Train 20 steps in every layout and compare losses, gradient norms and weights
 	$(bin)/python tools/parity.py $(ARGS)

@@ -15,10 +15,9 @@ import torch.distributed as dist
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.durable import replace_text
 from megagpt.checkpoint.state import check_resumable, read_state
-from megagpt.checkpoint.sums import sha256_of
 from megagpt.cli import to_yaml
 from megagpt.config import RunConfig
-from megagpt.data.blend import Samples, build_splits, parse_data_path
+from megagpt.data.blend import Samples, build_splits, parse_data_path, sources
 from megagpt.data.indexed import verify
 from megagpt.data.tokenizer import Tokenizer, tokenizer_for
 from megagpt.engine.restore import find_whole
@@ -54,12 +53,13 @@ def find_run(config: RunConfig, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run
     resume_from = _find_checkpoint(config, mesh)
     if resume_from and together(lambda: _check_resumable(config, resume_from)):
         if mesh.rank == 0:
+            folders.drop_old(resume_from, config.checkpoint)  # it may have been killed before that
             print(f"nothing to do: {resume_from} has done all {config.train.train_steps} steps")
         return None
     train_samples, valid_samples = together(lambda: _find_samples(config))
     together(lambda: _verify_data(config))
     tokenizer = together(lambda: tokenizer_for(config.data, parse_data_path(config.data.data_path)[0][1]))
-    identity = together(lambda: _data_identity(config, tokenizer))
+    identity = _data_identity(config, train_samples, tokenizer)
     together(lambda: _write_config(config, folder[0]) if mesh.rank == 0 else None)
     return Run(config, plan, mesh, folder[0], train_samples, valid_samples, tokenizer, identity, resume_from)
 
@@ -135,12 +135,11 @@ def _write_config(config: RunConfig, folder: Path) -> None:
         ) from error
 
 
-def _data_identity(config: RunConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _data_identity(config: RunConfig, samples: Samples, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Which text this run reads, and by which tokenizer."""
-    blend = parse_data_path(config.data.data_path)
     return {
         "data_path": list(config.data.data_path),
-        "index_sha256": [sha256_of(Path(f"{prefix}.idx")) for _, prefix in blend],
+        "index_sha256": [dataset.idx_sha256 for dataset in sources(samples)],
         "split": config.data.split,
         "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
     }

@@ -21,6 +21,8 @@ from megagpt.data.index_builder import (
 from megagpt.data.indexed import IndexedDataset
 from megagpt.errors import UserError
 
+_MAX_SAMPLES = 2**40  # 13 TB: beyond it NumPy would stumble over its own sizes
+
 
 class GPTSamples:
     """At least num_samples samples from documents [start, stop) of a dataset, shuffled by seed.
@@ -49,9 +51,17 @@ class GPTSamples:
         self.seq_len = seq_len
         self.epochs = plan_epochs(n_tokens, num_samples, seq_len)
         random = RandomState(seed)  # the order of the draws is part of the format: documents first
-        self.document_index = build_document_index(start, stop, self.epochs, random)
-        self.sample_index = build_sample_index(dataset.lengths, self.document_index, seq_len, self.epochs.n_samples)
-        self.shuffle_index = build_shuffle_index(self.epochs, random)
+        try:
+            if self.epochs.n_samples > _MAX_SAMPLES:
+                raise MemoryError
+            self.document_index = build_document_index(start, stop, self.epochs, random)
+            self.sample_index = build_sample_index(dataset.lengths, self.document_index, seq_len, self.epochs.n_samples)
+            self.shuffle_index = build_shuffle_index(self.epochs, random)
+        except MemoryError:
+            raise UserError(
+                f"{dataset.prefix}: the order of {self.epochs.n_samples} samples, some 12 bytes each, does not fit in "
+                "memory; lower --train-steps or --global-batch-size"
+            ) from None
 
     def __len__(self) -> int:
         return self.epochs.n_samples

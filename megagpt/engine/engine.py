@@ -71,7 +71,7 @@ class Engine:
         if plan.dp == 1 and (plan.zero_stage == 0 or isinstance(self.optimizer, BF16_Optimizer)):
             # Nothing to reduce: DeepSpeed would copy all gradients to and fro. Its other optimizers need that call.
             self.engine.enable_backward_allreduce = self.engine.pipeline_enable_backward_allreduce = False
-        if plan.zero_stage > 0 and config.train.precision != "fp16":  # there DeepSpeed looks at every gradient
+        if plan.zero_stage > 0:
             watch_uncounted(self.optimizer, self.parameters, mesh)
         create_moments(self)
         self._before = read_counters(self)
@@ -195,7 +195,7 @@ def connect_deepspeed() -> None:
     and a hang at every later one if that was interrupted. Its own table of usable ops is where that is declined.
     """
     # A whole table in place of one entry: asked for its own, DeepSpeed runs the C compiler first, at every start.
-    deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # pyright: ignore[reportAttributeAccessIssue]
     deepspeed.init_distributed(verbose=False)
 
 

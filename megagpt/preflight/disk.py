@@ -39,7 +39,7 @@ def try_disk(place: Path, rank: int) -> dict:
             found["problem"] = f"cannot write there ({error.strerror})"
     dist.barrier()
     if found["problem"] is None:
-        found["problem"] = None if _seen(folder) else "does not see there what rank 0 has written: it is not shared"
+        found["problem"] = None if _seen(folder) else "cannot see there what rank 0 has written: it is not shared"
     dist.barrier()  # all write at the same time
     if found["problem"] is None:
         try:

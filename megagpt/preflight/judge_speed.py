@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megagpt.preflight.row import Row, milliseconds, rate, who
+from megagpt.preflight.row import Row, State, milliseconds, rate, who
 
 SLOW = 1.5  # times slower than the median of the others: warned of, as in training (faults.slow_rank_factor)
 SLOW_LINK = 2.0  # likewise for links, which differ more from one try to the next
@@ -108,5 +108,5 @@ def _figures(groups: list[dict[str, float]], links: list[dict[str, Any]]) -> str
     return text + f"links {rate(slowest, 'B/s')}, {milliseconds(latest)} at worst"
 
 
-def _state(factor: float) -> Any:
+def _state(factor: float) -> State:
     return "fail" if factor > BROKEN else "warn"

@@ -75,10 +75,10 @@ def _unconnected(board: Board, config: RunConfig) -> tuple[list[facts.Facts], li
         place = {"host": host, "ip": address.ip, "port": port, "problem": address.problem}
         places = board.share("places", board.gather("place", place))
         unreached = board.gather("unreached", reach.unreachable(board.rank, places))
-        own = facts.collect(
-            config, board.rank, board.world_size, hosts.count(host), reads_data=hosts.index(host) == board.rank
-        )
-        found = [facts.Facts(**each) for each in board.gather("facts", dataclasses.asdict(own))]
+        board.share("all have tried")  # until then each listens
+    reads_data = hosts.index(host) == board.rank
+    own = facts.collect(config, board.rank, board.world_size, hosts.count(host), reads_data)
+    found = [facts.Facts(**each) for each in board.gather("facts", dataclasses.asdict(own))]
     if board.rank != 0:
         return [], []
     problems = {rank: place["problem"] for rank, place in enumerate(places) if place["problem"]}

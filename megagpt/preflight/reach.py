@@ -37,7 +37,8 @@ def own_address(backend: str, n_hosts: int) -> Address:
             if interfaces[name]:
                 return Address(interfaces[name])
         have = ", ".join(f"{name} ({ip})" for name, ip in interfaces.items() if ip)
-        return Address(_route(), f"{variable}={wanted} is no interface with an address on {host}; it has {have}")
+        problem = f"{variable}={wanted} is no interface with an address on {host}, which has {have}"
+        return Address(_route(), f"{problem}; set it to the one between the hosts")
     if backend == "nccl":
         return Address(_route())
     try:

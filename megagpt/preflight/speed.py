@@ -5,7 +5,6 @@ All ranks measure at the same time, as they would train, so that a shared card, 
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ import torch.distributed as dist
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.mesh import Mesh
 
+# The best one counts: the others had to share with somebody, on a machine that does other things too.
 LATENCY_REPEATS = 20
-REPEATS = 5  # of what is large; the best one counts: the others had to share with somebody
+REPEATS = 5  # of what is large
 MATMUL_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,7 +56,7 @@ def axis_speed(mesh: Mesh, name: str, device: torch.device, n_bytes: int) -> dic
     dist.all_reduce(small, group=axis.group)  # the first one opens connections
     dist.all_reduce(large, group=axis.group)
     dist.barrier()
-    latency_s = statistics.median(_times(lambda: dist.all_reduce(small, group=axis.group), device, LATENCY_REPEATS))
+    latency_s = min(_times(lambda: dist.all_reduce(small, group=axis.group), device, LATENCY_REPEATS))
     seconds = min(_times(lambda: dist.all_reduce(large, group=axis.group), device, REPEATS))
     return {"latency_s": latency_s, "bytes_per_s": 2 * (axis.size - 1) / axis.size * n_bytes / seconds}
 
@@ -75,7 +75,7 @@ def link_speeds(mesh: Mesh, name: str, device: torch.device, n_bytes: int) -> li
         dist.barrier()
         if axis.size == 1 or not 0 <= peer < axis.size:
             continue
-        latency_s = statistics.median(_ping_pong(axis, peer, lower, torch.ones(1, device=device), LATENCY_REPEATS))
+        latency_s = min(_ping_pong(axis, peer, lower, torch.ones(1, device=device), LATENCY_REPEATS))
         seconds = min(_ping_pong(axis, peer, lower, torch.ones(n_bytes // 4, device=device), REPEATS))
         if lower:
             assert axis.group is not None  # size > 1

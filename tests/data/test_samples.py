@@ -161,3 +161,9 @@ def test_split_bounds_are_megatrons():
 def test_a_malformed_split_is_told(split):
     with pytest.raises(UserError, match=r'data\.split=".*must .*969,30,1'):
         split_bounds(split, 10)
+
+
+def test_more_samples_than_memory_holds(tmp_path):
+    dataset = IndexedDataset(write(tmp_path / "a", [40, 40]))
+    with pytest.raises(UserError, match=r"a: the order of \d+ samples, .* does not fit in memory; lower --train-steps"):
+        GPTSamples(dataset, documents=(0, 2), num_samples=2**60, seq_len=8, seed=0)

@@ -110,9 +110,9 @@ def saving(**keep) -> RunConfig:
 
 
 def test_a_run_folder_that_is_not_shared_fails():
-    found = [*disk(2), *disk(2, problem="does not see there what rank 0 has written: it is not shared")]
+    found = [*disk(2), *disk(2, problem="cannot see there what rank 0 has written: it is not shared")]
     (row,) = judge_disk(found, saving(), "/r", GIB, HOSTS)
-    assert row.state == "fail" and "ranks 2-3 (b) does not see" in row.finding and "--save" in row.remedy
+    assert row.state == "fail" and "ranks 2-3 (b) cannot see" in row.finding and "--save" in row.remedy
 
 
 def test_a_folder_that_rank_0_cannot_write_is_told_once():

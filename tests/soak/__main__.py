@@ -40,13 +40,16 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     cycles: list[Cycle] = []
-    for done in soak(arguments, folder):
+    work = Work(folder)
+    for done in soak(arguments, work):
         cycles += done
         tell(done, len(cycles), arguments.cycles)
-    report = conditions("tests.soak", "cpu") | summary(cycles) | {"wall_s": round(time.monotonic() - start, 1)}
+    report: dict[str, Any] = conditions("tests.soak", "cpu") | summary(cycles)
+    report["failures"] += work.broken
+    report["wall_s"] = round(time.monotonic() - start, 1)
+    print(json.dumps({k: v for k, v in report.items() if k not in ("machine", "versions")}, indent=1), flush=True)
     if arguments.chain is None:
         report["damage"] = [damage(module, arguments) for module in DAMAGE]
-    print(json.dumps({k: v for k, v in report.items() if k not in ("machine", "versions")}, indent=1))
     if not arguments.folder and not report["failures"]:
         shutil.rmtree(folder)
     if arguments.json:
@@ -57,7 +60,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cycles", type=int, default=200, help="kills and restarts")
     parser.add_argument("--seed", type=int, default=0, help="of the moments, the ranks, and how runs are started")
     parser.add_argument("--chain", type=int, help="run this one alone")
@@ -69,9 +72,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def soak(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Cycle]]:
+def soak(arguments: argparse.Namespace, work: Work) -> Iterator[list[Cycle]]:
     """The cycles of one run after another, several side by side, until there are enough."""
-    work = Work(folder)
     if arguments.chain is not None:
         yield work.run(make_chain(arguments.chain, arguments.seed))
         return
@@ -88,16 +90,22 @@ def soak(arguments: argparse.Namespace, folder: Path) -> Iterator[list[Cycle]]:
 
 
 class Work:
-    """The folder of a soak, and the references made so far: one for each layout."""
+    """The folder of a soak, and the references made so far: one for each layout. broken: runs of no use."""
 
     def __init__(self, folder: Path) -> None:
         warm_up("tests.soak.rank")
         self._folder, self._dataset = folder, make_dataset(folder)
         self._references: dict[Layout, Reference] = {}
+        self.broken: list[dict[str, Any]] = []
 
     def run(self, chain: Chain) -> list[Cycle]:
         """Kill and restart one run."""
-        return run_chain(chain, self._reference(chain), self._dataset, self._folder / f"chain-{chain.number:04d}")
+        try:
+            return run_chain(chain, self._reference(chain), self._dataset, self._folder / f"chain-{chain.number:04d}")
+        except AssertionError as error:  # 199 others are still worth having
+            print(f"  FAILED {error}\n  repeat: {repeat(chain)}", flush=True)
+            self.broken.append({"repeat": repeat(chain), "layout": str(chain.layout), "problems": [str(error)[:1000]]})
+            return []
 
     def _reference(self, chain: Chain) -> Reference:
         if chain.layout not in self._references:
@@ -118,12 +126,12 @@ def tell(cycles: list[Cycle], done: int, wanted: int) -> None:
         for problem in cycle.problems[:10]:
             print(f"  FAILED {problem}", flush=True)
         if cycle.problems:
-            print(f"  repeat: {repeat(cycle)}", flush=True)
+            print(f"  repeat: {repeat(cycle.chain)}", flush=True)
 
 
-def repeat(cycle: Cycle) -> str:
+def repeat(chain: Chain) -> str:
     """The command that draws the same kills again."""
-    return f"python -m tests.soak --seed {cycle.chain.seed} --chain {cycle.chain.number}"
+    return f"python -m tests.soak --seed {chain.seed} --chain {chain.number}"
 
 
 def summary(cycles: list[Cycle]) -> dict[str, Any]:
@@ -148,7 +156,7 @@ def summary(cycles: list[Cycle]) -> dict[str, Any]:
         "exit_codes": count(code for cycle in cycles for code in cycle.codes or []),
         "survivors_ended_s_max": round(max((cycle.ended_s for cycle in cycles), default=0.0), 1),
         "failures": [
-            {"repeat": repeat(cycle), "layout": str(cycle.chain.layout), "problems": cycle.problems[:10]}
+            {"repeat": repeat(cycle.chain), "layout": str(cycle.chain.layout), "problems": cycle.problems[:10]}
             for cycle in cycles
             if cycle.problems
         ],
