@@ -3,6 +3,7 @@
 #   ARGS="--tp 2"       passed on to the program of a target
 #   TESTS="-k norm"     passed on to pytest
 #   OP=softmax          the ops that bench-kernels measures
+#   FUZZ_S=600          seconds that fuzz takes for each of its five targets
 PYTHON ?= python3
 VENV   ?= .venv
 TRAIN  ?= --tp 2 --pp 2
@@ -10,6 +11,7 @@ RUN    := runs/$(shell date +%Y%m%d-%H%M%S)
 ARGS   ?=
 TESTS  ?=
 OP     ?=
+FUZZ_S ?= 60
 
 bin   := $(abspath $(VENV))/bin
 ready := $(VENV)/.ready
@@ -29,7 +31,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test parity plan bench-data bench-train bench-kernels gpu-check lint format build clean
+.PHONY: help train test soak parity plan bench-data bench-train bench-kernels gpu-check fuzz lint format build clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -40,6 +42,9 @@ train: $(ready) ## Train a small GPT on this machine, 2-way tensor and 2-way pip
 
 test: $(ready) ## Run the tests
 	$(bin)/python -m pytest $(TESTS)
+
+soak: $(ready) ## Kill training runs 200 times and see that each goes on bit for bit; flip and cut what they left
+	$(bin)/python -m tests.soak --json benchmarks/results/soak.json $(ARGS)
 
 parity: $(ready) ## Train 20 steps in every layout and compare losses, gradient norms and weights
 	$(bin)/python tools/parity.py $(ARGS)
@@ -61,6 +66,10 @@ gpu-check: ## Build, prove, benchmark and train on this machine's GPU, by PYTHON
 	@$(PYTHON) -c 'import torch, numpy' || { echo "error: $(PYTHON) lacks torch or numpy; name a Python that has \
 	both: make gpu-check PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+fuzz: $(ready) ## Feed the readers of files and arguments with bad input, guided by coverage, FUZZ_S seconds each
+	@for target in index side_file jsonl yaml argv; do \
+	  $(bin)/python -m tests.fuzz $$target --seconds $(FUZZ_S) || exit 1; done
 
 lint: $(ready) ## Check style, format and types
 	@failed=; set -x; \

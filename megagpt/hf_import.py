@@ -119,6 +119,8 @@ def _copy_tokenizer(source: Path, copy: Path, final: Path) -> DataConfig:
         names = ("vocab.json", "merges.txt")
     elif (source / "tokenizer.json").exists():
         names = ("tokenizer.json", "tokenizer_config.json")
+    elif (source / "tokenizer.model").exists():
+        names = ("tokenizer.model",)
     else:
         return DataConfig()
     copy.mkdir()
@@ -130,7 +132,8 @@ def _copy_tokenizer(source: Path, copy: Path, final: Path) -> DataConfig:
         if names[0] == "vocab.json":
             files = [str(folder / name) for name in names]
             return DataConfig(tokenizer="gpt2", vocab_file=files[0], merge_file=files[1])
-        return DataConfig(tokenizer="hf", tokenizer_model=str(folder / names[0]))
+        kind = "hf" if names[0] == "tokenizer.json" else "sentencepiece"
+        return DataConfig(tokenizer=kind, tokenizer_model=str(folder / names[0]))
 
     tokenizer_of_run(named(copy))
     return named(final)

@@ -54,6 +54,7 @@ def find_run(config: RunConfig, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run
     resume_from = _find_checkpoint(config, mesh)
     if resume_from and together(lambda: _check_resumable(config, resume_from)):
         if mesh.rank == 0:
+            folders.drop_old(resume_from, config.checkpoint)  # it may have been killed before that
             print(f"nothing to do: {resume_from} has done all {config.train.train_steps} steps")
         return None
     train_samples, valid_samples = together(lambda: _find_samples(config))

@@ -171,7 +171,7 @@ def _start_report(run: Run, engine: Engine, resumed: State | None) -> Reporter:
             )
     if resumed:
         report.message(f"going on from {run.resume_from} after {resumed.step} steps")
-        if resumed.data != run.data_identity:
+        if resumed.data and resumed.data != run.data_identity:
             report.message("note: its text was another one, or had another tokenizer: --data-path differs")
     return report
 

@@ -40,4 +40,4 @@ def numbered(names: Iterable[str]) -> list:
 
 def contents(folder: Path, pattern: str) -> dict[str, bytes]:
     """File name -> bytes: what must not change."""
-    return {path.name: path.read_bytes() for path in folder.glob(pattern)}
+    return {path.name: path.read_bytes() if path.is_file() else b"no file" for path in folder.glob(pattern)}

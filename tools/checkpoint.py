@@ -46,10 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _list(args: argparse.Namespace) -> None:
     run = Path(args.run)
-    found = folders.checkpoints_of(run)
-    if not found:
-        raise UserError(f"{run} has no checkpoints; give the folder of a run, which has checkpoints/step-…")
-    latest, note = _latest(run)
+    found, latest, note = _checkpoints(run)
     best = folders.best_of(run)
     table = _table("step", "tokens", "validation loss", "layout", "size", "age", "")
     for folder in found:
@@ -73,26 +70,10 @@ def _list(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     folder = folders.find(args.checkpoint)
     at = read_state(folder)
+    table, n_not_finite = _table("tensor", "shape", "norm", "min", "max", "not finite"), 0
     with Reader(folder) as reader:
-        n_parameters = sum(math.prod(tensor.shape) for tensor in reader.index.get(WEIGHT, {}).values())
-        rows = {
-            "checkpoint": folder,
-            "origin": at.origin or "saved by a run",
-            "step": f"{at.step:,}, {at.samples:,} samples, {at.tokens:,} tokens",
-            "validation loss": "not measured" if at.validation_loss is None else at.validation_loss,
-            "learning rate": at.lr,
-            "written by": _layout(at),
-            "parameters": f"{n_parameters:,}",
-            "holds": ", ".join(reader.index),
-            "size": f"{_size(_n_bytes(folder))} in {sum(1 for _ in folder.iterdir())} files",
-            "skipped steps": ", ".join(map(str, at.skipped_steps)) or "none",
-            **{f"counter {name}": f"{value:g}" for name, value in at.counters.items()},
-            **{f"data {name}": value for name, value in at.data.items()},
-        }
-        for name, value in rows.items():
+        for name, value in _facts(at, reader).items():
             print(f"{name:24} {value}")
-        table = _table("tensor", "shape", "norm", "min", "max", "not finite")
-        n_not_finite = 0
         with _progress("reading", _n_bytes(folder)) as tick:
             for s in compare.summaries(reader):
                 tick(4 * math.prod(s.shape))
@@ -106,12 +87,30 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"the hashes were not looked at: tools/checkpoint.py verify {args.checkpoint}")
 
 
+def _facts(at: State, reader: Reader) -> dict[str, object]:
+    """What a checkpoint is, beside its tensors."""
+    n_parameters = sum(math.prod(tensor.shape) for tensor in reader.index.get(WEIGHT, {}).values())
+    return {
+        "checkpoint": reader.folder,
+        "origin": at.origin or "saved by a run",
+        "step": f"{at.step:,}, {at.samples:,} samples, {at.tokens:,} tokens",
+        "validation loss": "not measured" if at.validation_loss is None else at.validation_loss,
+        "learning rate": at.lr,
+        "written by": _layout(at) or "no run",
+        "parameters": f"{n_parameters:,}",
+        "holds": ", ".join(reader.index),
+        "size": f"{_size(_n_bytes(reader.folder))} in {sum(1 for _ in reader.folder.iterdir())} files",
+        "skipped steps": ", ".join(map(str, at.skipped_steps)) or "none",
+        **{f"counter {name}": f"{value:g}" for name, value in at.counters.items()},
+        **{f"data {name}": value for name, value in at.data.items()},
+    }
+
+
 def _verify(args: argparse.Namespace) -> None:
     run = Path(args.checkpoint)
     pointer_wrong = None
     if (run / "checkpoints").is_dir():
-        wanted = folders.checkpoints_of(run)
-        _, pointer_wrong = _latest(run)
+        wanted, _, pointer_wrong = _checkpoints(run)
     else:
         wanted = [folders.find(args.checkpoint)]
         run = folders.run_of(args.checkpoint)
@@ -121,30 +120,31 @@ def _verify(args: argparse.Namespace) -> None:
     if pointer_wrong:
         print(pointer_wrong)
     damaged = [folder for folder, wrong in found.items() if wrong]
-    if damaged or pointer_wrong or not found:
-        what = f"{len(damaged)} of {len(found)} checkpoints damaged" if damaged or not found else "`latest` is damaged"
+    if damaged or pointer_wrong:
+        what = f"{len(damaged)} of {len(found)} checkpoints damaged" if damaged else "`latest` is damaged"
         raise UserError(f"{what}; {_offer(run, found)}")
 
 
 def _diff(args: argparse.Namespace) -> int:
     a, b = folders.find(args.a), folders.find(args.b)
     fields = [] if args.tensors_only else compare.differing_fields(read_state(a), read_state(b))
-    tensors = _table("tensor", "", "values", "largest difference", "to the largest element")
+    tensors, n_differ = _table("tensor", "", "values", "largest difference", "to the largest element"), 0
     with Reader(a) as first, Reader(b) as second, _progress("comparing", _n_bytes(a)) as tick:
-        n_tensors = sum(len(named) for named in (first.index | second.index).values())
+        n_tensors = len({(key, name) for r in (first, second) for key, named in r.index.items() for name in named})
         for d in compare.differing_tensors(first, second, tick):
             name = d.name if d.key == WEIGHT else f"{d.name} ({d.key})"
             figures = (f"{d.n_values:,}", f"{d.largest:.3g}", f"{d.relative:.3g}") if d.n_values else ("", "", "")
             tensors.add_row(name, d.what, *figures)
+            n_differ += d.n_tensors
     if fields:
         states = _table("state", str(args.a), str(args.b))
         for name, x, y in fields:
             states.add_row(name, str(x), str(y))
         _print(states)
-    if tensors.row_count:
+    if n_differ:
         _print(tensors)
-    print(f"{tensors.row_count} of {n_tensors} tensors and {len(fields)} fields of the state differ")
-    return 1 if fields or tensors.row_count else 0
+    print(f"{n_differ} of {n_tensors} tensors and {len(fields)} fields of the state differ")
+    return 1 if fields or n_differ else 0
 
 
 def _reshape(args: argparse.Namespace) -> None:
@@ -192,7 +192,7 @@ def _import(args: argparse.Namespace) -> None:
     from megagpt.hf_import import import_model  # seconds, which no other command should take
 
     folder = import_model(args.source, args.out)
-    print(f"wrote {folder}; train on: --load {args.out} --config {args.out / 'config.yaml'} --save …")
+    print(f"wrote {folder}; train on: --load {args.out} --config {args.out / 'config.yaml'} --data-path …")
 
 
 def _damage(wanted: Iterable[Path]) -> dict[Path, list[str]]:
@@ -216,12 +216,18 @@ def _offer(run: Path, known: dict[Path, list[str]]) -> str:
     return f"no checkpoint of {run} is whole"
 
 
-def _latest(run: Path) -> tuple[Path | None, str | None]:
-    """What `latest` names, or what is wrong with it."""
+def _checkpoints(run: Path) -> tuple[list[Path], Path | None, str | None]:
+    """What a run has, what its `latest` names, and what is wrong with that."""
+    found = folders.checkpoints_of(run)
     try:
-        return folders.pointed(run), None
+        latest = folders.pointed(run)
     except UserError as error:
-        return None, str(error)
+        if not found:
+            raise UserError(
+                f"{run} has no checkpoints; give the folder of a run, which has checkpoints/step-…"
+            ) from None
+        return found, None, str(error)
+    return (found if latest in found else [*found, latest]), latest, None  # a crash may leave it under another name
 
 
 def _layout(at: State) -> str:
@@ -255,7 +261,8 @@ def _table(*columns: str) -> Table:
 
 
 def _print(what: Any) -> None:
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=isinstance(what, str)).print(what)
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width, highlight=False, markup=False, emoji=False).print(what, soft_wrap=isinstance(what, str))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ Then train with: deepspeed examples/pretrain_gpt.py --data-path data/corpus_text
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,81 +79,63 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    source = parser.add_argument_group("input")
-    source.add_argument(
+    _add_input(parser.add_argument_group("input").add_argument)
+    _add_tokenizer(parser.add_argument_group("tokenizer").add_argument)
+    _add_output(parser.add_argument_group("output").add_argument)
+    _add_run(parser.add_argument_group("run").add_argument)
+    return parser.parse_args([_dashes(word) for word in argv])
+
+
+def _add_input(add: Callable[..., object]) -> None:
+    add(
         "--input", nargs="+", required=True, metavar="PATH",
         help="files or folders, read in this order, any file also as .gz or .zst. Names in .jsonl, .json, "
         ".ndjson are JSON lines: a line is a document. All else is plain text: a file is a document. "
         "Folders are walked, sorted by path",
     )  # fmt: skip
-    source.add_argument(
-        "--json-keys",
-        nargs="+",
-        default=["text"],
-        metavar="KEY",
+    add(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY",
         help="keys that hold text; each becomes its own dataset (default: text)",
-    )
-    source.add_argument(
-        "--input-format",
-        choices=["auto", "jsonl", "text"],
-        default="auto",
+    )  # fmt: skip
+    add(
+        "--input-format", choices=["auto", "jsonl", "text"], default="auto",
         help="do not go by the names (default: auto)",
-    )
-    source.add_argument(
-        "--max-document-mb",
-        type=_positive,
-        default=64,
-        metavar="MB",
+    )  # fmt: skip
+    add(
+        "--max-document-mb", type=_positive, default=64, metavar="MB",
         help="refuse longer documents, which bounds memory: a worker may need 100 times that with hf, "
         "30 times with sentencepiece (default: 64)",
-    )
-    words = parser.add_argument_group("tokenizer")
-    words.add_argument(
-        "--tokenizer",
-        "--tokenizer-type",
-        required=True,
-        choices=TOKENIZER_NAMES,
-        metavar="KIND",
+    )  # fmt: skip
+
+
+def _add_tokenizer(add: Callable[..., object]) -> None:
+    add(
+        "--tokenizer", "--tokenizer-type", required=True, choices=TOKENIZER_NAMES, metavar="KIND",
         help=f"{', '.join(TOKENIZER_NAMES)} (the long names are Megatron-LM's)",
-    )
-    words.add_argument(
-        "--tokenizer-model", metavar="FILE", help="sentencepiece: X.model; hf: tokenizer.json or its folder"
-    )
-    words.add_argument("--vocab-file", metavar="FILE", help="gpt2: vocab.json")
-    words.add_argument("--merge-file", metavar="FILE", help="gpt2: merges.txt")
-    words.add_argument(
-        "--append-eod",
-        action="store_true",
-        help="end each document with the end-of-document token (wanted for GPT)",
-    )
-    target = parser.add_argument_group("output")
-    target.add_argument(
-        "--output-prefix",
-        required=True,
-        metavar="P",
+    )  # fmt: skip
+    add("--tokenizer-model", metavar="FILE", help="sentencepiece: X.model; hf: tokenizer.json or its folder")
+    add("--vocab-file", metavar="FILE", help="gpt2: vocab.json")
+    add("--merge-file", metavar="FILE", help="gpt2: merges.txt")
+    add("--append-eod", action="store_true", help="end each document with the end-of-document token (wanted for GPT)")
+
+
+def _add_output(add: Callable[..., object]) -> None:
+    add(
+        "--output-prefix", required=True, metavar="P",
         help="writes P_KEY_document.bin, .idx, .json; they appear when complete",
-    )
-    target.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace a dataset of that name, once the new one is complete",
-    )
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--workers",
-        type=_positive,
-        default=None,
-        metavar="N",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace a dataset of that name, once the new one is complete")
+
+
+def _add_run(add: Callable[..., object]) -> None:
+    add(
+        "--workers", type=_positive, default=None, metavar="N",
         help="processes that encode; the output does not depend on it (default: one a core at most)",
-    )
-    run.add_argument(
-        "--log-interval",
-        type=_positive,
-        default=10_000,
-        metavar="N",
+    )  # fmt: skip
+    add(
+        "--log-interval", type=_positive, default=10_000, metavar="N",
         help="documents between progress lines where there is no terminal (default: 10000)",
-    )
-    return parser.parse_args([_dashes(word) for word in argv])
+    )  # fmt: skip
 
 
 def _dashes(word: str) -> str:
@@ -196,4 +179,6 @@ def _progress(log_interval: int) -> Iterator[Callable[[Progress], None]]:
 
 
 if __name__ == "__main__":
+    for _signal in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(_signal, lambda number, _frame: sys.exit(128 + number))  # what is unfinished is removed
     run_cli(main)

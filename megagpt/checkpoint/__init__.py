@@ -6,5 +6,8 @@
                                 weight-00003-of-00004.safetensors, exp_avg-…, exp_avg_sq-…           (pieces.py)
     RUN/checkpoints/latest                     the newest complete one, and the hash of its SHA256SUMS  (folders.py)
 
+whole.py holds these tables together, and names what is damaged. Offline, a chunk of a tensor in memory at a time:
+compare.py looks into checkpoints, rewrite.py makes others of them, both by chunks.py.
+
 Nothing of the layout is in it but the cuts between the pieces, which no reader needs to know. No torch, no pickle.
 """

@@ -31,7 +31,8 @@ class Summary:
 class Difference:
     """Two tensors that are not bitwise the same.
 
-    what: in words. n_values: that differ. largest: absolute; relative: to the first one's largest element.
+    what: in words. n_tensors: that this is about. n_values: that differ. largest: absolute; relative: to the first
+    one's largest element.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Difference:
     n_values: int = 0
     largest: float = math.nan
     relative: float = math.nan
+    n_tensors: int = 1
 
 
 def summaries(reader: Reader) -> Iterator[Summary]:
@@ -62,9 +64,13 @@ def differing_tensors(a: Reader, b: Reader, tick: Callable[[int], None] = lambda
     """The tensors that are not bitwise equal, and those that only one of them has. tick: told bytes read."""
     for key in _weights_first(a.index.keys() | b.index.keys()):
         ours, theirs = a.index.get(key, {}), b.index.get(key, {})
+        if not (ours and theirs):  # the mean of weights and imported ones have no moments at all
+            which, n_tensors = _only_in(bool(ours)), len(ours or theirs)
+            yield Difference(key, f"all {n_tensors}", which, n_tensors=n_tensors)
+            continue
         for name in sorted(ours.keys() | theirs.keys(), key=_in_order):
             if name not in theirs or name not in ours:
-                yield Difference(key, name, f"only in {(a if name in ours else b).folder}")
+                yield Difference(key, name, _only_in(name in ours))
             elif ours[name].shape != theirs[name].shape:
                 yield Difference(key, name, f"shape {ours[name].shape} and {theirs[name].shape}")
             else:
@@ -97,6 +103,10 @@ def _difference(a: Reader, b: Reader, key: str, name: str) -> Difference | None:
     relative = largest / scale if scale > 0 else math.nan
     what = "NaN or Inf" if not math.isfinite(largest) else "values differ"
     return Difference(key, name, what, n_values, largest, relative)
+
+
+def _only_in(first: bool) -> str:
+    return f"only in the {'first' if first else 'second'}"
 
 
 def _weights_first(keys: Iterable[str]) -> list[str]:

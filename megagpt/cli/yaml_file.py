@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -25,8 +26,11 @@ def read_config(values: Mapping[str, Any], where: str) -> RunConfig:
 
     where: what an error message names. Raises: UserError for unknown keys, wrong types and refused values.
     """
-    checked = check_values(values, where)
-    return rebuild(unchecked_config([checked]), [(where, checked)])
+    config = unchecked_config([check_values(values, where)])
+    try:
+        return RunConfig(**{name: dataclasses.replace(getattr(config, name)) for name in SECTIONS})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def read_yaml(path: Path) -> Values:
@@ -83,7 +87,7 @@ def check_values(values: Any, where: str) -> Values:
 def unchecked_config(sources: Iterable[Values]) -> RunConfig:
     """The defaults with each source over the ones before, checks not run: a later one may mend a value.
 
-    `rebuild`, or whoever makes new sections of it, runs the checks.
+    Whoever makes new sections of it runs them.
     """
     sections = {name: copy.copy(getattr(RunConfig(), name)) for name in SECTIONS}
     for values in sources:
@@ -93,20 +97,13 @@ def unchecked_config(sources: Iterable[Values]) -> RunConfig:
     return RunConfig(**sections)
 
 
-def rebuild(config: RunConfig, sources: Iterable[tuple[str, Values]]) -> RunConfig:
-    """The same configuration with every section's checks run; an error names the source of the value."""
-    try:
-        return RunConfig(**{name: dataclasses.replace(getattr(config, name)) for name in SECTIONS})
-    except UserError as error:
-        raise with_source(error, sources) from None
-
-
 def with_source(error: UserError, sources: Iterable[tuple[str, Values]]) -> UserError:
-    """Name in front of a check's message ("model.n_layers=-1 must …") the source that has this value."""
+    """Name in front of a check's message ("model.n_layers=-1 must …") the source of a value in it."""
+    words = re.split(r",? ", str(error))
     for where, values in reversed(list(sources)):
         for section, keys in values.items():
             for key, value in keys.items():
-                if str(error).startswith(f"{section}.{key}={value} "):
+                if not {f"{section}.{key}={value}", f"{section}.{key}={value!r}"}.isdisjoint(words):
                     return UserError(f"{where}: {error}")
     return error
 
@@ -127,6 +124,7 @@ def suggest(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else "; see --help for what there is"
 
 
+@functools.cache
 def _partial_model() -> type[BaseModel]:
     """RunConfig's keys and types for pydantic, every one optional, without the dataclasses' own checks."""
     strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -195,7 +193,8 @@ def _refusal(what: str, where: yaml.Event | yaml.Node) -> yaml.MarkedYAMLError:
 
 
 def _is_text(value: str) -> bool:
-    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+    """Whether a path can be so: no NUL, no surrogates but those of os.fsdecode, for bytes that are not UTF-8."""
+    return not any(c == "\0" or "\ud800" <= c < "\udc80" or "\udcff" < c <= "\udfff" for c in value)
 
 
 class _Dumper(yaml.SafeDumper):

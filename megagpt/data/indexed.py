@@ -119,8 +119,8 @@ class IndexedWriter:
         self._finished = False
         self._final = [Path(f"{prefix}.bin"), meta_path(prefix), Path(f"{prefix}.idx")]
         self._partial = [path.with_name(path.name + ".partial") for path in self._final]
-        if not overwrite:
-            _refuse_existing(self._final)
+        for path in self._final:
+            _refuse_existing(path, overwrite)
         with _reporting(self._partial[0]):
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
             self._idx = _open_locked(self._partial[2])  # renamed last, so that it guards the others
@@ -188,8 +188,9 @@ class IndexedWriter:
                 self._discard()
                 raise
         final_bin, final_json, final_idx = self._final
-        with _reporting(final_bin):
+        with _reporting(final_idx):
             final_idx.unlink(missing_ok=True)
+        with _reporting(final_bin, "The old dataset is gone, the new one is whole: rename its .partial files"):
             os.replace(self._partial[0], final_bin)
             if self._partial[1].exists():
                 os.replace(self._partial[1], final_json)
@@ -222,10 +223,11 @@ def _open_locked(path: Path) -> BinaryIO:
         file.close()  # its former owner renamed or removed it between our open and our lock: once more
 
 
-def _refuse_existing(paths: list[Path]) -> None:
-    for path in paths:
-        if path.exists():
-            raise UserError(f"{path}: exists already; give --overwrite to replace it, or another --output-prefix")
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists already; give --overwrite to replace it, or another --output-prefix")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: exists and is no file, so it is not replaced; choose another --output-prefix")
 
 
 def _sha256(path: Path) -> str:
@@ -234,13 +236,12 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _reporting(path: Path) -> Iterator[None]:
+def _reporting(path: Path, consequence: str = "Nothing that was there before has changed") -> Iterator[None]:
     """Turn what a disk refuses (full, read-only, no permission, too large) into a `UserError`."""
     try:
         yield
     except OSError as error:
         name = error.filename or path
         raise UserError(
-            f"{name}: cannot be written ({error.strerror}); free space or choose another --output-prefix. "
-            "Nothing that was there before has changed"
+            f"{name}: cannot be written ({error.strerror}); free space or choose another --output-prefix. {consequence}"
         ) from None

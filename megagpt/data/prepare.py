@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 
@@ -171,10 +172,8 @@ def _in_order(
         return
     waiting: deque[tuple[int, int, Future[list[Encoded]]]] = deque()
     in_flight, budget = 0, 4 * workers * BLOCK_BYTES
-    # "spawn": a forked child would inherit the locks of the caller's threads. Ctrl-C is for the parent.
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    ) as pool:
+    # "spawn": a forked child would inherit the locks of the caller's threads.
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker) as pool:
         try:
             for batch in batches:
                 size = sum(len(block.data) for block in batch)
@@ -190,6 +189,14 @@ def _in_order(
             raise UserError("a worker process died, perhaps for want of memory; use fewer --workers") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Ctrl-C is for the parent; and a parent that is killed leaves no workers behind, who would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _stored(batch: Sequence[Block]) -> int:

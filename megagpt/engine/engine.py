@@ -194,7 +194,8 @@ def connect_deepspeed() -> None:
     On a CPU it would first compile a shared-memory op that only its inference uses: half a minute at the first start,
     and a hang at every later one if that was interrupted. Its own table of usable ops is where that is declined.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # A whole table in place of one entry: asked for its own, DeepSpeed runs the C compiler first, at every start.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # pyright: ignore[reportAttributeAccessIssue]
     deepspeed.init_distributed(verbose=False)
 
 

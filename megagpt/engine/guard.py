@@ -30,22 +30,26 @@ Batches = Callable[[int], Iterator[MicroBatch]]
 
 
 class Guard:
-    """Takes the steps of one run. say: shows a line on rank 0."""
+    """Takes the steps of one run."""
 
     def __init__(self, engine: Engine, notes: FaultNotes, say: Callable[[str], None], batches: Batches) -> None:
+        """say: shows a line, on rank 0.
+
+        Comm: one all-gather and a broadcast of short objects. Raises a RankError where the list of rewinds is damaged.
+        """
         self._engine, self._notes, self._say, self._batches = engine, notes, say, batches
         self._config, self._faults = engine.config, engine.config.faults
         self._history, self._n_bad = History(), 0
-        self._rewinds = together(lambda: read_rewinds(notes.run))
+        self._rewinds = _rewinds_of(notes.run)
         self._left_out = set(skipped_steps(self._faults.skip_steps)) | {r.step for r in self._rewinds}
 
     def go_on_from(self, state: State, folder: Path) -> None:
         """Take over what a checkpoint, and the run that it is of, knows of the steps before.
 
-        Raises a RankError where that run's list of rewinds is damaged. Comm: one all-gather.
+        Comm: one all-gather and a broadcast of short objects. Raises a RankError where its list of rewinds is damaged.
         """
         self._history, self._n_bad = History.from_json(state.guard.get("history", {})), state.guard.get("n_bad", 0)
-        rewinds = together(lambda: read_rewinds(folder.parent.parent))
+        rewinds = _rewinds_of(folder.parent.parent)
         self._left_out |= {*state.skipped_steps, *(r.step for r in rewinds)}
 
     @property
@@ -156,6 +160,13 @@ class Guard:
                 f"{_where(first)}; lower --lr, lengthen --optim.warmup-steps, or look at the text: {place}",
                 speaks=rank == 0,
             )
+
+
+def _rewinds_of(run: Path) -> list[Rewind]:
+    """As rank 0 reads them: on a shared disk another host may still see an older file."""
+    box = [together(lambda: read_rewinds(run) if dist.get_rank() == 0 else [])]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _worst(loss: float) -> float:

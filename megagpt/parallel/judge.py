@@ -191,7 +191,7 @@ class Judge(threading.Thread):
         write_down(self.folder, message, self._views, self._answers)
         self._tell(verdict={"by": None, "exit": EXIT_PEER_LOST, "delay_s": 0.0})
         deadline_s = time.monotonic() + HANG_UP_S
-        while any(v.state == "runs" for v in self._views) and time.monotonic() < deadline_s:
+        while any(v.state == "runs" for v in self._views[1:]) and time.monotonic() < deadline_s:
             self._hear(TURN_S)
         end_process(EXIT_PEER_LOST)
 

@@ -7,6 +7,7 @@ So every case starts from a clean state (DeepSpeed keeps module-level state), an
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -107,6 +108,7 @@ def _rank_main(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     torch.set_num_threads(n_threads)
+    gc.freeze()  # DeepSpeed collects garbage at each start in 16 bits: a second or two, if it goes through all imports
     try:
         store = dist.FileStore(os.path.join(folder, "store"), size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))

@@ -1,8 +1,16 @@
-"""How the processes of a run find each other: all meet at a store of rank 0, and who does not come is named."""
+"""How the processes of a run find each other: all meet at a store of rank 0, and who does not come is named.
+
+torchrun keeps one store for all its restarts (pytorch/pytorch#135712), and the number of a restart that it gives is not
+the same on every host: new processes would find the addresses of dead ones. So each start is a meeting of its own: rank
+0 names it by a number never used before, and opens it with a list of who is there. Who finds the name of an old meeting
+is not on that one's list, and looks again.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -13,6 +21,8 @@ import torch.distributed as dist
 from megagpt.parallel.agree import RankError
 
 MAX_NAMED = 8
+MEETING, ARRIVED, OPEN = "megagpt/meeting", "arrived/{}", "open"  # keys of the store
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.01, 0.5  # between two looks at it
 
 
 def meet(
@@ -25,28 +35,61 @@ def meet(
     Raises RankError when some rank, or rank 0 and its store, is not there within timeout_s.
     """
     store = open_store(rank, timeout_s)
-    store.set(f"arrived/{rank}", here)
-    keys = [f"arrived/{r}" for r in range(n_ranks)]
+    deadline, pause_s = time.monotonic() + timeout_s, FIRST_PAUSE_S
+    me = [secrets.token_hex(8), here]
+    if rank == 0:
+        store.set(MEETING, me[0])
+    meeting = None
     try:
-        store.wait(keys, timedelta(seconds=timeout_s))
-    except RuntimeError as error:  # a timeout, or rank 0 is gone and its store with it
-        raise _who_is_missing(store, rank, keys, timeout_s, name) from error
-    return dist.PrefixStore("default_pg", store), [text.decode() for text in store.multi_get(keys)]
+        while time.monotonic() < deadline:
+            meeting = dist.PrefixStore(store.get(MEETING).decode(), store)
+            present = _attend(meeting, rank, n_ranks, timeout_s, me)
+            if me in present:
+                return dist.PrefixStore("default_pg", meeting), [there for _, there in present]
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LAST_PAUSE_S)
+    except (TimeoutError, RuntimeError) as error:  # RuntimeError: rank 0 is gone, and its store with it
+        raise _who_is_missing(meeting, n_ranks, timeout_s, name) from error
+    raise _who_is_missing(meeting, n_ranks, timeout_s, name)
+
+
+def _attend(meeting: dist.Store, rank: int, n_ranks: int, timeout_s: float, me: list[str]) -> list[list[str]]:
+    """Come to a meeting, which rank 0 opens when all have; who is there, by rank: nobody while it is not open."""
+    meeting.set(ARRIVED.format(rank), json.dumps(me))
+    if rank == 0:
+        keys = [ARRIVED.format(r) for r in range(n_ranks)]
+        _wait_for_all(meeting, keys, timeout_s)
+        meeting.set(OPEN, json.dumps([json.loads(text) for text in meeting.multi_get(keys)]))
+    return json.loads(meeting.get(OPEN)) if meeting.check([OPEN]) else []
+
+
+def _wait_for_all(store: dist.Store, keys: list[str], timeout_s: float) -> None:
+    """Until all keys are there. `Store.wait` with a timeout would also print lines of C++ when that is over."""
+    end_s = time.monotonic() + timeout_s
+    while not store.check(keys):
+        if time.monotonic() > end_s:
+            raise TimeoutError
+        time.sleep(0.1)
 
 
 def _who_is_missing(
-    store: dist.Store, rank: int, keys: list[str], timeout_s: float, name: Callable[[int], str]
+    meeting: dist.Store | None, n_ranks: int, timeout_s: float, name: Callable[[int], str]
 ) -> RankError:
     try:
-        arrived = [r for r, key in enumerate(keys) if store.check([key])]
+        arrived = [r for r in range(n_ranks) if meeting and meeting.check([ARRIVED.format(r)])]
+        # Those that came later also give up later: the first one speaks, before a launcher ends it for another's end.
+        speaks = bool(meeting) and meeting.add("gave up", 1) == 1
     except RuntimeError:
         return RankError("rank 0 ended before all processes had come; see its output", speaks=False)
-    missing = [r for r in range(len(keys)) if r not in arrived]
+    missing = [r for r in range(n_ranks) if r not in arrived]
+    if 0 in missing or not missing:  # no meeting, or one of the start before
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+        return RankError(f"{name(0)} did not come within {timeout_s:g} s; see its output", speaks=speaks)
     named = ", ".join(name(r) for r in missing[:MAX_NAMED]) + ", …" * (len(missing) > MAX_NAMED)
     return RankError(
-        f"{len(arrived)} of {len(keys)} processes came within {timeout_s:g} s; missing: {named}; see their output, "
+        f"{len(arrived)} of {n_ranks} processes came within {timeout_s:g} s; missing: {named}; see their output, "
         "and that every host was started with the same number of processes",
-        speaks=rank == min(arrived),
+        speaks,
     )
 
 

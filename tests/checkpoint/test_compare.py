@@ -73,11 +73,10 @@ def test_a_nan_that_only_one_has_is_a_difference(tmp_path: Path, value: float):
 def test_missing_tensors_and_other_shapes(tmp_path: Path):
     zeros = np.zeros((2, 3), np.float32)
     found = differences(tmp_path, {"x": zeros, "y": zeros, "z": zeros}, {"x": zeros.T, "z": zeros, "new": zeros})
-    step = "checkpoints/step-000001"
     assert [(d.name, d.what) for d in found] == [
-        ("new", f"only in {tmp_path}/b/{step}"),
+        ("new", "only in the second"),
         ("x", "shape (2, 3) and (3, 2)"),
-        ("y", f"only in {tmp_path}/a/{step}"),
+        ("y", "only in the first"),
     ]
 
 

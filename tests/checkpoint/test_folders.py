@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,6 +23,8 @@ from megagpt.checkpoint.whole import damage_of
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
 from tests.written_checkpoint import write_checkpoint
+
+TINY = {"weight": {"x": np.zeros(2, np.float32)}}
 
 
 @pytest.fixture
@@ -76,6 +79,7 @@ POINTERS = {  # 39, 40, 41 of the list of bad inputs
 }
 
 
+@pytest.mark.bad_input(39, 40, 41)
 @pytest.mark.parametrize("case", POINTERS)
 def test_a_pointer_that_leads_nowhere_is_refused(run: Path, case: str):
     text, message = POINTERS[case]
@@ -85,6 +89,15 @@ def test_a_pointer_that_leads_nowhere_is_refused(run: Path, case: str):
         pointer.write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=message):
         folders.find(run)
+
+
+@given(st.binary(max_size=100) | st.from_regex(r"step-[0-9]+ [0-9a-f]{64}\n", fullmatch=True).map(str.encode))
+def test_a_pointer_of_any_bytes_is_refused_and_nothing_worse(data: bytes):
+    with TemporaryDirectory() as name:
+        folder = write_checkpoint(Path(name), 10, TINY, n_files=1)
+        (folder.parent / "latest").write_bytes(data)
+        with pytest.raises(UserError, match="latest"):
+            folders.find(name)
 
 
 def test_a_pipe_in_place_of_the_pointer_is_not_waited_for(run: Path):
@@ -144,6 +157,7 @@ def test_the_best_is_one_that_can_be_read(run: Path):
 
 HOLD = """
 import sys
+from functools import partial
 from pathlib import Path
 from megagpt.checkpoint.folders import locked
 with locked(Path(sys.argv[1])):
@@ -173,9 +187,6 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path):
     (tmp_path / "lock").mkdir()
     with pytest.raises(UserError, match=r"lock: cannot be written \(Is a directory\); give another --save"):
         folders.locked(tmp_path).__enter__()
-
-
-TINY = {"weight": {"x": np.zeros(2, np.float32)}}
 
 
 class Crash(BaseException):
@@ -211,36 +222,29 @@ def attempt(action: Callable[[], object], at: int | None) -> bool:
         return True
 
 
-def put_aside(run: Path, step: int, seed: int) -> tuple[Path, Path]:
-    """A finished checkpoint that only lacks its name."""
-    made = write_checkpoint(run.parent / f"made-{seed}", step, TINY, n_files=1, lr=float(seed))
-    temporary = run / "checkpoints" / f"step-{step:06d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(made, temporary)
-    shutil.rmtree(run.parent / f"made-{seed}")
-    return temporary, run / "checkpoints" / f"step-{step:06d}"
-
-
-@pytest.mark.parametrize("mended", [False, True], ids=["left", "mended"])
-@pytest.mark.parametrize("step", [10, 20], ids=["the same step again", "the next step"])
+@pytest.mark.parametrize(
+    ("step", "mended"), [(10, False), (10, True), (20, False)], ids=["again", "again, mended", "the next step"]
+)
 def test_a_crash_at_any_point_of_two_commits_leaves_a_whole_checkpoint(tmp_path: Path, step: int, mended: bool):
+    made = [write_checkpoint(tmp_path / "made", s, TINY, n_files=1, lr=s / 100) for s in (10, 11, 12, 13)]
+    hashes = [sha256_of(folder / "SHA256SUMS") for folder in made]
     first = second = n_crashes = 0
     while True:
-        run = tmp_path / f"{first}-{second}" / "run"
-        old = write_checkpoint(run, 10, TINY, n_files=1)
-        known = {sha256_of(old / "SHA256SUMS")}
-        outcomes = []
-        for seed, at in ((1, first), (2, second), (3, None)):
-            temporary, final = put_aside(run, step, seed)
-            known.add(sha256_of(temporary / "SHA256SUMS"))
-            outcomes.append(attempt(lambda t=temporary, f=final: folders.commit(t, f), at))
-            digest = check_latest(run, known)
+        run = tmp_path / f"{first}-{second}"
+        folders.point_to(shutil.copytree(made[0], run / "checkpoints" / "step-000010"))
+        final, outcomes = folders.folder_of(run, step), []
+        for number, at in ((1, first), (2, second), (3, None)):
+            temporary = final.with_name(f"{final.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)  # as a save that makes room does
+            shutil.copytree(made[number], temporary)
+            outcomes.append(attempt(partial(folders.commit, temporary, final), at))
+            digest = check_latest(run, hashes)
             if mended:
                 folders.mend(run)
-                assert check_latest(run, {digest}) == digest
+                assert check_latest(run, [digest]) == digest
                 assert not [*run.glob("checkpoints/*.tmp"), *run.glob("checkpoints/*.replaced")]
         assert outcomes[2] and folders.pointed(run) == final and not final.with_name(f"{final.name}.replaced").exists()
-        shutil.rmtree(run.parent)
+        shutil.rmtree(run)
         n_crashes += outcomes[:2].count(False)
         if not outcomes[1]:
             second += 1
@@ -251,7 +255,7 @@ def test_a_crash_at_any_point_of_two_commits_leaves_a_whole_checkpoint(tmp_path:
     assert n_crashes > 30, n_crashes
 
 
-def check_latest(run: Path, known: set[str]) -> str:
+def check_latest(run: Path, known: list[str]) -> str:
     """That `latest` names a whole checkpoint, one of these by the hash of its SHA256SUMS; which."""
     found = folders.pointed(run)
     assert damage_of(found) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -97,7 +98,11 @@ def test_other_architectures_have_no_mean(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == []
 
 
-def test_what_exists_is_left_alone_and_what_fails_leaves_nothing(tmp_path: Path):
+def no_space(*args: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_what_exists_is_left_alone_and_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = write_checkpoint(tmp_path / "run")
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="out exists; give another --out, or remove it"):
@@ -105,6 +110,10 @@ def test_what_exists_is_left_alone_and_what_fails_leaves_nothing(tmp_path: Path)
     (source / "exp_avg-00001-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"exp_avg-00001-of-00002.safetensors: cannot be read"):
         rewrite.reshape(source, tmp_path / "new" / "out", 1)
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.setattr(rewrite, "write_tables", no_space)
+    with pytest.raises(UserError, match=r"cannot write .*full \(No space left on device\); make room there or give"):
+        rewrite.average([write_checkpoint(tmp_path / "other")], tmp_path / "new" / "full")
     assert list((tmp_path / "new").iterdir()) == []
     with pytest.raises(UserError, match=r"cannot write /proc/out \(No such file or directory\); make room there or"):
         rewrite.reshape(source, Path("/proc/out"), 1)
@@ -119,7 +128,8 @@ def test_a_file_written_by_chunks_is_what_safetensors_reads(shapes: list[list[in
         for start, shape in row_boxes(tensors[name].shape):
             yield tensors[name][tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))]
 
-    with pytest.MonkeyPatch.context() as patch, Scratch() as path:
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
         patch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
         write_chunks(path, {n: t.shape for n, t in tensors.items()}, chunks_of, {"format": "pt"})
         read = load_file(path)
@@ -128,20 +138,10 @@ def test_a_file_written_by_chunks_is_what_safetensors_reads(shapes: list[list[in
     assert_same(read, tensors)
 
 
-class Scratch:
-    """A path that is gone afterwards."""
-
-    def __enter__(self) -> Path:
-        self.path = Path(f"/tmp/megagpt-test-{id(self)}.safetensors")
-        return self.path
-
-    def __exit__(self, *exception: object) -> None:
-        self.path.unlink()
-
-
 MEASURED = """
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from megagpt.checkpoint import chunks, pieces, rewrite
 
 def peak():  # in KiB; ru_maxrss would count the parent's

@@ -103,6 +103,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.bad_input(42, 43, 44, 45, 46)
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damage_is_found_and_its_file_named(folder: Path, case: str):
     assert damage_of(folder) == []

@@ -186,6 +186,7 @@ def test_files_hold_the_logical_tensors(runs):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.bad_input(47)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_goes_on_from_every_layout(layout, runs):
     """All ordered pairs: bitwise the same tensors, and then the losses of the uninterrupted run."""
@@ -387,6 +388,7 @@ def state_in_memory() -> State:
     )
 
 
+@pytest.mark.bad_input(48)
 @pytest.mark.parametrize("change", [{"d_model": 66}, {"n_layers": 5}, {"vocab_size": 212}, {"tied_embeddings": False}])
 def test_another_architecture_is_refused(change):
     config = config_of(Layout())

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
-from megagpt.engine.storage import WEIGHT
 from torch import Tensor
 
+from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.config import ModelConfig, OptimConfig, RunConfig
 from megagpt.engine.checks import check_ranks
 from megagpt.engine.masters import write

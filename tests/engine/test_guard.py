@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from megagpt.checkpoint.state import State
 from megagpt.config import DebugConfig, RunConfig
@@ -126,6 +127,37 @@ def test_what_does_not_happen_again_was_the_machine(tmp_path):
     note = json.loads((tmp_path / "faults" / "step-000003.json").read_text())
     assert (note["kind"], note["outcome"], note["loss"]) == ("machine", "done again", "nan")
     assert note["again"]["loss"] < 10 and len(note["samples"]) == 8
+
+
+def train_in_fp16(config: RunConfig, folder: str, plant: Plant | None, with_guard: bool) -> tuple:
+    """On a CPU, which DeepSpeed would refuse, as it is slow there."""
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    engine = start_engine(config, 1)
+    lines: list[str] = []
+    guard, skipped = guarded(engine, folder, lines), []
+    for step in range(STEPS):
+        with planted(engine, plant) if plant and step == BAD else contextlib.nullcontext():
+            batches = batches_of(config, step, engine.mesh.data)
+            result = guard.train_step(step) if with_guard else engine.train_step(step, batches)
+            skipped.append(result.skipped)
+    return skipped, lines, read_counters(engine), all_of(engine)
+
+
+def test_fp16_keeps_its_loss_scaling(tmp_path):
+    """Doing a step again does not count twice; and an overflow that it takes for one of scaling needs no word."""
+    config = config_of(zero(2, LAYOUTS["tp2"]), "fp16")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, kernels="reference"))
+    right = run_ranks(train_in_fp16, 2, config, str(tmp_path), None, True)
+    assert not any(right[0][0])
+    for plant, n_lines in ((Plant("loss", "", 1, torch.inf), 1), (Plant("gradient", "head.norm.weight", 1), 0)):
+        plain = run_ranks(train_in_fp16, 2, config, str(tmp_path), plant, False)
+        ours = run_ranks(train_in_fp16, 2, config, str(tmp_path), plant, True)
+        for (skipped, _, counters, tensors), (their_skipped, lines, *their_outcome) in zip(plain, ours, strict=True):
+            assert skipped == their_skipped == [step == BAD for step in range(STEPS)]
+            assert len(lines) == n_lines and counters == their_outcome[0] and same(tensors, their_outcome[1])
+    once = Plant("activation", "blocks.1/mlp.up", 0, once=True)
+    healed = run_ranks(train_in_fp16, 2, config, str(tmp_path), once, True)
+    assert all(a[2] == b[2] and same(a[3], b[3]) for a, b in zip(right, healed, strict=True))
 
 
 def faults(config: RunConfig, **values: Any) -> RunConfig:

@@ -1,59 +1,52 @@
-"""Where the store listens. On Linux all of 127.0.0.0/8 is this machine: 127.0.0.2 stands for another interface."""
+"""Ranks that meet at a store which older ranks have used: as torchrun's restarts do."""
 
 from __future__ import annotations
 
-import socket
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
 from megagpt.parallel.agree import RankError
-from megagpt.parallel.rendezvous import open_store
+from megagpt.parallel.rendezvous import meet
 
-
-def answers(address: str, port: int) -> bool:
-    try:
-        socket.create_connection((address, port), timeout=5.0).close()
-    except ConnectionRefusedError:
-        return False
-    return True
+N_RANKS = 3
 
 
 @pytest.fixture
-def port(monkeypatch) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def agent(monkeypatch) -> dist.TCPStore:
+    """A store that outlives the ranks."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    return port
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return store
 
 
-def test_the_store_listens_on_its_address_alone(port):
-    store = open_store(0, 10.0)
-    store.set("a", "b")
-    assert answers("127.0.0.1", port) and not answers("127.0.0.2", port)
-    assert open_store(1, 10.0).get("a") == b"b"
-    again = open_store(0, 10.0)  # the same one: a program may open it twice
-    assert again.get("a") == b"b"
+def come(rank: int, generation: int, timeout_s: float = 20.0) -> tuple[dist.Store, list[str]]:
+    """One rank of a generation."""
+    return meet(rank, N_RANKS, timeout_s, lambda r: f"rank {r}", f"host {rank} of {generation}")
 
 
-def test_torchs_own_store_would_listen_on_all(port):
-    """Else the test above could not fail."""
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
-    assert store.port == port and answers("127.0.0.2", port)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_each_start_sees_its_own_ranks_alone(agent, order):
+    for generation in range(3):
+        with ThreadPoolExecutor(N_RANKS) as pool:
+            futures = {rank: pool.submit(come, rank, generation) for rank in order}
+            stores = {}
+            for rank, future in futures.items():
+                stores[rank], hosts = future.result()
+                assert hosts == [f"host {r} of {generation}" for r in range(N_RANKS)]
+        assert not any(store.check(["address"]) for store in stores.values()), "that of the generation before"
+        stores[0].set("address", str(generation))
+        assert [store.get("address").decode() for store in stores.values()] == [str(generation)] * N_RANKS
 
 
-def test_a_taken_port_is_told(port):
-    with (
-        socket.create_server(("127.0.0.1", port)),
-        pytest.raises(RankError, match=rf"cannot open 127.0.0.1:{port} .*use"),
-    ):
-        open_store(0, 2.0)
-
-
-def test_a_store_that_is_not_there_is_told(port):
-    with pytest.raises(RankError, match=rf"no answer from rank 0 at 127.0.0.1:{port} .* within 1 s"):
-        open_store(1, 1.0)
+def test_who_did_not_come_is_named_though_it_came_the_last_time(agent):
+    with ThreadPoolExecutor(N_RANKS) as pool:
+        list(pool.map(come, range(N_RANKS), [0] * N_RANKS))
+        with pytest.raises(RankError, match=r"2 of 3 processes came within 1 s; missing: rank 1; "):
+            list(pool.map(come, (0, 2), (1, 1), (1.0, 1.0)))
+        with pytest.raises(RankError, match=r"rank 0 did not come within 1 s; see its output"):
+            list(pool.map(come, (1, 2), (2, 2), (1.0, 1.0)))

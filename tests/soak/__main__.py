@@ -43,10 +43,11 @@ def main() -> int:
     for done in soak(arguments, folder):
         cycles += done
         tell(done, len(cycles), arguments.cycles)
-    report = conditions("tests.soak", "cpu") | summary(cycles) | {"wall_s": round(time.monotonic() - start, 1)}
+    report: dict[str, Any] = conditions("tests.soak", "cpu") | summary(cycles)
+    report["wall_s"] = round(time.monotonic() - start, 1)
+    print(json.dumps({k: v for k, v in report.items() if k not in ("machine", "versions")}, indent=1), flush=True)
     if arguments.chain is None:
         report["damage"] = [damage(module, arguments) for module in DAMAGE]
-    print(json.dumps({k: v for k, v in report.items() if k not in ("machine", "versions")}, indent=1))
     if not arguments.folder and not report["failures"]:
         shutil.rmtree(folder)
     if arguments.json:
@@ -57,7 +58,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cycles", type=int, default=200, help="kills and restarts")
     parser.add_argument("--seed", type=int, default=0, help="of the moments, the ranks, and how runs are started")
     parser.add_argument("--chain", type=int, help="run this one alone")

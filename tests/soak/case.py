@@ -15,7 +15,7 @@ from megagpt.data.prepare import TokenizerFiles, prepare
 
 STEPS, SAVE_INTERVAL, BATCH = 15, 3, 8
 # Seconds until the survivors of a kill must have ended by themselves. Generous: the machine may be busy.
-HEARTBEAT_TIMEOUT_S, PROGRESS_TIMEOUT_S = 20.0, 60.0
+HEARTBEAT_TIMEOUT_S, PROGRESS_TIMEOUT_S = 10.0, 20.0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from random import Random
 
 from megagpt.checkpoint import folders
 from tests.soak import trace
-from tests.soak.case import LAYOUTS, SAVE_INTERVAL, STEPS, Layout, command_line
+from tests.soak.case import BATCH, LAYOUTS, SAVE_INTERVAL, STEPS, Layout, command_line
 from tests.soak.kill import Hit, Pace, draw_aim, measure_pace, strike
 from tests.soak.moment import look
 from tests.soak.ranks import Job, Way, start
@@ -19,7 +19,8 @@ from tests.soak.trace import Trace
 
 KEPT = {folders.folder_of(Path(), step).name for step in (STEPS - SAVE_INTERVAL, STEPS)}
 LAUNCH_S = 10.0  # from the command to the first step, about: each rank imports torch and DeepSpeed
-DEADLINE_S = 120.0  # for what is left of a job to end by itself, and for a whole run to come to its end
+DEADLINE_S = 120.0  # for what is left of a job to end by itself, or to start again
+WHOLE_RUN_S = 500.0  # seconds on a machine with nothing else to do; the watch ends a run that hangs much sooner
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def make_reference(layout: Layout, dataset: str, folder: Path) -> Reference:
     assert codes is not None and not any(codes), f"{folder}: the uninterrupted run ended with {codes}"
     found = trace.trace_of(run)
     assert len(found.checkpoints) == STEPS // SAVE_INTERVAL and not found.leftovers, found
-    return Reference(found, trace.reads_of(notes, layout.n_ranks), pace)
+    reads = trace.reads_of(notes, layout.n_ranks)
+    assert [len(reads[rank]) for rank in (0, -1)] == [STEPS * BATCH // layout.dp] * 2, "not all samples were recorded"
+    return Reference(found, reads, pace)
 
 
 def run_chain(chain: Chain, reference: Reference, dataset: str, folder: Path) -> list[Cycle]:
@@ -160,7 +163,7 @@ class _Life:
 
     def finish(self) -> list[str]:
         """Let the run come to its end; what is wrong with it."""
-        codes = self._job.wait(DEADLINE_S)
+        codes = self._job.wait(WHOLE_RUN_S)
         if codes is None or any(codes):
             self._job.kill()
             return [f"the last attempt ended with {codes}"]

@@ -12,11 +12,12 @@ from random import Random
 
 from megagpt import metrics_file
 from tests.soak.case import SAVE_INTERVAL, STEPS
-from tests.soak.moment import QUIET, WINDOWS, Look, look
+from tests.soak.moment import DELETING, EMPTY, INDEX, POINTER, QUIET, RENAMED, SUMS, TENSORS, Look, look
 from tests.soak.ranks import Job
 
 LOOK_S = 0.0003  # between two looks at the disk
 SLOW_S = 0.3  # between two looks at the processes
+WEIGHTS = {EMPTY: 1, TENSORS: 0, INDEX: 2, SUMS: 2, RENAMED: 6, POINTER: 2, DELETING: 6}  # the shorter, the more often
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def draw_aim(random: Random, n_ranks: int, done: int, pace: Pace, *, saving: boo
         saves = random.randint(1, max(1, (STEPS - done) // SAVE_INTERVAL))
         if random.random() < 0.5:
             return Aim(rank, random.uniform(0, pace.save_s), saves=saves)
-        return Aim(rank, 0.0, saves=saves, window=random.choice(WINDOWS[1:]))
+        rank = random.choice((0, rank))  # rank 0 does most of it alone
+        return Aim(rank, 0.0, saves=saves, window=random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0])
     moment = random.uniform(0, pace.start_s + pace.step_s * (STEPS - done))
     if moment < pace.start_s:
         return Aim(rank, moment)
@@ -93,7 +95,8 @@ def strike(job: Job, run: Path, aim: Aim) -> Hit | None:
                 os.kill(pid, signal.SIGKILL)
                 return watch.hit(aim)
             pid = None
-        time.sleep(LOOK_S)
+        if due is not None or not aim.window or watch.seen.window == QUIET:  # else it comes at any moment
+            time.sleep(LOOK_S)
 
 
 def measure_pace(job: Job, run: Path) -> Pace:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import megagpt.run
 import megagpt.train
 from megagpt.engine import checkpoint
 
@@ -58,12 +59,12 @@ def one_bit_of_one_weight() -> None:
 
 def other_samples() -> None:
     """The order of the samples is another one, with the same count."""
-    build_splits = megagpt.train.build_splits
+    build_splits = megagpt.run.build_splits
 
     def another(data_path: Any, split: Any, seq_len: Any, seed: int, counts: Any) -> Any:
         return build_splits(data_path, split, seq_len, seed + 1, counts)
 
-    megagpt.train.build_splits = another
+    megagpt.run.build_splits = another
 
 
 PLANTS: dict[str, Callable[[], None]] = {

@@ -5,6 +5,7 @@ torch and DeepSpeed are imported by the fork server, not by who names `rank_main
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import os
@@ -26,6 +27,7 @@ def rank_main(rank: int, n_ranks: int, port: int, argv: list[str], notes: str, p
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_SIZE=str(n_ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     importlib.import_module("torch").set_num_threads(1)
+    gc.freeze()  # as in parallel/local.py
     record_reads(Path(notes + ".reads"))
     try:
         if plant is not None:
@@ -38,30 +40,20 @@ def rank_main(rank: int, n_ranks: int, port: int, argv: list[str], notes: str, p
 
 def record_reads(path: Path) -> None:
     """From here on this process writes down each training sample that it reads: its position, a hash of its tokens."""
-    train = importlib.import_module("megagpt.train")
-    build_splits = train.build_splits
+    run: Any = importlib.import_module("megagpt.run")
+    build_splits = run.build_splits
     file = path.open("a", buffering=1, encoding="ascii")
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         train_samples, *others = build_splits(*args, **kwargs)
-        return (Recorded(train_samples, file), *others)
+        kind = type(train_samples)
 
-    train.build_splits = recorded
+        def read(self: Any, i: int) -> Any:
+            tokens = kind.__getitem__(self, i)
+            file.write(f"{i} {hashlib.sha256(tokens.tobytes()).hexdigest()}\n")
+            return tokens
 
+        train_samples.__class__ = type(kind.__name__, (kind,), {"__getitem__": read})  # of these alone
+        return (train_samples, *others)
 
-class Recorded:
-    """Samples that write down who reads them."""
-
-    def __init__(self, samples: Any, file: Any) -> None:
-        self._samples, self._file = samples, file
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, i: int) -> Any:
-        tokens = self._samples[i]
-        self._file.write(f"{i} {hashlib.sha256(tokens.tobytes()).hexdigest()}\n")
-        return tokens
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._samples, name)
+    run.build_splits = recorded

@@ -1,0 +1,259 @@
+"""Hugging Face folders, both ways: transformers' own files come back to the bit, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+from sentencepiece import SentencePieceTrainer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from megagpt import hf_export
+from megagpt.checkpoint.folders import find
+from megagpt.checkpoint.pieces import Reader
+from megagpt.checkpoint.state import read_state
+from megagpt.checkpoint.whole import damage_of
+from megagpt.cli import read_config
+from megagpt.config import DataConfig, ParallelConfig, RunConfig, TrainConfig
+from megagpt.data.tokenizer import tokenizer_of_run
+from megagpt.engine import checkpoint, masters
+from megagpt.errors import UserError
+from megagpt.hf_export import export
+from megagpt.hf_import import import_model
+from megagpt.parallel.local import run_ranks
+from megagpt.parity_rank import start_engine
+from tests.written_checkpoint import MODEL, gpt2_tensors, write_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "run", 30)
+
+
+def hf_folder(folder: Path, **save: object) -> transformers.GPT2LMHeadModel:
+    """A random GPT-2 as transformers itself saves it; biases and gains too, that initialisation leaves at 0 and 1."""
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, n_positions=8, vocab_size=37)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(folder, **save)  # pyright: ignore[reportArgumentType]
+    return model.eval()
+
+
+def test_import_and_export_give_transformers_files_back(tmp_path: Path):
+    hf_folder(tmp_path / "hf")
+    assert import_model(tmp_path / "hf", tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step-000000"
+    assert damage_of(tmp_path / "run" / "checkpoints" / "step-000000") == []
+    done = export(find(tmp_path / "run"), tmp_path / "back")
+    assert done.note == "without a tokenizer: the run's has no files" and done.worst < 1e-5
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert theirs.keys() == ours.keys()
+    for name, values in theirs.items():
+        assert values.tobytes() == ours[name].tobytes(), name
+    tokens = torch.arange(8)[None]
+    models = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("hf", "back")]
+    assert torch.equal(models[0](tokens).logits, models[1](tokens).logits)
+
+
+def test_shards_and_other_number_formats_are_imported(tmp_path: Path):
+    hf_folder(tmp_path / "hf")
+    hf_folder(tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    for name in ("hf", "shards"):
+        import_model(tmp_path / name, tmp_path / f"from-{name}")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shards", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "bf16")
+    import_model(tmp_path / "bf16", tmp_path / "from-bf16")
+    name, their_name = "blocks.1.mlp.up.bias", "transformer.h.1.mlp.c_fc.bias"
+    with Reader(tmp_path / "from-bf16" / "checkpoints" / "step-000000") as reader:
+        expected = model.get_parameter(their_name).detach().float().numpy()
+        np.testing.assert_array_equal(reader.read("weight", name), expected)
+
+
+def spoil(folder: Path, case: str) -> None:
+    """Make an HF folder into one that cannot be imported."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    match case:
+        case "pickle":
+            (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        case "nothing":
+            (folder / "model.safetensors").unlink()
+        case "another kind":
+            (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+        case "text":
+            (folder / "config.json").write_text(json.dumps(config | {"n_layer": "2"}))
+        case "no JSON":
+            (folder / "config.json").write_text("{")
+        case "layers":
+            (folder / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
+        case "nan":
+            tensors["transformer.ln_f.bias"][0] = np.nan
+            save_file(tensors, folder / "model.safetensors")
+        case "shape":
+            tensors["transformer.wpe.weight"] = np.zeros((9, 16), np.float32)
+            save_file(tensors, folder / "model.safetensors")
+        case "truncated":
+            (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+        case "map":
+            places = dict.fromkeys(tensors, "../model.safetensors")
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+REFUSED = {
+    "pickle": ("pytorch_model.bin is a pickle, which can run code", "save_pretrained"),
+    "nothing": ("has neither model.safetensors nor model.safetensors.index.json",),
+    "another kind": ("config.json: ", "model_type='llama', wanted 'gpt2'"),
+    "text": ("config.json: a value is of another type",),
+    "no JSON": ("config.json: cannot be read as JSON",),
+    "layers": ("the weights have no transformer.h.2.ln_1.weight",),
+    "nan": ("model.safetensors: transformer.ln_f.bias holds a NaN or Inf",),
+    "shape": ("transformer.wpe.weight has shape (9, 16), wanted (8, 16)",),
+    "truncated": ("model.safetensors: cannot be read",),
+    "map": ("lies in '../model.safetensors', wanted a .safetensors file beside it",),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_imported_is_refused_and_leaves_nothing(tmp_path: Path, case: str):
+    hf_folder(tmp_path / "hf")
+    spoil(tmp_path / "hf", case)
+    with pytest.raises(UserError) as refused:
+        import_model(tmp_path / "hf", tmp_path / "run")
+    for words in REFUSED[case]:
+        assert words in str(refused.value) and "\n" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_export_that_computes_something_else_is_refused(run: Path, tmp_path: Path, monkeypatch):
+    def swapped(read: Callable, config):
+        lazy = hf_export_lazy(read, config)
+        a, b = "transformer.h.0.ln_1.bias", "transformer.h.0.ln_2.bias"
+        return lazy | {a: lazy[b], b: lazy[a]}
+
+    hf_export_lazy = hf_export.lazy_to_hf_gpt2
+    monkeypatch.setattr(hf_export, "lazy_to_hf_gpt2", swapped)
+    with pytest.raises(UserError, match=r"the logits of transformers' model differ by .* not exported"):
+        export(find(run), tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_float64_decides_where_fp32_differs(run: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(hf_export.ALLOWED, torch.float32, 0.0)
+    done = export(find(run), tmp_path / "hf")
+    assert done.worst < 1e-12
+
+
+def test_architectures_without_a_place_in_transformers_are_refused(tmp_path: Path):
+    config = asdict(RunConfig(model=replace(MODEL, position="alibi")))
+    write_checkpoint(tmp_path / "run", config=config)
+    with pytest.raises(UserError, match=r"model.position=alibi cannot be exported"):
+        export(find(tmp_path / "run"), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.fixture(scope="module")
+def gpt2_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vocab.json and merges.txt of a byte-level BPE of 293 tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=293, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    tokenizer.model.save(str(folder))
+    return folder
+
+
+def test_the_tokenizer_travels_with_the_weights(tmp_path: Path, gpt2_tokenizer: Path):
+    files = shutil.copytree(gpt2_tokenizer, tmp_path / "tokenizer")
+    data = DataConfig(tokenizer="gpt2", vocab_file=str(files / "vocab.json"), merge_file=str(files / "merges.txt"))
+    model = replace(MODEL, vocab_size=293)
+    tensors = {"weight": gpt2_tensors(model)}
+    write_checkpoint(tmp_path / "run", 0, tensors, config=asdict(RunConfig(model=model, data=data)))
+    done = export(find(tmp_path / "run"), tmp_path / "hf")
+    assert done.note is None
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = tokenizer_of_run(data)
+    text = "def test(): return {'a': 1}\n"
+    assert ours is not None and theirs(text)["input_ids"] == ours.encode(text)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == ours.eod
+    import_model(tmp_path / "hf", tmp_path / "back")
+    at = read_state(tmp_path / "back" / "checkpoints" / "step-000000")
+    again = tokenizer_of_run(read_config(at.config, "state").data)
+    assert again is not None and again.sha256 == ours.sha256 and again.files[0].is_relative_to(tmp_path / "back")
+    (files / "vocab.json").unlink()
+    done = export(find(tmp_path / "run"), tmp_path / "hf-2")
+    assert done.note and done.note.startswith("without a tokenizer: ") and "vocab.json: cannot be read" in done.note
+
+
+def test_a_sentencepiece_tokenizer_gives_the_same_ids_there(tmp_path: Path):
+    SentencePieceTrainer.train(
+        input=__file__, model_prefix=str(tmp_path / "small"), model_type="bpe", vocab_size=600, byte_fallback=True,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    data = DataConfig(tokenizer="sentencepiece", tokenizer_model=str(tmp_path / "small.model"))
+    model = replace(MODEL, vocab_size=600)
+    config = asdict(RunConfig(model=model, data=data))
+    write_checkpoint(tmp_path / "run", 0, {"weight": gpt2_tensors(model)}, config=config)
+    done = export(find(tmp_path / "run"), tmp_path / "hf")
+    assert done.note is None
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours, text = tokenizer_of_run(data), Path(__file__).read_text(encoding="utf-8")
+    assert ours is not None and theirs(text)["input_ids"] == ours.encode(text)
+    import_model(tmp_path / "hf", tmp_path / "back")
+    at = read_state(tmp_path / "back" / "checkpoints" / "step-000000")
+    assert at.config["data"]["tokenizer"] == "sentencepiece"
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_left_out(tmp_path: Path, gpt2_tokenizer: Path, monkeypatch):
+    monkeypatch.setitem(hf_export.SETTINGS, "gpt2", {"tokenizer_class": "LlamaTokenizer"})
+    files = {"vocab_file": str(gpt2_tokenizer / "vocab.json"), "merge_file": str(gpt2_tokenizer / "merges.txt")}
+    model, data = replace(MODEL, vocab_size=293), DataConfig(tokenizer="gpt2", **files)  # pyright: ignore
+    config = asdict(RunConfig(model=model, data=data))
+    write_checkpoint(tmp_path / "run", 0, {"weight": gpt2_tensors(model)}, config=config)
+    done = export(find(tmp_path / "run"), tmp_path / "hf")
+    assert done.note == "without a tokenizer: transformers reads its files as another one"
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def start_from(config: RunConfig, run: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Weights and first moments of an engine that begins with an imported model."""
+    engine = start_engine(config, 1)
+    at = checkpoint.load(engine, find(run))
+    assert at.step == 0
+    held = {
+        n.name: tuple(masters.read(engine, n, key).float().numpy().copy() for key in ("weight", "exp_avg"))
+        for n in engine.parameters
+    }
+    engine.close()
+    return held  # pyright: ignore[reportReturnType]
+
+
+def test_training_begins_with_imported_weights_and_no_moments(tmp_path: Path):
+    hf_folder(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    config = RunConfig(
+        model=MODEL, parallel=ParallelConfig(pp=2), train=TrainConfig(seed=7, micro_batch_size=1, global_batch_size=2)
+    )
+    held: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for rank in run_ranks(start_from, 2, config, tmp_path / "run"):
+        held |= rank
+    with Reader(tmp_path / "run" / "checkpoints" / "step-000000") as reader:
+        assert held.keys() == reader.index["weight"].keys()
+        for name, (weight, moment) in held.items():
+            np.testing.assert_array_equal(weight, reader.read("weight", name), name)
+            assert not moment.any()
