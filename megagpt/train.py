@@ -33,13 +33,13 @@ from megagpt.kernels import Kernels
 from megagpt.model.gpt import ops_used
 from megagpt.ops.status import check_kernels, kernel_rows
 from megagpt.parallel.agree import together
-from megagpt.parallel.judge import Limits
-from megagpt.parallel.watch import Watch
 from megagpt.plan.plan import make_plan
 from megagpt.plan.table import config_table, plan_table
 from megagpt.plot import plot_runs
 from megagpt.report import Reporter, kernel_table
 from megagpt.run import Run, find_run
+from megagpt.watch.judge import Limits
+from megagpt.watch.watch import Watch
 
 
 def train(config: RunConfig) -> None:

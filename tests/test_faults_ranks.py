@@ -25,10 +25,10 @@ import torch.distributed as dist
 
 from megagpt.errors import EXIT_PEER_LOST, EXIT_USER, SILENT_S, UserError
 from megagpt.parallel.collectives import all_reduce
-from megagpt.parallel.judge import Limits
 from megagpt.parallel.local import run_ranks  # noqa: F401  # its presence starts the fork server early: conftest.py
 from megagpt.parallel.mesh import Mesh
-from megagpt.parallel.watch import Watch
+from megagpt.watch.judge import Limits
+from megagpt.watch.watch import Watch
 from tests.watched import Ranks, start
 
 HOST = re.escape(socket.gethostname())

@@ -19,6 +19,7 @@ LAYERS = (
     {"errors", "kernels", "config", "config_file", "cli", "metrics", "metrics_file", "presets"},
     {"plan", "checkpoint"},
     {"ops", "parallel", "data"},
+    {"watch"},
     {"model"},
     {"engine"},
     {

@@ -18,8 +18,8 @@ import torch
 
 from megagpt.engine.start import distributed
 from megagpt.errors import run_cli
-from megagpt.parallel.judge import Limits
 from megagpt.parallel.local import warm_up
+from megagpt.watch.judge import Limits
 
 
 @dataclass

@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from megagpt.errors import EXIT_PEER_LOST, EXIT_USER, UserError
 from megagpt.parallel.agree import RankError
-from megagpt.parallel.host import machine_id
-from megagpt.parallel.judge import Limits
 from megagpt.parallel.mesh import Mesh, build_mesh, rank_name
 from megagpt.parallel.rendezvous import meet
-from megagpt.parallel.watch import Watch, start_watch
+from megagpt.watch.host import machine_id
+from megagpt.watch.judge import Limits
+from megagpt.watch.watch import Watch, start_watch
 
 # torch's own timeout of a collective: behind the watch's, which knows more to say.
 MARGIN_S = 60.0

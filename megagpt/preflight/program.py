@@ -25,12 +25,12 @@ from megagpt.config import RunConfig
 from megagpt.engine.start import distributed
 from megagpt.errors import UserError
 from megagpt.parallel.agree import RankError
-from megagpt.parallel.judge import Limits
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.rendezvous import open_store
 from megagpt.preflight import disk, facts, judge, judge_speed, reach, speed
 from megagpt.preflight.board import Board
 from megagpt.preflight.row import Row
+from megagpt.watch.judge import Limits
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 

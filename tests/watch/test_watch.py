@@ -16,14 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megagpt.parallel.activity import Activity
-from megagpt.parallel.call_site import call_site, enqueued, failed_at, stack, waits_for
-from megagpt.parallel.host import machine_id, process_state
-from megagpt.parallel.judge import Judge, Limits
 from megagpt.parallel.local import run_ranks
-from megagpt.parallel.slow import N_WINDOWS, SlowRanks, Work
-from megagpt.parallel.verdict import RankView, culprits, describe
-from megagpt.parallel.wire import MAX_LINE_BYTES, Wire
+from megagpt.watch.activity import Activity
+from megagpt.watch.call_site import call_site, enqueued, failed_at, stack, waits_for
+from megagpt.watch.host import machine_id, process_state
+from megagpt.watch.judge import Judge, Limits
+from megagpt.watch.slow import N_WINDOWS, SlowRanks, Work
+from megagpt.watch.verdict import RankView, culprits, describe
+from megagpt.watch.wire import MAX_LINE_BYTES, Wire
 
 # Whom to blame
 

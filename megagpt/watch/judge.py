@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.errors import EXIT_PEER_LOST, SILENT_S
-from megagpt.parallel.slow import WINDOW_S, SlowRanks, Work
-from megagpt.parallel.verdict import RankView, describe
-from megagpt.parallel.wire import Wire
+from megagpt.watch.slow import WINDOW_S, SlowRanks, Work
+from megagpt.watch.verdict import RankView, describe
+from megagpt.watch.wire import Wire
 
 BEAT_S = 1.0  # between two signs of life
 TURN_S = 0.1  # between two looks at the clock

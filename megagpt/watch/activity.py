@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megagpt.parallel.call_site import CallSite, call_site
+from megagpt.watch.call_site import CallSite, call_site
 
 MAX_GAP_S = 1.0  # more between two looks is sleep of the looking thread, and counts for neither work nor waiting
 

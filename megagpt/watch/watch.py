@@ -29,13 +29,13 @@ import torch
 import torch.distributed as dist
 
 from megagpt.errors import EXIT_PEER_LOST, SILENT_S
-from megagpt.parallel.activity import Activity
-from megagpt.parallel.call_site import enqueued, failed_at, flight_record, stack, waits_for
-from megagpt.parallel.host import machine_id, process_state
-from megagpt.parallel.judge import BEAT_S, Judge, Limits, end_process, say, write_down
 from megagpt.parallel.mesh import rank_name
-from megagpt.parallel.verdict import RankView, describe
-from megagpt.parallel.wire import Wire
+from megagpt.watch.activity import Activity
+from megagpt.watch.call_site import enqueued, failed_at, flight_record, stack, waits_for
+from megagpt.watch.host import machine_id, process_state
+from megagpt.watch.judge import BEAT_S, Judge, Limits, end_process, say, write_down
+from megagpt.watch.verdict import RankView, describe
+from megagpt.watch.wire import Wire
 
 LOOK_S = 0.05  # between two looks at the busy thread
 DOUBT_S = 3.0  # how long a rank that fails waits for the news that it fails because another one is lost
