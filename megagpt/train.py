@@ -51,7 +51,11 @@ def train(config: RunConfig) -> None:
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
     faults = config.faults
     limits = Limits(faults.heartbeat_timeout_s, faults.progress_timeout_s, faults.slow_rank_factor)
-    with distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp, limits=limits) as (mesh, watch), ExitStack() as stack:
+    with (
+        distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp, limits=limits) as (mesh, watch),
+        Stopper(faults.exit_after_minutes) as stopper,
+        ExitStack() as stack,
+    ):
         run = find_run(config, plan, mesh, stack)
         if run is None:
             return
@@ -62,7 +66,7 @@ def train(config: RunConfig) -> None:
         resumed = checkpoint.load(engine, run.resume_from) if run.resume_from else None
         with _start_report(run, engine, resumed) as report:
             parts = _parts(run, engine, report, resumed)
-            stopped = _loop(parts, watch, resumed.step if resumed else 0)
+            stopped = _loop(parts, watch, stopper, resumed.step if resumed else 0)
         if mesh.rank == 0:
             plot_runs([run.folder], run.folder / "loss.png")
             report.message(f"run folder: {run.folder} (loss curve: {run.folder / 'loss.png'})")
@@ -82,30 +86,29 @@ class Parts:
     report: Reporter
 
 
-def _loop(parts: Parts, watch: Watch, step: int) -> str | None:
+def _loop(parts: Parts, watch: Watch, stopper: Stopper, step: int) -> str | None:
     """All steps after `step`, or as many as there are until something asks to end: then returns what that was."""
     config, guard, saver = parts.run.config, parts.guard, parts.saver
-    with Stopper(config.faults.exit_after_minutes, parts.engine.device) as stopper:
-        while step < config.train.train_steps:
-            with watch.step(step + 1):
-                result = guard.train_step(step)
-            _report_step(parts, step + 1, result, watch.notes())
-            if back_to := guard.judge(step, result, saver.newest):
-                step = _go_back(parts, back_to)
-                continue
-            if config.debug.check_ranks:
-                check_ranks(parts.engine, step)
-            step += 1
-            stopped = stopper.agree(saver.failed)
-            last = stopped is not None or step == config.train.train_steps
-            validated = not stopped and (last or _due(step, config.log.eval_interval))
-            validation_loss = _validate(parts, step) if validated else None
-            if last or _due(step, config.checkpoint.save_interval):
-                saver.save(_state(parts, step, result.lr, validation_loss))
-            if saved := saver.finished(wait=last):
-                parts.report.message(f"step {step} | {saved}")
-            if stopped:
-                return stopped
+    while step < config.train.train_steps:
+        with watch.step(step + 1):
+            result = guard.train_step(step)
+        _report_step(parts, step + 1, result, watch.notes())
+        if back_to := guard.judge(step, result, saver.newest):
+            step = _go_back(parts, back_to)
+            continue
+        if config.debug.check_ranks:
+            check_ranks(parts.engine, step)
+        step += 1
+        stopped = stopper.agree(saver.failed, parts.engine.device)
+        last = stopped is not None or step == config.train.train_steps
+        validated = not stopped and (last or _due(step, config.log.eval_interval))
+        validation_loss = _validate(parts, step) if validated else None
+        if last or _due(step, config.checkpoint.save_interval):
+            saver.save(_state(parts, step, result.lr, validation_loss))
+        if saved := saver.finished(wait=last):
+            parts.report.message(f"step {step} | {saved}")
+        if stopped:
+            return stopped
     return None
 
 

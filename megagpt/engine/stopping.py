@@ -16,10 +16,10 @@ _TIME_IS_UP, _SAVE_FAILED = 1000, 1001  # above every signal's number: the highe
 class Stopper:
     """Remembers what asks this process to end, and lets the ranks agree on it between two steps."""
 
-    def __init__(self, limit_minutes: float | None, device: torch.device) -> None:
+    def __init__(self, limit_minutes: float | None) -> None:
         """The time limit counts from here. As a context manager it catches SIGNALS."""
         self._end_s = None if limit_minutes is None else time.monotonic() + limit_minutes * 60
-        self._received, self._device = 0, device
+        self._received = 0
 
     def __enter__(self) -> Stopper:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -29,7 +29,7 @@ class Stopper:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def agree(self, save_failed: bool) -> str | None:
+    def agree(self, save_failed: bool, device: torch.device) -> str | None:
         """Why all ranks end now; None where nothing asks any of them to.
 
         Comm: one all-reduce of a number.
@@ -37,7 +37,7 @@ class Stopper:
         reason = self._received
         if self._end_s is not None and time.monotonic() >= self._end_s:
             reason = _TIME_IS_UP
-        highest = torch.tensor(_SAVE_FAILED if save_failed else reason, device=self._device)
+        highest = torch.tensor(_SAVE_FAILED if save_failed else reason, device=device)
         if dist.get_world_size() > 1:
             dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         return _told(int(highest))

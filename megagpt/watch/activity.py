@@ -42,7 +42,7 @@ class Activity:
     def look(self, now_s: float) -> None:
         """See where the busy thread is. now_s: a clock that does not jump."""
         site = self.failed_at or call_site()
-        if site.instruction != self._site.instruction or self._n_marks != self._n_looked_marks:
+        if site.lines != self._site.lines or self._n_marks != self._n_looked_marks:
             self._moved_at = now_s
         gap_s = now_s - self._looked_at
         if self._in_step and gap_s < MAX_GAP_S:

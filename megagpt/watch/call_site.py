@@ -10,15 +10,18 @@ import linecache
 import sys
 import sysconfig
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from megagpt.watch.stacks import Line, stacks
 
 PACKAGE = str(Path(__file__).parents[1])
 LIBRARIES = ("<", *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -30,39 +33,30 @@ MAX_RECORDED = 20  # collectives, likewise
 class CallSite:
     """place: "megagpt/engine/engine.py:84 train_step". collective: "all_reduce", or None outside of one.
 
-    instruction: what changes when the thread moves; of no other use. stack: of a failed one, innermost first.
+    lines: the whole stack, innermost first; it changes when the thread moves.
     """
 
     place: str
     collective: str | None
-    instruction: Hashable
-    stack: Sequence[str] = ()
+    lines: Sequence[Line]
+
+    @property
+    def stack(self) -> list[str]:
+        """The places, innermost first."""
+        return [place(line) for line in self.lines[:MAX_FRAMES]]
 
 
 def call_site() -> CallSite:
     """Where this process's busy thread is. Cheap enough (some 0.1 ms) to be called 20 times a second."""
-    top = busy_frame()
-    collective, ours = None, None
-    for frame in outwards(top):
-        collective = collective or _collective(frame, top)
-        if is_ours(frame.f_code.co_filename):
-            ours = frame
-            break
-    shown = ours or top
-    return CallSite(place(shown), collective, (id(top.f_code), top.f_lasti, id(shown.f_code), shown.f_lasti))
-
-
-def stack() -> list[str]:
-    """The places of the busy thread, innermost first."""
-    return [place(frame) for frame, _ in zip(outwards(busy_frame()), range(MAX_FRAMES), strict=False)]
+    return _site(busy_stack())
 
 
 def failed_at(error: BaseException) -> CallSite:
     """Where an exception came from: the site to show for a thread that has left it already."""
-    frames = list(_traceback_frames(error.__traceback__))
-    collective = next((name for f in reversed(frames) if (name := _collective(f, frames[-1]))), None)
-    shown = next((f for f in reversed(frames) if is_ours(f.f_code.co_filename)), frames[-1])
-    return CallSite(place(shown), collective, id(error), [place(f) for f in reversed(frames)][:MAX_FRAMES])
+    lines = [
+        Line(f.f_code.co_filename, number, f.f_code.co_name) for f, number in traceback.walk_tb(error.__traceback__)
+    ]
+    return _site(lines[::-1])
 
 
 def waits_for() -> list[int] | None:
@@ -70,11 +64,12 @@ def waits_for() -> list[int] | None:
 
     Not for frequent use: reading the arguments of a running function keeps them alive until it returns.
     """
-    top = busy_frame()
-    for frame in outwards(top):
-        if _collective(frame, top) and frame.f_code.co_filename == distributed_c10d.__file__:
-            return _partners(frame)
-    return None
+    if not any(_is_c10d(line) for line in busy_stack()):
+        return None
+    frame: FrameType | None = sys._current_frames()[_busy_thread(stacks())]  # it stands still, in C
+    while frame and not _is_c10d(Line(frame.f_code.co_filename, 0, frame.f_code.co_name)):
+        frame = frame.f_back
+    return _partners(frame) if frame else None
 
 
 def enqueued() -> tuple[str, list[int]] | None:
@@ -97,32 +92,31 @@ def flight_record() -> dict[str, Any]:
     return {"groups": record.get("pg_status"), "unfinished": record.get("entries", [])[:MAX_RECORDED]}
 
 
-def busy_frame() -> FrameType:
-    """The innermost frame of the thread that does the work.
+def busy_stack() -> list[Line]:
+    """The stack of the thread that does the work, innermost first.
 
     That is the main thread; but on a GPU the backward pass runs in threads of autograd, for which the main one waits.
     """
-    frames = sys._current_frames()
-    main_id = threading.main_thread().ident
-    main = frames[main_id or 0]
-    if main.f_code.co_name != "_engine_run_backward":
+    found = stacks()
+    return found[_busy_thread(found)]
+
+
+def _busy_thread(found: dict[int, list[Line]]) -> int:
+    main = threading.main_thread().ident or 0
+    if found[main][0].function != "_engine_run_backward":
         return main
-    for thread_id, frame in frames.items():
-        outermost = list(outwards(frame))[-1]
-        born_in_python = outermost.f_code.co_filename == threading.__file__
-        if thread_id != main_id and not born_in_python:
-            return frame
-    return main
+    others = (i for i, lines in found.items() if i != main and lines[-1].file != threading.__file__)
+    return next(others, main)
 
 
-def place(frame: FrameType) -> str:
-    """A frame as file:line function, the file relative to the folder of the package where it is inside."""
-    path = frame.f_code.co_filename
+def place(line: Line) -> str:
+    """A line as file:line function, the file relative to the folder of the package where it is inside."""
+    path = line.file
     if path.startswith(PACKAGE):
         path = path[len(str(Path(PACKAGE).parent)) + 1 :]
     for library in LIBRARIES[1:]:
         path = path.removeprefix(library + "/")
-    return f"{path}:{_line(frame)} {frame.f_code.co_name}"
+    return f"{path}:{line.number} {line.function}"
 
 
 def is_ours(path: str) -> bool:
@@ -130,25 +124,20 @@ def is_ours(path: str) -> bool:
     return path.startswith(PACKAGE) or not path.startswith(LIBRARIES)
 
 
-def outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame and its callers."""
-    while frame:
-        yield frame
-        frame = frame.f_back
+def _site(lines: list[Line]) -> CallSite:
+    """What a stack says: our innermost line, and the collective that was called from it."""
+    n_theirs = next((i for i, line in enumerate(lines) if is_ours(line.file)), None)
+    above = lines if n_theirs is None else lines[: n_theirs + 1]
+    shown = lines[n_theirs or 0]
+    collective = next((line.function for line in above if _is_c10d(line)), None)
+    if collective is None and ".wait()" in linecache.getline(lines[0].file, lines[0].number):
+        collective = "wait"  # for one that was started earlier
+    return CallSite(place(shown), collective, tuple(lines))
 
 
-def _collective(frame: FrameType, top: FrameType) -> str | None:
-    """The collective that a frame is the call of; "wait" for one that was started earlier."""
-    code = frame.f_code
-    if code.co_filename == distributed_c10d.__file__ and not code.co_name.startswith("_"):
-        return code.co_name
-    if frame is top and ".wait()" in linecache.getline(code.co_filename, _line(frame)):
-        return "wait"
-    return None
-
-
-def _line(frame: FrameType) -> int:
-    return frame.f_lineno or frame.f_code.co_firstlineno  # Python has instructions that belong to no line
+def _is_c10d(line: Line) -> bool:
+    """Whether a line is in the body of a collective of torch.distributed."""
+    return line.file == distributed_c10d.__file__ and not line.function.startswith("_")
 
 
 def _partners(frame: FrameType) -> list[int]:
@@ -163,9 +152,3 @@ def _partners(frame: FrameType) -> list[int]:
 
 def _unfinished() -> dict[str, Any]:
     return json.loads(c10d._dump_fr_trace_json(onlyActive=True))  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _traceback_frames(traceback: TracebackType | None) -> Iterator[FrameType]:
-    while traceback:
-        yield traceback.tb_frame
-        traceback = traceback.tb_next

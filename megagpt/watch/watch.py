@@ -31,7 +31,7 @@ import torch.distributed as dist
 from megagpt.errors import EXIT_PEER_LOST, SILENT_S
 from megagpt.parallel.mesh import rank_name
 from megagpt.watch.activity import Activity
-from megagpt.watch.call_site import enqueued, failed_at, flight_record, stack, waits_for
+from megagpt.watch.call_site import call_site, enqueued, failed_at, flight_record, waits_for
 from megagpt.watch.host import machine_id, process_state
 from megagpt.watch.judge import BEAT_S, Judge, Limits, end_process, say, write_down
 from megagpt.watch.verdict import RankView, describe
@@ -221,7 +221,7 @@ class WatchThread(threading.Thread):
         return {
             "collective": collective,
             "waits_for": needs or [],
-            "stack": failed.stack if (failed := self.activity.failed_at) else stack(),
+            "stack": (self.activity.failed_at or call_site()).stack,
             "flight_recorder": flight_record(),
             "seen": [(p["pid"], process_state(p["pid"])) for p in silent if p["machine"] == here],
         }
@@ -258,6 +258,7 @@ class WatchThread(threading.Thread):
             message = describe([judge, me], timeout_s)
             say(message)
             write_down(self.folder, message, [judge, me], {})
+            time.sleep(2 * BEAT_S)  # the others, who notice a little later, must see that this rank lives to speak
         else:
             time.sleep(SILENT_S)
         end_process(EXIT_PEER_LOST)

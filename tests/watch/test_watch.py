@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megagpt.parallel.local import run_ranks
 from megagpt.watch.activity import Activity
-from megagpt.watch.call_site import call_site, enqueued, failed_at, stack, waits_for
+from megagpt.watch.call_site import call_site, enqueued, failed_at, waits_for
 from megagpt.watch.host import machine_id, process_state
 from megagpt.watch.judge import Judge, Limits
 from megagpt.watch.slow import N_WINDOWS, SlowRanks, Work
@@ -134,7 +134,7 @@ def test_the_place_is_the_innermost_line_of_ours():
     site = seen_from_aside(call_site)  # inside of threading.py
     assert site.place.endswith(" seen_from_aside") and "test_watch.py:" in site.place
     assert site.collective is None
-    assert "threading.py" in seen_from_aside(stack)[0]
+    assert "threading.py" in site.stack[0]
 
 
 class Doubling(torch.autograd.Function):
@@ -214,6 +214,7 @@ def test_a_thread_that_stays_is_still_and_one_that_goes_on_is_not():
 
     def look() -> list[float]:
         found = []
+        time.sleep(0.1)  # until the other thread waits for this one
         for now_s in (1.0, 1.5, 2.0):
             activity.look(now_s)
             found.append(activity.report()["still_s"])
