@@ -19,11 +19,12 @@ class UserError(Exception):
     """Something the user gave cannot work. The message says what was got, what was wanted, what to do.
 
     speaks: whether this process prints it. Of several ranks that fail together exactly one does.
+    code: the exit code that it becomes.
     """
 
-    def __init__(self, message: str, speaks: bool = True) -> None:
+    def __init__(self, message: str, speaks: bool = True, code: int = EXIT_USER) -> None:
         super().__init__(message)
-        self.speaks = speaks
+        self.speaks, self.code = speaks, code
 
 
 def one_line(text: str) -> str:
@@ -51,7 +52,7 @@ def run_cli(main: Callable[[], int | None], speaks: bool = True) -> None:
             print(f"error: {one_line(str(error))}", file=sys.stderr)
         else:
             time.sleep(SILENT_S)
-        sys.exit(EXIT_USER)
+        sys.exit(error.code)
     except Stopped as stop:
         if stop.speaks:
             print(stop, flush=True)

@@ -296,7 +296,7 @@ def test_ranks_may_end_at_different_times(running, name):
 def test_who_does_not_come_at_the_start_is_named(running, absent, told):
     case = running[f"rank {absent} missing"]
     codes = case.end(START_S + TIMEOUT_S + SILENT_S, absent)
-    assert [code for rank, code in enumerate(codes) if rank != absent] == [EXIT_USER] * 2
+    assert [code for rank, code in enumerate(codes) if rank != absent] == [EXIT_PEER_LOST] * 2
     (error,) = case.ranks.errors
     assert re.match(f"error: {told}", error), error
 

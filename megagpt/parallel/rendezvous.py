@@ -18,6 +18,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megagpt.errors import EXIT_PEER_LOST
 from megagpt.parallel.agree import RankError
 
 MAX_NAMED = 8
@@ -80,16 +81,21 @@ def _who_is_missing(
         # Those that came later also give up later: the first one speaks, before a launcher ends it for another's end.
         speaks = bool(meeting) and meeting.add("gave up", 1) == 1
     except RuntimeError:
-        return RankError("rank 0 ended before all processes had come; see its output", speaks=False)
+        return RankError(
+            "rank 0 ended before all processes had come; see its output", speaks=False, code=EXIT_PEER_LOST
+        )
     missing = [r for r in range(n_ranks) if r not in arrived]
     if 0 in missing or not missing:  # no meeting, or one of the start before
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-        return RankError(f"{name(0)} did not come within {timeout_s:g} s; see its output", speaks=speaks)
+        return RankError(
+            f"{name(0)} did not come within {timeout_s:g} s; see its output", speaks=speaks, code=EXIT_PEER_LOST
+        )
     named = ", ".join(name(r) for r in missing[:MAX_NAMED]) + ", …" * (len(missing) > MAX_NAMED)
     return RankError(
         f"{len(arrived)} of {n_ranks} processes came within {timeout_s:g} s; missing: {named}; see their output, "
         "and that every host was started with the same number of processes",
         speaks,
+        EXIT_PEER_LOST,
     )
 
 
@@ -135,6 +141,7 @@ def _wait_for(host: str, port: int, timeout_s: float, speaks: bool) -> None:
                     f"({error.strerror or error}); see its output, and that {socket.gethostname()} reaches that "
                     "address",
                     speaks,
+                    EXIT_PEER_LOST,
                 ) from None
         time.sleep(0.2)
 
