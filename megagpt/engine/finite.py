@@ -7,6 +7,7 @@ are led there: a loss that is infinite while its gradient is not, and gradients 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,8 +48,9 @@ def watch_uncounted(optimizer: Any, parameters: list[Named], mesh: Mesh) -> None
         left_out = [grad for parameter, grad in gradients if id(parameter) not in counted]
         counting = [grad for parameter, grad in gradients if id(parameter) in counted]
         if left_out and counting:
-            with torch.no_grad():
-                counting[0].view(-1)[:1] += 0 * torch.stack(torch._foreach_norm(left_out)).sum()
+            # Of each the largest element, since in fp16 sums overflow where no element does.
+            largest = torch.stack(torch._foreach_norm(left_out, math.inf))
+            counting[0].detach().view(-1)[:1].masked_fill_(~largest.isfinite().all(), math.nan)
         return step(*args, **kwargs)
 
     optimizer.step = spoil_and_step
