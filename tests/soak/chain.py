@@ -19,6 +19,7 @@ from tests.soak.trace import Trace
 
 KEPT = {folders.folder_of(Path(), step).name for step in (STEPS - SAVE_INTERVAL, STEPS)}
 LAUNCH_S = 10.0  # from the command to the first step, about: each rank imports torch and DeepSpeed
+MAX_RUNS = 5  # of a chain
 DEADLINE_S = 120.0  # for what is left of a job to end by itself, or to start again
 WHOLE_RUN_S = 500.0  # seconds on a machine with nothing else to do; the watch ends a run that hangs much sooner
 
@@ -92,25 +93,29 @@ def make_reference(layout: Layout, dataset: str, folder: Path) -> Reference:
 
 
 def run_chain(chain: Chain, reference: Reference, dataset: str, folder: Path) -> list[Cycle]:
-    """Kill, restart, …, let it end, compare. The folder is deleted where nothing is wrong."""
-    folder.mkdir(parents=True)
-    life = _Life(chain, reference, dataset, folder)
+    """Kill, restart, …, let it end, compare. The folder is deleted where nothing is wrong.
+
+    A run that comes to its end before it was killed often enough is compared too, and another one is begun.
+    """
     cycles: list[Cycle] = []
     random = Random(f"{chain.seed} {chain.number} kills")
     began = time.monotonic()
-    for number in range(chain.n_kills):
-        saving = (chain.number + number) % 2 == 0
-        cycle = life.kill(random, saving=saving)
-        if cycle is None:  # it was faster than its reference
+    for number in range(MAX_RUNS):
+        life = _Life(chain, reference, dataset, folder / f"{number}")
+        while len(cycles) < chain.n_kills:
+            cycle = life.kill(random, saving=(chain.number + len(cycles)) % 2 == 0)
+            if cycle is None:  # it has ended
+                break
+            cycles.append(cycle)
+        problems = life.finish()
+        if cycles:
+            cycles[-1].problems += problems
+        elif problems:
+            raise AssertionError(f"{folder}, which nothing was done to: {problems}")
+        if len(cycles) == chain.n_kills:
             break
-        cycles.append(cycle)
-    problems = life.finish()
     for cycle in cycles:
         cycle.wall_s = (time.monotonic() - began) / len(cycles)
-    if cycles:
-        cycles[-1].problems += problems
-    elif problems:
-        raise AssertionError(f"{folder}, which nothing was done to: {problems}")
     if not any(cycle.problems for cycle in cycles):
         shutil.rmtree(folder)
     return cycles
@@ -120,6 +125,7 @@ class _Life:
     """One run folder through its attempts."""
 
     def __init__(self, chain: Chain, reference: Reference, dataset: str, folder: Path) -> None:
+        folder.mkdir(parents=True)
         self._chain, self._reference, self._folder = chain, reference, folder
         self._run = folder / "run"
         self._argv = command_line(chain.layout, dataset, self._run, async_save=chain.async_save)
