@@ -21,7 +21,7 @@ import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megagpt.watch.stacks import Line, stacks
+from megagpt.watch.stacks import Line, stack_of, stacks
 
 PACKAGE = str(Path(__file__).parents[1])
 LIBRARIES = ("<", *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -66,7 +66,7 @@ def waits_for() -> list[int] | None:
     """
     if not any(_is_c10d(line) for line in busy_stack()):
         return None
-    frame: FrameType | None = sys._current_frames()[_busy_thread(stacks())]  # it stands still, in C
+    frame: FrameType | None = sys._current_frames()[_busy_thread()]  # it stands still, in C
     while frame and not _is_c10d(Line(frame.f_code.co_filename, 0, frame.f_code.co_name)):
         frame = frame.f_back
     return _partners(frame) if frame else None
@@ -97,15 +97,14 @@ def busy_stack() -> list[Line]:
 
     That is the main thread; but on a GPU the backward pass runs in threads of autograd, for which the main one waits.
     """
-    found = stacks()
-    return found[_busy_thread(found)]
+    return stack_of(_busy_thread())
 
 
-def _busy_thread(found: dict[int, list[Line]]) -> int:
+def _busy_thread() -> int:
     main = threading.main_thread().ident or 0
-    if found[main][0].function != "_engine_run_backward":
+    if stack_of(main)[0].function != "_engine_run_backward":
         return main
-    others = (i for i, lines in found.items() if i != main and lines[-1].file != threading.__file__)
+    others = (i for i, lines in stacks().items() if i != main and lines[-1].file != threading.__file__)
     return next(others, main)
 
 

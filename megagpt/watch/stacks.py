@@ -1,19 +1,20 @@
 """The stacks of all threads of this process, as they are at one moment.
 
-By faulthandler, which writes them down in one call: no thread runs meanwhile. Following the frames of a running thread
-from Python (`sys._current_frames`) is no way to do it: between two steps it may go on and leave the frame that the next
-step starts from, which once in some 200 runs of ours gave something that was no frame.
+Another thread's frames must be followed without a pause: between two steps it may go on, and leave the frame that the
+next step starts from (seen: something that was no frame). So the whole walk is one call of C code, iterators of the
+standard library inside each other, in which Python does not switch threads. faulthandler would do it in one call as
+well, but does not lock the list of threads: it crashed when one had just been born.
 """
 
 from __future__ import annotations
 
-import faulthandler
-import os
-import re
-from typing import NamedTuple
+import gc
+import sys
+from itertools import accumulate, chain, islice, repeat
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
 
-_THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
-_LINE = re.compile(r'  File "(.*)", line (\d+|\?\?\?) in (.*)')
+MAX_LINES = 100
 
 
 class Line(NamedTuple):
@@ -25,24 +26,22 @@ class Line(NamedTuple):
 
 
 def stacks() -> dict[int, list[Line]]:
-    """By the identity of a thread: its lines, innermost first, 100 at most."""
-    descriptor = os.memfd_create("stacks")
+    """By the identity of a thread: its lines, innermost first, MAX_LINES at most."""
+    return {thread: lines for thread in sys._current_frames() if (lines := stack_of(thread))}
+
+
+def stack_of(thread: int) -> list[Line]:
+    """The lines of one thread, innermost first; none where it has ended."""
+    top = islice(map(itemgetter(thread), iter(sys._current_frames, None)), 1)
+    frames = accumulate(chain(top, repeat("f_back", MAX_LINES - 1)), getattr)
+    found: list[tuple[Any, int | None]] = []
+    collects = gc.isenabled()
+    gc.disable()  # it may run Python code, which may switch threads
     try:
-        faulthandler.dump_traceback(descriptor, all_threads=True)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        text = os.read(descriptor, 1 << 22).decode(errors="replace")
+        found.extend(map(attrgetter("f_code", "f_lineno"), frames))
+    except (AttributeError, KeyError):
+        pass  # the outermost frame's f_back is None; or there is no such thread
     finally:
-        os.close(descriptor)
-    return parse(text)
-
-
-def parse(text: str) -> dict[int, list[Line]]:
-    """What faulthandler wrote. Threads without a line of Python are left out."""
-    found: dict[int, list[Line]] = {}
-    lines: list[Line] = []
-    for row in text.splitlines():
-        if thread := _THREAD.match(row):
-            lines = found[int(thread[1], 16)] = []
-        elif line := _LINE.fullmatch(row):
-            lines.append(Line(line[1], 0 if line[2] == "???" else int(line[2]), line[3]))
-    return {thread: lines for thread, lines in found.items() if lines}
+        if collects:
+            gc.enable()
+    return [Line(code.co_filename, number or 0, code.co_name) for code, number in found]

@@ -6,26 +6,7 @@ import threading
 import time
 import traceback
 
-from megagpt.watch.stacks import Line, parse, stacks
-
-
-def test_what_faulthandler_writes_is_read():
-    text = (
-        "Thread 0x00007f12 [worker] (most recent call first):\n"
-        '  File "/a b/"c".py", line 7 in f\n'
-        '  File "/d.py", line ??? in <module>\n'
-        "\n"
-        "Thread 0x00007f13 (most recent call first):\n"
-        "  <no Python frame>\n"
-        "\n"
-        "Current thread 0x00007f14 (most recent call first):\n"
-        '  File "/e.py", line 1 in g\n'
-        "  ...\n"
-    )
-    assert parse(text) == {
-        0x7F12: [Line('/a b/"c".py', 7, "f"), Line("/d.py", 0, "<module>")],
-        0x7F14: [Line("/e.py", 1, "g")],
-    }
+from megagpt.watch.stacks import Line, stack_of, stacks
 
 
 def test_of_a_thread_that_stands_still_it_is_what_the_traceback_module_says():
@@ -44,8 +25,15 @@ def test_of_a_thread_that_stands_still_it_is_what_the_traceback_module_says():
 
     expected = nested()
     seen = [line for line in found[threading.main_thread().ident or 0] if line.file != threading.__file__]
-    n = min(len(expected), 90)  # faulthandler stops after 100
+    n = min(len(expected), 90)  # MAX_LINES is 100
     assert [(line.file, line.function) for line in seen[:n]] == [(line.file, line.function) for line in expected[:n]]
+
+
+def test_a_thread_that_has_ended_has_none():
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
+    assert stack_of(thread.ident or 0) == []
 
 
 def test_of_threads_that_run_it_is_always_a_stack():
