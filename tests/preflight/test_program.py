@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megagpt.errors import EXIT_PEER_LOST
 from tests.tiny_data import VOCAB_SIZE, write_tiny_data
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +97,7 @@ def test_a_rendezvous_that_is_not_there_is_named(data, port):
         env=environment(RANK="1", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
-    assert done.returncode == 2
+    assert done.returncode == EXIT_PEER_LOST
     assert done.stderr.startswith(
         f"error: no answer from rank 0 at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT) within 2"
     )
