@@ -70,7 +70,7 @@ class Saver:
         """Save the engine as it is. A save that is still going on is waited for.
 
         Comm: collective over all ranks.  Raises a RankError on all of them where one cannot write, or holds a NaN or
-        Inf; with async_save not here but at the next call of `finished` or `wait`.
+        Inf; with async_save not here but at the next call of `wait`.
         """
         start = time.perf_counter()
         self.wait()
@@ -94,28 +94,28 @@ class Saver:
         return self._newest
 
     def finished(self, wait: bool = False) -> Saved | None:
-        """The save that has ended since the last call, if one has.  Raises what it raised."""
+        """The save that has ended since the last call, if one has. wait: for one that goes on, and raise its error."""
         if wait:
             self.wait()
-        if self._thread is not None and self._thread.is_alive():
+        if self.failed:  # not raised here: the ranks learn of it at different moments, and must raise it at one
             return None
         outcome, self._outcome = self._outcome, None
-        if isinstance(outcome, Exception):
-            raise outcome
+        assert not isinstance(outcome, Exception)
         return outcome
 
     def wait(self) -> None:
-        """Until nothing is being saved any more."""
+        """Until nothing is being saved any more.  Raises what the save raised: on all ranks, which all call this."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self.failed:
-            self.finished()
+        if isinstance(error := self._outcome, Exception):
+            self._outcome = None
+            raise error
 
     def _run_in_background(self, held: Held, at: State, stopped_s: float) -> None:
         try:
             self._outcome = self._write([held], at, stopped_s)
-        except Exception as error:  # the training raises it: see `finished`
+        except Exception as error:  # the training raises it: see `wait`
             self._outcome = error
 
     def _write(self, chunks: Iterable[Held], at: State, stopped_s: float | None) -> Saved:

@@ -266,7 +266,8 @@ def fail_to_save(config: RunConfig, run: Path, async_save: bool, limit: int) -> 
         saver.save(state_of(engine, 2))
         while not saver.failed:
             time.sleep(0.01)
-        saver.finished()
+        assert saver.finished() is None  # each rank knows by now, but not yet of the others that they do
+        saver.wait()
     except UserError as error:
         message = str(error)
     dist.barrier()  # rank 0 clears up
