@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
 INTRODUCTION = """# Configuration
 
-*Written by `tools/config_reference.py` from `megagpt/config.py`; change it there.*
+*Written by `tools/config_reference.py` from the dataclasses of `megagpt/config`; change it there.*
 
 A run has nine sections of settings. Each setting has a flag, `--section.name`; the frequent ones have a
 short flag too. Hyphens and underscores are the same. A switch is turned off with `--no-name`

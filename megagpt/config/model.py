@@ -1,0 +1,182 @@
+"""The architecture: what a checkpoint is bound to, and what `megagpt/model` builds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from megagpt.config.checks import divisors, fraction, positive, require
+from megagpt.config.pattern import Pattern
+from megagpt.errors import UserError
+
+_MAX_LAYERS = 4096  # the plan lists them one by one
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture."""
+
+    n_layers: Annotated[int, arg(aliases=["--n-layers"])] = 4
+    """Transformer blocks."""
+    d_model: Annotated[int, arg(aliases=["--d-model"])] = 192
+    """Width of the residual stream."""
+    n_heads: Annotated[int, arg(aliases=["--n-heads"])] = 4
+    """Attention heads."""
+    n_kv_heads: Annotated[int | None, arg(aliases=["--n-kv-heads"])] = None
+    """Heads of keys and values, shared by groups of query heads; default n_heads, 1 is multi-query attention."""
+    d_head: int | None = None
+    """Width of one head; default d_model / n_heads."""
+    d_ff: int | None = None
+    """Width of the MLP; default 4 * d_model."""
+    seq_len: Annotated[int, arg(aliases=["--seq-len"])] = 256
+    """Context length in tokens, and the length of a training sample."""
+    vocab_size: Annotated[int | None, arg(aliases=["--vocab-size"])] = None
+    """Tokens of the vocabulary; default the tokenizer's. Padding for tp is added by itself."""
+    block: Literal["sequential", "parallel", "parallel_two_norms"] = "sequential"
+    """Attention, then MLP; or both from one norm (GPT-J, PaLM), or each from a norm of its own (GPT-NeoX), added."""
+    position: Literal["learned", "sinusoidal", "rotary", "alibi", "transformer_xl", "t5", "none"] = "learned"
+    """Position information: learned or sinusoidal embeddings, or within attention: rotary (RoFormer), ALiBi, relative
+    with a projection (Transformer-XL), T5's buckets; or none."""
+    rotary_base: float = 10000.0
+    """Base of the rotary wavelengths."""
+    rotary_fraction: float = 1.0
+    """Share of a head's width that rotary turns (GPT-NeoX: 0.25)."""
+    rotary_interleaved: bool = False
+    """Pair neighbours (GPT-J), not halves (GPT-NeoX, LLaMA)."""
+    rotary_factor: float = 1.0
+    """Reach so many times further than was trained, by what rotary_scaling says."""
+    rotary_scaling: Literal["linear", "ntk"] = "linear"
+    """Divide positions (Chen et al. 2023), or raise the base (NTK-aware)."""
+    t5_buckets: int = 32
+    """Buckets of T5's relative positions."""
+    t5_max_distance: int = 128
+    """Distance from which T5's positions share the last bucket."""
+    attention: tuple[str, ...] = ("dense",)
+    """What queries may attend, by layer in turn: dense, window:W (the last W), strided:S (the last S, and every S-th),
+    bigbird:B:W:G:R (blocks of B tokens: the last W, the first G, R random ones); GPT-3: dense window:256."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Before each sub-block (GPT-2), or after the sum with the residual (GPT-1)."""
+    final_norm: bool = True
+    """A norm before the head."""
+    embedding_norm: bool = False
+    """A norm after the embedding (BLOOM)."""
+    norm_eps: float = 1e-5
+    """Epsilon of the norms."""
+    activation: Literal["gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu"] = "gelu_tanh"
+    """MLP activation: GPT-2's tanh form, the exact GELU, ReLU, its square, or a gated unit (SiLU or GELU gate)."""
+    mlp: Literal["dense", "low_rank", "butterfly", "monarch"] = "dense"
+    """The matrices of the MLP: dense, or products of fewer parameters."""
+    mlp_rank: int | None = None
+    """Rank of low_rank matrices."""
+    mlp_blocks: int | None = None
+    """Blocks of each of the two factors of monarch matrices."""
+    bias_attention: bool = True
+    """Biases of the attention's projections."""
+    bias_mlp: bool = True
+    """Biases of the MLP."""
+    bias_norm: bool = True
+    """Biases of LayerNorms."""
+    bias_head: bool = False
+    """A bias of each token's logit (GPT-J)."""
+    tied_embeddings: bool = True
+    """Use the token embedding as output matrix too."""
+    logit_scale: float = 1.0
+    """Factor of the logits (PaLM: 1 / sqrt(d_model))."""
+    dropout_embedding: float = 0.0
+    """Dropout on the embeddings."""
+    dropout_attention: float = 0.0
+    """Dropout on the attention probabilities."""
+    dropout_residual: float = 0.0
+    """Dropout on what each sub-block adds to the residual stream."""
+    init: Literal["gpt2", "normal", "small", "fan_in"] = "gpt2"
+    """Initial weights: N(0, init_std) with residual projections / sqrt(2 * n_layers) (gpt2) or not (normal, GPT-1);
+    sqrt(2 / (5 * d_model)) with residual projections 2 / (n_layers * sqrt(d_model)) (small, GPT-NeoX);
+    1 / sqrt(inputs), embeddings of 1 (fan_in, PaLM)."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights, where init uses it."""
+
+    def __post_init__(self) -> None:
+        positive(
+            "model",
+            self,
+            *("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "seq_len", "vocab_size"),
+            *("norm_eps", "init_std", "logit_scale", "rotary_base", "rotary_fraction", "rotary_factor"),
+            *("t5_buckets", "t5_max_distance", "mlp_rank", "mlp_blocks"),
+        )
+        require(
+            self.n_layers <= _MAX_LAYERS,
+            f"model.n_layers={self.n_layers}",
+            f"must be at most {_MAX_LAYERS}",
+            "published models have up to 200",
+        )
+        fraction("model", self, "dropout_embedding", "dropout_attention", "dropout_residual")
+        require(
+            self.d_head is not None or self.d_model % self.n_heads == 0,
+            f"model.d_model={self.d_model} with model.n_heads={self.n_heads}",
+            "must divide evenly",
+            f"try n_heads in {divisors(self.d_model)[:12]}, or set d_head",
+        )
+        require(
+            self.n_heads % self.kv_heads == 0,
+            f"model.n_kv_heads={self.kv_heads} with model.n_heads={self.n_heads}",
+            "must share keys between groups of equal size",
+            f"use one of {', '.join(map(str, divisors(self.n_heads)))}",
+        )
+        require(len(self.attention) > 0, "model.attention", "is empty", "use dense")
+        for text in self.attention:
+            Pattern.parse(text).require_fits(self.seq_len)
+        self._check_position()
+
+    def _check_position(self) -> None:
+        turned = self.rotary_width
+        require(
+            self.position != "rotary" or (turned % 2 == 0 and turned > 0 and self.rotary_fraction <= 1),
+            f"model.position=rotary with heads of width {self.head_width}, rotary_fraction={self.rotary_fraction}",
+            f"must turn pairs of numbers within a head, not {turned} of {self.head_width}",
+            "set d_head to an even number, rotary_fraction to at most 1",
+        )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP's hidden width comes twice, as gate and as value."""
+        return self.activation.endswith("glu")
+
+    @property
+    def kv_heads(self) -> int:
+        """n_kv_heads, resolved."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def grouped(self) -> bool:
+        """Whether several query heads share keys and values."""
+        return self.kv_heads < self.n_heads
+
+    @property
+    def head_width(self) -> int:
+        """d_head, resolved."""
+        return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def ff_width(self) -> int:
+        """d_ff, resolved."""
+        return self.d_ff or 4 * self.d_model
+
+    @property
+    def rotary_width(self) -> int:
+        """How much of a head's width rotary turns."""
+        return int(self.head_width * self.rotary_fraction)
+
+    @property
+    def vocab(self) -> int:
+        """vocab_size, once the tokenizer has set it."""
+        if self.vocab_size is None:
+            raise UserError("model.vocab_size is not known yet; set it, or give a tokenizer")
+        return self.vocab_size
+
+    def pattern(self, layer: int) -> Pattern:
+        """Which keys a query of this layer may attend."""
+        return Pattern.parse(self.attention[layer % len(self.attention)])

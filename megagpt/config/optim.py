@@ -1,0 +1,74 @@
+"""The optimizer, its schedule, clipping, and what is added to the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from megagpt.config.checks import fraction, not_negative, positive, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer, its schedule, clipping, and what is added to the loss."""
+
+    optimizer: Annotated[
+        Literal["adamw", "adam", "adafactor", "adafactor_unfactored", "lion", "muon"], arg(aliases=["--optimizer"])
+    ] = "adamw"
+    """AdamW; Adam (decay within the gradient); Adafactor, or with whole second moments (PaLM); Lion; Muon, with AdamW
+    for what is no matrix of a block."""
+    lr: Annotated[float, arg(aliases=["--lr"])] = 2e-3
+    """Peak learning rate."""
+    schedule: Annotated[Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"], arg(aliases=["--schedule"])] = (
+        "cosine"
+    )
+    """How the rate falls after warm-up and hold: to min_lr_fraction by a cosine or a line, with 1 / sqrt(step), not at
+    all, or (warm-up, stable, decay) by a line in the last decay_fraction of the run."""
+    min_lr_fraction: float = 0.1
+    """The rate ends at this share of the peak."""
+    warmup_steps: Annotated[int, arg(aliases=["--warmup-steps"])] = 20
+    """Steps of linear warm-up."""
+    warmup_tokens: Annotated[int | None, arg(aliases=["--warmup-tokens"])] = None
+    """Tokens of linear warm-up, in place of steps."""
+    warmup_from: float = 0.0
+    """Learning rate that the warm-up begins at."""
+    hold_steps: int = 0
+    """Steps at the peak between warm-up and decay."""
+    decay_steps: int | None = None
+    """Step at which the decay ends; default train.train_steps."""
+    decay_tokens: int | None = None
+    """Tokens after which the decay ends, in place of decay_steps."""
+    decay_fraction: float = 0.1
+    """Share of the run that wsd decays in."""
+    beta1: float = 0.9
+    """Decay rate of the first moment (Adam, Lion), or momentum (Muon)."""
+    beta2: float = 0.95
+    """Decay rate of the second moment (Adam); of the momentum (Lion)."""
+    beta2_power: float = 0.8
+    """Adafactor: the second moment decays by 1 - step^-this."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: Annotated[float, arg(aliases=["--weight-decay"])] = 0.1
+    """Decay of weights, decoupled but for adam; none on biases and norms."""
+    weight_decay_times: Literal["lr", "lr_squared"] = "lr"
+    """A step shrinks weights by weight_decay times this (PaLM: lr squared)."""
+    clip: Annotated[float, arg(aliases=["--clip"])] = 1.0
+    """Clip gradients to this global norm; 0 turns clipping off."""
+    z_loss: float = 0.0
+    """Add this times log(Z)^2 to the loss of a token, Z its softmax's denominator (PaLM: 1e-4)."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over the vocabulary."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay a step; default none."""
+
+    def __post_init__(self) -> None:
+        positive("optim", self, "lr", "eps", "decay_steps", "warmup_tokens", "decay_tokens", "beta2_power")
+        fraction("optim", self, "beta1", "beta2", "label_smoothing")
+        not_negative("optim", self, "weight_decay", "clip", "z_loss", "warmup_steps", "warmup_from", "hold_steps")
+        for name in ("min_lr_fraction", "decay_fraction"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"optim.{name}={value}", "must be between 0 and 1", "0.1 is usual")
+        if self.ema_decay is not None:
+            fraction("optim", self, "ema_decay")
