@@ -17,7 +17,7 @@ class Kernels:
 
     auto: the kernel where there is one for the device, else plain PyTorch. cuda, cpu: that kernel, or an error.
     reference: plain PyTorch. For attention see `ATTENTION_CHOICES`; where it is not named, a choice for softmax asks
-    for the steps around that.
+    for the steps around that, as attention=reference asks for the plain softmax.
     """
 
     default: str = "auto"
@@ -28,6 +28,8 @@ class Kernels:
         if op == "attention" and op not in named:
             softmax = self["softmax"]
             return "softmax" if softmax in ("cuda", "cpu") else softmax
+        if op == "softmax" and op not in named and named.get("attention") == "reference":
+            return "reference"
         return named.get(op, self.default)
 
     @staticmethod

@@ -21,6 +21,7 @@ from megagpt.model.masks import Masks
 from megagpt.model.position import Alibi, Rotary
 from megagpt.model.relative import T5Buckets, TransformerXL, grouped_scores
 from megagpt.ops.softmax import attention_softmax
+from megagpt.ops.status import Status
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to
 from megagpt.parallel.kv_linear import HeadsLinear
@@ -120,7 +121,7 @@ class Attention(nn.Module):
             window=self.masks.window,
             mask=self.masks.dense(T, device) if self.masks.needed else None,
             slopes_H=None if self.alibi is None else self.alibi(device),
-            kernels="reference" if self.choice == "reference" else self.softmax_kernels,
+            kernels=self.softmax_kernels,
         )
         p_BHTT = self.dropout(p_BHTT, sample_ids_B, offset=self.first_head * T * T)
         p_BGXT = p_BHTT.unflatten(1, (v_BGTK.shape[1], -1)).flatten(2, 3)
@@ -146,3 +147,21 @@ def attention_runs(choice: str, position: str, dropping: bool) -> str:
     if choice != "auto":
         return choice
     return "softmax" if dropping or attention_lacks("sdpa", position, 0.0) else "sdpa"
+
+
+def attention_ops(config: ModelConfig, kernels: Kernels) -> list[str]:
+    """The ops of megagpt/ops that attention calls in training."""
+    dropping = config.dropout_attention > 0
+    steps = attention_runs(kernels["attention"], config.position, dropping) in ("softmax", "reference")
+    uses = {"softmax": steps, "dropout": dropping, "rotary": config.position == "rotary"}
+    return [op for op, used in uses.items() if used]
+
+
+def attention_status(config: ModelConfig, kernels: Kernels) -> Status:
+    """Which attention runs in training, and why: for the start-up table."""
+    choice, dropout = kernels["attention"], config.dropout_attention
+    runs = attention_runs(choice, config.position, dropout > 0)
+    text = {"sdpa": "torch's scaled_dot_product_attention", "flex": "torch's FlexAttention"}.get(runs, "softmax's steps")
+    lacks = attention_lacks("sdpa", config.position, dropout)
+    why = f"torch's has no {lacks}" if lacks else "has all that is needed"
+    return Status("attention", text, why if choice == "auto" else "asked for")
