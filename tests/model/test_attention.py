@@ -278,7 +278,7 @@ TRAINED = {
     "grouped, rotary": [Layout(tp=4, micro_batch_size=2), Layout(tp=2, dp=2, zero_stage=3, recompute=True)],
     "one key head, window": [Layout(tp=2, pp=2, zero_stage=1, micro_batch_size=1)],
     "Transformer-XL, BigBird": [Layout(tp=2, dp=2, zero_stage=3, micro_batch_size=2)],
-    "T5, strided, one key head": [Layout(tp=4, zero_stage=0, micro_batch_size=2)],
+    "T5, strided, one key head": [Layout(tp=2, dp=2, zero_stage=1, micro_batch_size=2)],
 }
 
 
