@@ -19,12 +19,12 @@ import yaml
 from megagpt import metrics
 from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megagpt.data.loader import MicroBatch, micro_batches
-from megagpt.engine.optim import learning_rate
 from megagpt.kernels import Kernels
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.plan.plan import Plan, make_plan
 from megagpt.presets import preset_path
+from megagpt.schedule import Schedule
 
 Step = Callable[[int, Iterator[MicroBatch]], float | torch.Tensor]
 """Trains on a step's micro-batches; returns their mean loss."""
@@ -118,7 +118,7 @@ def plain_loop(config: RunConfig, plan: Plan, device: str) -> Iterator[Step]:
     model.to(device, torch.bfloat16)
     weights = list(model.parameters())
     masters = [weight.detach().float().requires_grad_() for weight in weights]
-    optim = config.optim
+    optim, schedule = config.optim, Schedule(config)
     settings = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps, "fused": True}
     groups = [
         {"params": [m for m in masters if m.ndim >= 2], "weight_decay": optim.weight_decay},
@@ -135,7 +135,7 @@ def plain_loop(config: RunConfig, plan: Plan, device: str) -> Iterator[Step]:
             master.grad, weight.grad = weight.grad.float(), None
         torch.nn.utils.clip_grad_norm_(masters, optim.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, optim, config.train.train_steps)
+            group["lr"] = schedule.learning_rate(step)
         optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(weights, masters)

@@ -22,12 +22,13 @@ from megagpt.config import RunConfig
 from megagpt.data.loader import MicroBatch
 from megagpt.engine.finite import nan_to_gradient, watch_uncounted
 from megagpt.engine.masters import SKIPPED, create_moments, read_counters, write_counters
-from megagpt.engine.optim import build_optimizer, learning_rate
+from megagpt.engine.optim import build_optimizer
 from megagpt.engine.settings import deepspeed_settings
 from megagpt.engine.stages import build_module, global_grad_norm
 from megagpt.errors import UserError
 from megagpt.parallel.mesh import Mesh
 from megagpt.plan.plan import Plan
+from megagpt.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Engine:
     """The model, its optimizer and DeepSpeed, spread over the mesh."""
 
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
-        self.config, self.plan, self.mesh = config, plan, mesh
+        self.config, self.plan, self.mesh, self.schedule = config, plan, mesh, Schedule(config)
         connect_deepspeed()
         _require_precision(config.train.precision)
         module, self.parameters = build_module(config, plan, mesh)
@@ -88,7 +89,7 @@ class Engine:
         Comm: the step's own (pipeline sends, gradient reductions), and one all-reduce of the loss.
         """
         start = time.perf_counter()
-        lr = self._learning_rate(step)
+        lr = self.schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._before = read_counters(self)
@@ -119,7 +120,7 @@ class Engine:
     def skip_step(self, step: int) -> StepResult:
         """Leave a step out: what is counted goes on by one, and nothing else moves. Comm: none."""
         self.engine.skipped_steps += 1
-        lr, scale = self._learning_rate(step), self._loss_scale()
+        lr, scale = self.schedule.learning_rate(step), self._loss_scale()
         return StepResult(math.nan, math.nan, lr, scale, skipped=True, step_time_s=0.0)
 
     def evaluate(self, batches: Iterable[MicroBatch], n_micro_batches: int) -> float:
@@ -147,9 +148,6 @@ class Engine:
             self.engine.step()
             total += loss.detach().float()
         return self._mean_over_data(total / self.plan.micro_batches)
-
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(step, self.config.optim, self.config.train.train_steps)
 
     def _loss_scale(self) -> float:
         return float(getattr(self.optimizer, "cur_scale", None) or getattr(self.optimizer, "loss_scale", 1.0))
