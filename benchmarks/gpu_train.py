@@ -44,7 +44,9 @@ def train(preset: str, device: str, steps: int, batch: int, dropout: float, kern
         for step in range(steps):
             if step == warm_up:
                 start = _now(device)
-            losses.append(train_step(step, micro_batches(samples, config, step=step, dp_rank=0, dp_size=1)))
+            positions = range(step * batch, (step + 1) * batch)
+            batches = micro_batches(samples, config, positions, config.model.seq_len, dp_rank=0, dp_size=1)
+            losses.append(train_step(step, batches))
         time_s = _now(device) - start
     losses = [float(loss) for loss in losses]
     speed = metrics.tokens_per_s((steps - warm_up) * plan.batch_tokens, time_s)

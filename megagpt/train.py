@@ -38,6 +38,7 @@ from megagpt.plan.table import config_table, plan_table
 from megagpt.plot import plot_runs
 from megagpt.report import Reporter, kernel_table
 from megagpt.run import Run, find_run
+from megagpt.schedule import Schedule
 from megagpt.watch.judge import Limits
 from megagpt.watch.watch import Watch
 
@@ -118,7 +119,7 @@ def _due(step: int, interval: int | None) -> bool:
 
 def _parts(run: Run, engine: Engine, report: Reporter, resumed: State | None) -> Parts:
     notes = FaultNotes(run.folder, run.train_samples, run.tokenizer, writes=run.mesh.rank == 0)
-    guard = Guard(engine, notes, report.message, partial(_training_batches, run))
+    guard = Guard(engine, notes, report.message, partial(_training_batches, run, engine.schedule))
     if resumed and run.resume_from:
         guard.go_on_from(resumed, run.resume_from)
     if guard.left_out:
@@ -150,9 +151,8 @@ def _start_report(run: Run, engine: Engine, resumed: State | None) -> Reporter:
     device = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
     report = Reporter(
         run.folder,
-        train_steps=config.train.train_steps,
+        schedule=engine.schedule,
         start_step=resumed.step if resumed else 0,
-        batch_tokens=plan.batch_tokens,
         flops_per_token=plan.flops_per_token,
         peak_flops=metrics.peak_flops(device, config.train.precision),
         n_processes=plan.world_size,
@@ -179,18 +179,13 @@ def _start_report(run: Run, engine: Engine, resumed: State | None) -> Reporter:
     return report
 
 
-def _training_batches(run: Run, step: int) -> Iterator[MicroBatch]:
-    return _batches(run, run.train_samples, 0 if run.config.debug.overfit_one_batch else step)
+def _training_batches(run: Run, schedule: Schedule, step: int) -> Iterator[MicroBatch]:
+    return _batches(run, run.train_samples, schedule.positions(step), schedule.seq_len(step))
 
 
-def _batches(run: Run, samples: Samples, step: int) -> Iterator[MicroBatch]:
-    return micro_batches(
-        samples,
-        run.config,
-        step=step,
-        dp_rank=run.mesh.data.rank,
-        dp_size=run.mesh.data.size,
-    )
+def _batches(run: Run, samples: Samples, positions: range, seq_len: int) -> Iterator[MicroBatch]:
+    data = run.mesh.data
+    return micro_batches(samples, run.config, positions, seq_len, dp_rank=data.rank, dp_size=data.size)
 
 
 def _validate(parts: Parts, step: int) -> float | None:
@@ -199,22 +194,22 @@ def _validate(parts: Parts, step: int) -> float | None:
     if samples is None:
         return None
     eval_steps, bits = run.config.log.eval_steps, None
-    batches = (batch for number in range(eval_steps) for batch in _batches(run, samples, number))
+    positions = range(eval_steps * run.config.train.global_batch_size)
+    batches = _batches(run, samples, positions, run.config.model.seq_len)
     loss = parts.engine.evaluate(batches, eval_steps * run.plan.micro_batches)
     if run.tokenizer is not None and run.mesh.rank == 0:
-        labels = np.concatenate([samples[i][1:] for i in range(eval_steps * run.config.train.global_batch_size)])
+        labels = np.concatenate([samples[i][1:] for i in positions])
         bits = metrics.bits_per_byte(loss, len(labels), int(run.tokenizer.token_bytes()[labels].sum()))
     parts.report.validation(step, loss, bits)
     return loss
 
 
 def _state(parts: Parts, step: int, lr: float, validation_loss: float | None) -> State:
-    config, plan = parts.run.config, parts.run.plan
-    samples = step * config.train.global_batch_size
+    config, plan, schedule = parts.run.config, parts.run.plan, parts.engine.schedule
     return State(
         step=step,
-        samples=samples,
-        tokens=samples * config.model.seq_len,
+        samples=schedule.samples_before(step),
+        tokens=schedule.tokens_before(step),
         lr=lr,
         counters=read_counters(parts.engine),
         config=dataclasses.asdict(config),

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from megagpt.checkpoint.durable import require_regular
 from megagpt.config import RunConfig
 from megagpt.errors import UserError
+from megagpt.schedule import Schedule
 
 NAME = "state.json"
 FORMAT = 2
@@ -77,8 +78,8 @@ def read_state(folder: Path) -> State:
 def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
     """What a run that goes on must keep: the architecture, and what the order of the samples follows from.
 
-    Dropout, layout, precision, learning rate and the number of steps may change. Weights that no sample was consumed
-    for (imported ones) keep the architecture alone.
+    Dropout, layout, precision, learning rate and the number of steps may change, and batches that are still to come.
+    Weights that no sample was consumed for (imported ones) keep the architecture alone.
     """
     if state.origin and state.step > 0:
         raise UserError(
@@ -87,7 +88,6 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
         )
     fixed = {f"model.{name}": value for name, value in asdict(config.model).items() if "dropout" not in name}
     if state.samples > 0:
-        fixed["train.global_batch_size"] = config.train.global_batch_size
         fixed["train.seed"] = config.train.seed
     for name, ours in fixed.items():
         section, key = name.split(".")
@@ -97,6 +97,21 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
                 f"{folder} was trained with {name}={theirs}, this run wants {ours}; "
                 f"take the settings of that run: --config {folder.parent.parent / 'config.yaml'}"
             )
+    if state.samples > 0:
+        _check_position(config, state, folder)
+
+
+def _check_position(config: RunConfig, state: State, folder: Path) -> None:
+    """The next step must read on where that run stopped: no sample twice, and none left out."""
+    schedule = Schedule(config)
+    ours = schedule.samples_before(state.step), schedule.tokens_before(state.step)
+    if ours != (state.samples, state.tokens):
+        raise UserError(
+            f"{folder} has read {state.samples:,} samples, {state.tokens:,} tokens in {state.step:,} steps, this run "
+            f"would have read {ours[0]:,} samples, {ours[1]:,} tokens; keep train.global_batch_size, its ramp and that "
+            "of seq_len, and to change the batch from here on name both sizes: --train.batch-steps "
+            f"256@1,512@{state.step + 1}"
+        )
 
 
 def _no_number(name: str) -> float:

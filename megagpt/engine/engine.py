@@ -76,6 +76,7 @@ class Engine:
             watch_uncounted(self.optimizer, self.parameters, mesh)
         create_moments(self)
         self._before = read_counters(self)
+        self._seq_len = config.model.seq_len  # of the last micro-batches
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +94,8 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._before = read_counters(self)
+        self._set_batch(self.schedule.batch_size(step))
+        self._set_seq_len(self.schedule.seq_len(step))
         if self.has_stages:
             loss = self.engine.train_batch(self._as_pipeline_data(batches))
         else:
@@ -124,7 +127,8 @@ class Engine:
         return StepResult(math.nan, math.nan, lr, scale, skipped=True, step_time_s=0.0)
 
     def evaluate(self, batches: Iterable[MicroBatch], n_micro_batches: int) -> float:
-        """Mean loss, in nats per token, over this rank's n_micro_batches and all data-parallel ranks."""
+        """Mean loss, in nats per token, over this rank's n_micro_batches of whole sequences and all data ranks."""
+        self._set_seq_len(self.config.model.seq_len)
         if self.has_stages:
             data = self._as_pipeline_data(batches)
             return float(self.engine.eval_batch(data, num_micro_batches=n_micro_batches))
@@ -147,7 +151,20 @@ class Engine:
             self.engine.backward(loss)
             self.engine.step()
             total += loss.detach().float()
-        return self._mean_over_data(total / self.plan.micro_batches)
+        return self._mean_over_data(total / self.engine.gradient_accumulation_steps())
+
+    def _set_batch(self, size: int) -> None:
+        """Tell DeepSpeed how many sequences the next step has, over all processes."""
+        self.engine.set_train_batch_size(size)
+        self.engine.micro_steps = 0  # it looks for the end of a step by the remainder of this: of the old size else
+        if hasattr(self.optimizer, "gradient_accumulation_steps"):  # ZeRO's own: offload reads it
+            self.optimizer.gradient_accumulation_steps = self.engine.gradient_accumulation_steps()
+
+    def _set_seq_len(self, seq_len: int) -> None:
+        """Let pipeline stages tell each other the shape of activations anew, where it is another one."""
+        if self.has_stages and seq_len != self._seq_len:
+            self.engine.reset_activation_shape()
+        self._seq_len = seq_len
 
     def _loss_scale(self) -> float:
         return float(getattr(self.optimizer, "cur_scale", None) or getattr(self.optimizer, "loss_scale", 1.0))
