@@ -86,7 +86,8 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
             f"{folder} is a {state.origin}: weights without the optimizer's moments, to evaluate, generate and export; "
             "to go on training, load one that a run saved"
         )
-    fixed = {f"model.{name}": value for name, value in asdict(config.model).items() if "dropout" not in name}
+    model = json.loads(json.dumps(asdict(config.model)))  # as it comes back from a file: tuples as lists
+    fixed = {f"model.{name}": value for name, value in model.items() if "dropout" not in name}
     if state.samples > 0:
         fixed["train.seed"] = config.train.seed
     for name, ours in fixed.items():
@@ -106,11 +107,11 @@ def _check_position(config: RunConfig, state: State, folder: Path) -> None:
     schedule = Schedule(config)
     ours = schedule.samples_before(state.step), schedule.tokens_before(state.step)
     if ours != (state.samples, state.tokens):
+        was, now = state.config.get("train", {}).get("global_batch_size"), config.train.global_batch_size
         raise UserError(
             f"{folder} has read {state.samples:,} samples, {state.tokens:,} tokens in {state.step:,} steps, this run "
             f"would have read {ours[0]:,} samples, {ours[1]:,} tokens; keep train.global_batch_size, its ramp and that "
-            "of seq_len, and to change the batch from here on name both sizes: --train.batch-steps "
-            f"256@1,512@{state.step + 1}"
+            f"of seq_len, or change the batch from here on: --train.batch-steps {was}@1,{now}@{state.step + 1}"
         )
 
 

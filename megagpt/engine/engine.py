@@ -157,8 +157,6 @@ class Engine:
         """Tell DeepSpeed how many sequences the next step has, over all processes."""
         self.engine.set_train_batch_size(size)
         self.engine.micro_steps = 0  # it looks for the end of a step by the remainder of this: of the old size else
-        if hasattr(self.optimizer, "gradient_accumulation_steps"):  # ZeRO's own: offload reads it
-            self.optimizer.gradient_accumulation_steps = self.engine.gradient_accumulation_steps()
 
     def _set_seq_len(self, seq_len: int) -> None:
         """Let pipeline stages tell each other the shape of activations anew, where it is another one."""
