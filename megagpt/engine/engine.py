@@ -24,8 +24,9 @@ from megagpt.engine.finite import nan_to_gradient, watch_uncounted
 from megagpt.engine.masters import SKIPPED, create_moments, read_counters, write_counters
 from megagpt.engine.optim import build_optimizer
 from megagpt.engine.settings import deepspeed_settings
-from megagpt.engine.stages import build_module, global_grad_norm
+from megagpt.engine.stages import build_module, global_grad_norm, loss_terms
 from megagpt.errors import UserError
+from megagpt.model.loss import PLAIN, LossTerms
 from megagpt.parallel.mesh import Mesh
 from megagpt.plan.plan import Plan
 from megagpt.schedule import Schedule
@@ -76,6 +77,7 @@ class Engine:
             watch_uncounted(self.optimizer, self.parameters, mesh)
         create_moments(self)
         self._before = read_counters(self)
+        self._terms = loss_terms(config)
         self._seq_len = config.model.seq_len  # of the last micro-batches
 
     @property
@@ -136,7 +138,7 @@ class Engine:
         total = torch.zeros((), device=self.device)
         with torch.no_grad():
             for batch in batches:
-                total += self._loss(batch).float()
+                total += self._loss(batch, PLAIN).float()
         self.engine.train()
         return float(self._mean_over_data(total / n_micro_batches))
 
@@ -147,7 +149,7 @@ class Engine:
     def _accumulate(self, batches: Iterable[MicroBatch]) -> Tensor:
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            loss = self._loss(batch)
+            loss = self._loss(batch, self._terms)
             self.engine.backward(loss)
             self.engine.step()
             total += loss.detach().float()
@@ -167,11 +169,11 @@ class Engine:
     def _loss_scale(self) -> float:
         return float(getattr(self.optimizer, "cur_scale", None) or getattr(self.optimizer, "loss_scale", 1.0))
 
-    def _loss(self, batch: MicroBatch) -> Tensor:
+    def _loss(self, batch: MicroBatch, terms: LossTerms) -> Tensor:
         tokens_BT, labels_BT, ids_B = (
             t.to(self.device) for t in (batch.tokens_BT, batch.labels_BT, batch.sample_ids_B)
         )
-        return nan_to_gradient(self.engine(tokens_BT, ids_B, labels_BT))
+        return nan_to_gradient(self.engine(tokens_BT, ids_B, labels_BT, terms))
 
     def _mean_over_data(self, value: Tensor) -> Tensor:
         if self.mesh.data.size > 1:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megagpt.config import ModelConfig, RunConfig
-from megagpt.engine.engine import Engine
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.local import run_ranks
