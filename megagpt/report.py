@@ -99,6 +99,7 @@ class Reporter:
         step_time_s: float,
         loss_scale: float | None = None,
         skipped: bool = False,
+        noise_scale_tokens: float | None = None,
     ) -> None:
         """One optimizer step is done; step_time_s is its own time, without validation or saving."""
         if not self._enabled:
@@ -110,6 +111,8 @@ class Reporter:
         row |= {"grad_norm": grad_norm, "step_time_s": step_time_s, **self._rates()}
         if loss_scale is not None:
             row["loss_scale"] = loss_scale
+        if noise_scale_tokens is not None:
+            row["noise_scale_tokens"] = noise_scale_tokens
         if skipped:
             row["skipped"] = True
         self._record(row, prefix="train/")
@@ -231,6 +234,8 @@ class Reporter:
             words.append(f"{row['tflops_per_process']:.3g} TFLOP/s{each}")
         if "mfu" in row:
             words.append(f"MFU {row['mfu']:.1%}")
+        if "noise_scale_tokens" in row:
+            words.append(f"noise scale {_short(row['noise_scale_tokens'])} tokens")
         if "loss_scale" in row:
             words.append(f"loss scale {row['loss_scale']:g}")
         if self._skipped:

@@ -121,17 +121,24 @@ def _parts(run: Run, engine: Engine, report: Reporter, resumed: State | None) ->
     notes = FaultNotes(run.folder, run.train_samples, run.tokenizer, writes=run.mesh.rank == 0)
     guard = Guard(engine, notes, report.message, partial(_training_batches, run, engine.schedule))
     if resumed and run.resume_from:
-        guard.go_on_from(resumed, run.resume_from)
+        _go_on_from(engine, guard, resumed, run.resume_from)
     if guard.left_out:
         report.message(f"steps that are left out: {', '.join(map(str, guard.left_out))}")
     return Parts(run, engine, guard, Saver(engine, run.folder, run.config.checkpoint, run.resume_from), report)
+
+
+def _go_on_from(engine: Engine, guard: Guard, state: State, folder: Path) -> None:
+    """Take over what a checkpoint knows beside its tensors."""
+    guard.go_on_from(state, folder)
+    if engine.noise:
+        engine.noise.go_on_from(state.noise_scale)
 
 
 def _go_back(parts: Parts, folder: Path) -> int:
     """Be as the run was when it saved this checkpoint; returns the steps that were done by then."""
     whole = find_whole(folder, True, parts.report.message)
     state = checkpoint.load(parts.engine, whole)
-    parts.guard.go_on_from(state, whole)
+    _go_on_from(parts.engine, parts.guard, state, whole)
     parts.report.go_back(state.step)
     return state.step
 
@@ -141,7 +148,14 @@ def _report_step(parts: Parts, step: int, result: StepResult, notes: list[str]) 
         parts.report.message(f"step {step} | {note}")
     loss_scale = result.loss_scale if parts.run.config.train.precision == "fp16" else None
     parts.report.step(
-        step, result.loss, result.lr, result.grad_norm, result.step_time_s, loss_scale, skipped=result.skipped
+        step,
+        result.loss,
+        result.lr,
+        result.grad_norm,
+        result.step_time_s,
+        loss_scale,
+        skipped=result.skipped,
+        noise_scale_tokens=result.noise_scale_tokens,
     )
 
 
@@ -217,5 +231,6 @@ def _state(parts: Parts, step: int, lr: float, validation_loss: float | None) ->
         layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp, "zero_stage": plan.zero_stage},
         skipped_steps=parts.guard.left_out,
         guard=parts.guard.state,
+        noise_scale=parts.engine.noise.state if parts.engine.noise else {},
         validation_loss=validation_loss,
     )

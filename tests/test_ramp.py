@@ -31,8 +31,8 @@ def train(run: Path, dataset: str, *more: str) -> str:
         --n-layers 2 --d-model 32 --n-heads 4 --seq-len 32 --vocab-size {VOCAB_SIZE} --split 90,10,0
         --data-path {dataset} --train.batch-steps 4@1,8@5,12@7 --global-batch-size 12 --micro-batch-size 2
         --train.seq-len-start 8 --train.seq-len-warmup-steps 5 --warmup-tokens 200 --optim.decay-tokens 3000
-        --eval-interval 4 --eval-steps 2 --save-interval {SAVED} --faults.skip-steps 3 --model.dropout-residual 0.1
-        --train-steps {STEPS}
+        --eval-interval 4 --eval-steps 2 --save-interval {SAVED} --faults.skip-steps 3 --log.noise-scale
+        --model.dropout-residual 0.1 --train-steps {STEPS}
     """.split()
     notes = run.with_name(run.name + "-notes")
     job = start("fork", 2, [*words, "--save", str(run), *more], notes)
@@ -45,7 +45,10 @@ def train(run: Path, dataset: str, *more: str) -> str:
 
 def exact_rows(run: Path) -> list[dict]:
     """What metrics.jsonl says, to the bit, and no times."""
-    return [{name: row[name] for name in ("step", *EXACT) if name in row} for row in read_rows(run / NAME)]
+    return [
+        {name: row[name] for name in ("step", "noise_scale_tokens", *EXACT) if name in row}
+        for row in read_rows(run / NAME)
+    ]
 
 
 @pytest.fixture(scope="module", params=["--pp 2", "--tp 1"])
@@ -72,5 +75,6 @@ def test_a_resume_in_the_middle_changes_no_bit(whole, tmp_path, dataset):
     train(tmp_path / "second", dataset, *layout, "--load", f"{run}@{SAVED}")
     expected = [row for row in exact_rows(run) if row["step"] > SAVED]
     assert exact_rows(tmp_path / "second") == expected and len(expected) > STEPS - SAVED
+    assert any("noise_scale_tokens" in row for row in expected)
     second = folders.pointed(tmp_path / "second")
     assert contents_of(second) == contents_of(folders.pointed(run))

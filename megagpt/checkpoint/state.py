@@ -24,9 +24,9 @@ class State:
 
     step: steps done. samples, tokens: consumed by them. lr: of the last step. counters: what the engine counts, the
     loss scale included. skipped_steps: those whose batch is left out (faults). guard: what the next step is judged by
-    (engine/guard.py). config: the whole configuration, schedule included. data: its identity. layout: of the run that
-    wrote this, to be shown. validation_loss: at this step, None where it was not measured. origin: how it came to be,
-    where not by training ("mean of …").
+    (engine/guard.py). noise_scale: its averages, where it is measured. config: the whole configuration, schedule
+    included. data: its identity. layout: of the run that wrote this, to be shown. validation_loss: at this step, None
+    where it was not measured. origin: how it came to be, where not by training ("mean of …").
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -41,6 +41,7 @@ class State:
     layout: dict[str, int] = field(default_factory=dict)
     skipped_steps: list[int] = field(default_factory=list)
     guard: dict[str, Any] = field(default_factory=dict)
+    noise_scale: dict[str, float] = field(default_factory=dict)
     validation_loss: float | None = None
     origin: str = ""
 

@@ -22,9 +22,10 @@ from megagpt.config import RunConfig
 from megagpt.data.loader import MicroBatch
 from megagpt.engine.finite import nan_to_gradient, watch_uncounted
 from megagpt.engine.masters import SKIPPED, create_moments, read_counters, write_counters
+from megagpt.engine.noise_scale import NoiseMeter
 from megagpt.engine.optim import build_optimizer
 from megagpt.engine.settings import deepspeed_settings
-from megagpt.engine.stages import build_module, global_grad_norm, loss_terms
+from megagpt.engine.stages import GPTStage, build_module, global_grad_norm, loss_terms
 from megagpt.errors import UserError
 from megagpt.model.loss import PLAIN, LossTerms
 from megagpt.parallel.mesh import Mesh
@@ -45,6 +46,7 @@ class StepResult:
     loss_scale: float
     skipped: bool
     step_time_s: float
+    noise_scale_tokens: float | None = None
 
 
 class Engine:
@@ -77,6 +79,7 @@ class Engine:
             watch_uncounted(self.optimizer, self.parameters, mesh)
         create_moments(self)
         self._before = read_counters(self)
+        self.noise = self._noise_meter() if config.log.noise_scale else None
         self._terms = loss_terms(config)
         self._seq_len = config.model.seq_len  # of the last micro-batches
 
@@ -98,6 +101,9 @@ class Engine:
         self._before = read_counters(self)
         self._set_batch(self.schedule.batch_size(step))
         self._set_seq_len(self.schedule.seq_len(step))
+        scale = self._loss_scale() / self.engine.gradient_accumulation_steps()
+        if self.noise:
+            self.noise.begin()
         if self.has_stages:
             loss = self.engine.train_batch(self._as_pipeline_data(batches))
         else:
@@ -105,13 +111,18 @@ class Engine:
         skipped = self.engine.skipped_steps > self._before[SKIPPED]
         if skipped:
             write_counters(self, step + 1, read_counters(self))  # apex counts a step without gradients as one
+        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if self.noise and not skipped:
+            sequences = self.config.train.micro_batch_size, self.schedule.batch_size(step)
+            self.noise.measure(grad_norm, scale, *(n * self.schedule.seq_len(step) for n in sequences))
         return StepResult(
             loss=float(loss),
-            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            grad_norm=grad_norm,
             lr=lr,
             loss_scale=self._loss_scale(),
             skipped=skipped,
             step_time_s=time.perf_counter() - start,
+            noise_scale_tokens=self.noise.scale.tokens if self.noise else None,
         )
 
     def retry_step(self, step: int, batches: Iterable[MicroBatch]) -> StepResult:
@@ -154,6 +165,10 @@ class Engine:
             self.engine.step()
             total += loss.detach().float()
         return self._mean_over_data(total / self.engine.gradient_accumulation_steps())
+
+    def _noise_meter(self) -> NoiseMeter:
+        tied = self.module.get_tied_weights_and_groups() if isinstance(self.module, GPTStage) else []
+        return NoiseMeter(self.parameters, self.mesh, tied)
 
     def _set_batch(self, size: int) -> None:
         """Tell DeepSpeed how many sequences the next step has, over all processes."""

@@ -70,6 +70,17 @@ def check_batch(config: RunConfig, dp: int) -> int:
     return batch // unit
 
 
+def check_noise_scale(config: RunConfig) -> None:
+    """Whether a step has gradients of two batch sizes: the noise scale is told by their difference."""
+    train = config.train
+    require(
+        not config.log.noise_scale or train.micro_batch_size < train.global_batch_size,
+        f"log.noise_scale with micro_batch_size={train.micro_batch_size}",
+        f"compares with the whole batch, of train.global_batch_size={train.global_batch_size}",
+        "use a smaller --micro-batch-size or a larger --global-batch-size",
+    )
+
+
 def _check_ramp(config: RunConfig, dp: int) -> None:
     train, sizes = config.train, [phase.batch_size for phase in Schedule(config).phases]
     unit = train.micro_batch_size * dp
