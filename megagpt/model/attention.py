@@ -107,8 +107,8 @@ class Attention(nn.Module):
         dense = self.masks.pattern.kind == "dense"
         mask = None if dense else self.masks.dense(T, device)
         grouped = n_heads != n_kv_heads
-        # On CUDA only the flash kernel knows groups, and it has no masks and 16 bits alone. In place of the others torch
-        # would hold all scores, without a word.
+        # On CUDA only the flash kernel knows groups; it takes no mask, and 16 bits alone. Elsewhere torch would say
+        # nothing and hold all scores.
         if grouped and not (dense and (device.type == "cpu" or q_BHTK.dtype in (torch.float16, torch.bfloat16))):
             k_BGTK, v_BGTK = (x.repeat_interleave(n_heads // n_kv_heads, dim=1) for x in (k_BGTK, v_BGTK))
             grouped = False
