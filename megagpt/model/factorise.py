@@ -54,7 +54,7 @@ def multiplied(parameters: dict[str, Tensor], config: ModelConfig, direction: Di
         layer = (up_matrix if direction == "up" else down_matrix)(config, SINGLE, NamedNormal(0, direction))
     for name, values in parameters.items():
         layer.register_parameter(name, nn.Parameter(values))
-    layer.bias = None
+    layer.bias = None  # pyright: ignore[reportArgumentType]
     y = layer(torch.eye(width, dtype=next(iter(parameters.values())).dtype)).T
     return y.unflatten(0, (2, -1)) if config.gated and direction == "up" else y
 
