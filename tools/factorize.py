@@ -5,14 +5,14 @@
   python tools/factorize.py runs/a --mlp monarch --mlp-blocks 4 --out runs/b --fine-tune-steps 200
   python tools/factorize.py runs/a --mlp butterfly --out runs/b --fine-tune-steps 200 -- --lr 1e-4 --tp 2
 
-Each matrix is projected onto the nearest one of its kind (butterfly: a good one, docs/factorised.md). The new run folder
-has a checkpoint of step 0, whose other weights are as they were, and a config.yaml; training goes on from it as from any:
+Each matrix is projected onto the nearest one of its kind (for butterfly onto a near one: docs/factorised.md). The new
+run folder has a checkpoint of step 0, whose other weights are as they were, and a config.yaml, to train on from:
 
   python examples/pretrain_gpt.py --config runs/b/config.yaml --load runs/b --train-steps 1000
 
---fine-tune-steps runs that command here, with what stands behind -- added, until the loss is measured again.
-Which kind: low_rank is the fastest; monarch keeps most at equal parameters where a matrix has no small rank, and halves
-its parameters with twice the blocks; butterfly has the fewest parameters by far, and is there to be trained from scratch.
+--fine-tune-steps N runs that command here, with what stands behind -- added, and measures the loss again.
+Which kind: low_rank is the fastest. monarch loses less than low_rank of as many parameters where singular values fall
+slowly; twice the blocks have half the parameters. butterfly has the fewest by far, to be trained rather than projected.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from rich.table import Table
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.state import read_state
 from megagpt.cli import read_config
-from megagpt.config import ModelConfig, RunConfig
+from megagpt.config import ModelConfig
 from megagpt.data.blend import parse_data_path
 from megagpt.errors import UserError, run_cli
+from megagpt.plan.factorised_sizes import mlp_matrix_params
 from megagpt.plan.sizes import layer_sizes
 
 PRETRAIN = Path(__file__).parents[1] / "examples" / "pretrain_gpt.py"
@@ -84,14 +85,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sizes(model: ModelConfig) -> dict[str, float]:
     """Parameters, those of the MLPs' matrices among them, and forward matmul FLOPs of a token."""
+    D, F, of_kind = model.d_model, model.ff_width, (model.mlp_rank, model.mlp_blocks, 1)
+    up, _ = mlp_matrix_params(model.mlp, D, F, *of_kind, "column")
+    down, _ = mlp_matrix_params(model.mlp, F, D, *of_kind, "row")
     layers = layer_sizes(model, 1)
-    without = layer_sizes(dataclasses.replace(model, mlp="dense", mlp_rank=None, mlp_blocks=None), 1)
-    n_matrices = 3 if model.gated else 2
-    dense = n_matrices * model.d_model * model.ff_width * model.n_layers
-    saved = sum(layer.params for layer in without) - sum(layer.params for layer in layers)
     return {
         "parameters": sum(layer.params for layer in layers),
-        "mlp_parameters": dense - saved,
+        "mlp_parameters": model.n_layers * ((2 if model.gated else 1) * up + down),
         "flops_per_token": sum(layer.flops_per_token for layer in layers),
     }
 
@@ -172,7 +172,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(
+        usage="%(prog)s CKPT --mlp KIND --out DIR [options] [-- FLAGS of examples/pretrain_gpt.py, to fine-tune by]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("checkpoint", metavar="CKPT", help="RUN, RUN@best, RUN@STEP, or the folder of a checkpoint")
     parser.add_argument("--mlp", required=True, choices=("low_rank", "monarch", "butterfly"), help="the new kind")
     parser.add_argument("--mlp-rank", type=int, help="rank of low_rank matrices")
@@ -184,9 +189,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batch-size", type=int, default=4, help="of the steps that are timed (default: 4)")
     parser.add_argument("--fine-tune-steps", type=int, default=0, metavar="N", help="train on for so many steps")
     parser.add_argument("--json", type=Path, help="also write what was measured here")
-    parser.add_argument(
-        "rest", nargs="*", metavar="-- FLAGS", help="flags of examples/pretrain_gpt.py, to fine-tune by"
-    )
     return parser
 
 
