@@ -44,13 +44,15 @@ PRETRAIN = Path(__file__).parents[1] / "examples" / "pretrain_gpt.py"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Project, measure, and fine-tune if asked to."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    args, pretrain_flags = _parser().parse_args(words[:end]), words[end + 1 :]
     source, given = folders.find(args.checkpoint), {"mlp": args.mlp}
     given |= {name: value for name in ("mlp_rank", "mlp_blocks") if (value := getattr(args, name)) is not None}
     dense = read_config(read_state(source).config, f"{source}/state.json")
     config = dataclasses.replace(dense, model=dataclasses.replace(dense.model, **given))  # raises what does not fit
-    if args.fine_tune_steps == 0 and args.rest:
-        raise UserError(f"got {args.rest[0]} behind --, which is for fine-tuning; add --fine-tune-steps")
+    if args.fine_tune_steps == 0 and pretrain_flags:
+        raise UserError(f"got {pretrain_flags[0]} behind --, which is for fine-tuning; add --fine-tune-steps")
     print("loading torch ...", file=sys.stderr)
     from megagpt.factorised_run import step_times, write_factorised  # seconds, which a wrong flag should not take
 
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report["dense"]["validation_loss"] = _loss(source, prefixes, args)
         report["factorised"]["validation_loss"] = _loss(args.out, prefixes, args)
     if args.fine_tune_steps:
-        _fine_tune(args, prefixes)
+        _fine_tune(args, prefixes, pretrain_flags)
         tuned = {name: report["factorised"][name] for name in ("parameters", "mlp_parameters", "flops_per_token")}
         tuned |= {
             "step_time_s": report["factorised"]["step_time_s"],
@@ -110,10 +112,10 @@ def _loss(checkpoint: Path, prefixes: Sequence[str], args: argparse.Namespace) -
     return total / n_tokens
 
 
-def _fine_tune(args: argparse.Namespace, prefixes: Sequence[str]) -> None:
+def _fine_tune(args: argparse.Namespace, prefixes: Sequence[str], flags: Sequence[str]) -> None:
     """Train on, by the program that trains anything."""
     command = [sys.executable, str(PRETRAIN), "--config", str(args.out / "config.yaml"), "--load", str(args.out)]
-    command += ["--train-steps", str(args.fine_tune_steps), "--data-path", *prefixes, *args.rest]
+    command += ["--train-steps", str(args.fine_tune_steps), "--data-path", *prefixes, *flags]
     if subprocess.run(command, check=False).returncode:
         raise UserError(f"fine-tuning failed, see above; what it began with is whole: {args.out}")
 

@@ -36,7 +36,7 @@ def up_matrix(config: ModelConfig, axis: Axis, draw: NamedNormal, *, partial: bo
 
 
 def down_matrix(config: ModelConfig, axis: Axis, draw: NamedNormal, *, partial: bool = False) -> nn.Module:
-    """Back to the residual stream. Shapes, epilogue and bias are those of RowParallelLinear; partial: as of `up_matrix`."""
+    """Back to the residual stream. Shapes, epilogue, bias are those of RowParallelLinear; partial: see `up_matrix`."""
     _require_dense(config, partial)
     D, F, bias = config.d_model, config.ff_width, config.bias_mlp
     if config.mlp == "low_rank":
