@@ -39,6 +39,7 @@ from megagpt.errors import UserError, run_cli
 from megagpt.plan.factorised_sizes import mlp_matrix_params
 from megagpt.plan.sizes import layer_sizes
 
+KIND = ("mlp", "mlp_rank", "mlp_blocks")
 PRETRAIN = Path(__file__).parents[1] / "examples" / "pretrain_gpt.py"
 
 
@@ -47,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     args, pretrain_flags = _parser().parse_args(words[:end]), words[end + 1 :]
-    source, given = folders.find(args.checkpoint), {"mlp": args.mlp}
-    given |= {name: value for name in ("mlp_rank", "mlp_blocks") if (value := getattr(args, name)) is not None}
+    source, given = folders.find(args.checkpoint), {name: getattr(args, name) for name in KIND}
     dense = read_config(read_state(source).config, f"{source}/state.json")
     config = dataclasses.replace(dense, model=dataclasses.replace(dense.model, **given))  # raises what does not fit
     if args.fine_tune_steps == 0 and pretrain_flags:
