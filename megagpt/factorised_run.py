@@ -38,7 +38,7 @@ class MatrixError:
 def write_factorised(
     source: Path, out: Path, changes: dict[str, object], tick: Callable[[MatrixError], None] = lambda error: None
 ) -> list[MatrixError]:
-    """Write a run folder with a checkpoint of step 0: source's weights, each MLP matrix projected.
+    """Write a run folder with a checkpoint of step 0: source's weights, each MLP matrix projected; how far, by layer.
 
     source: a checkpoint folder. changes: of ModelConfig: mlp, and mlp_rank or mlp_blocks. tick: told of each matrix.
     Raises UserError, and leaves nothing, where source is not dense, the sizes do not fit, or `out` exists.
@@ -66,7 +66,7 @@ def write_factorised(
         # How the old run was saved, guarded and spread out is not how a new one is to be.
         begins = RunConfig(model=config.model, data=config.data, optim=config.optim, train=config.train)
         (folder / "config.yaml").write_text(to_yaml(begins), encoding="utf-8")
-    return projection.errors
+    return [projection.errors[f"blocks.{i}.mlp.{d}"] for i in range(config.model.n_layers) for d in ("up", "down")]
 
 
 def matrices_of(names: Iterable[str]) -> dict[str, Direction]:
@@ -85,7 +85,7 @@ class _Projection:
     def __init__(self, reader: Reader, model: ModelConfig, tick: Callable[[MatrixError], None]) -> None:
         self.reader, self.model, self.tick = reader, model, tick
         self.matrices = matrices_of(reader.index[WEIGHT])
-        self.errors: list[MatrixError] = []
+        self.errors: dict[str, MatrixError] = {}
         self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
 
     def shapes(self) -> dict[str, Shape]:
@@ -119,13 +119,13 @@ class _Projection:
             factors = factorise(weight, self.model, direction)
             off = multiplied(factors, self.model, direction) - weight
             error = MatrixError(matrix, float(off.double().norm() / weight.double().norm()))
-            self.errors.append(error)
+            self.errors[matrix] = error
             self.tick(error)
             self._last = (matrix, factors)
         return self._last[1]
 
 
-def step_times(models: dict[str, ModelConfig], micro_batch_size: int, repeats: int = 5) -> dict[str, float]:
+def step_times(models: dict[str, ModelConfig], micro_batch_size: int, repeats: int = 15) -> dict[str, float]:
     """Median seconds of a training step of each model (forward, backward, AdamW), in turn, on this process.
 
     In fp32 on a CPU, in bf16 on a GPU.
