@@ -116,7 +116,7 @@ def test_what_is_written_is_whole_and_loads(tmp_path, changes):
     assert damage_of(folder) == [] and 0 < max(error.relative_error for error in errors) < 1
     at = read_state(folder)
     assert (at.step, at.samples, at.origin) == (0, 0, f"{changes['mlp']} form of run/step-000003")
-    assert {n: tuple(p.shape) for n, p in loaded(folder).blocks[1].mlp.named_parameters()} == {
+    assert {n: tuple(p.shape) for n, p in loaded(folder).blocks.get_submodule("1.mlp").named_parameters()} == {
         name.removeprefix("blocks.1.mlp."): values.shape
         for name, values in tensors_of(folder).items()
         if name.startswith("blocks.1.mlp.")
