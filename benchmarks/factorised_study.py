@@ -189,7 +189,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", default=[DENSE, "low_rank:4", "monarch:4", "butterfly"], metavar="KIND")
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128], metavar="D", help="of d_model")
     parser.add_argument(
-        "--budgets", nargs="+", type=float, default=[5e10, 2e11, 8e11], metavar="FLOPS", help="of a run"
+        "--budgets", nargs="+", type=float, default=[2e10, 8e10, 3.2e11], metavar="FLOPS", help="of a run"
     )
     parser.add_argument("--lrs", nargs="+", type=float, default=[4e-3], help="learning rates; the best one counts")
     parser.add_argument("--n-layers", type=int, default=3)

@@ -82,8 +82,8 @@ def _monarch(weight_OI: Tensor, n_blocks: int) -> dict[str, Tensor]:
     for row_HI in weight_OI.view(grid.n_down, grid.height, -1):  # a row at a time: float64 takes room
         left_KHR, right_KRW = truncated(row_HI.view(grid.height, grid.n_across, -1).transpose(0, 1).double(), grid.rank)
         firsts.append(right_KRW)
-        seconds.append(left_KHR.transpose(0, 1))
-    return {"first": torch.stack(firsts, dim=1), "second": torch.stack(seconds)}
+        seconds.append(left_KHR.transpose(0, 1).flatten(1))
+    return {"first": torch.cat(firsts, dim=1), "second": torch.stack(seconds)}
 
 
 def _butterfly(weight_up: Tensor, shape: Butterfly) -> Tensor:

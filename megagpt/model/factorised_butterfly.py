@@ -15,7 +15,7 @@ grid. Each level's matrices are so few that every rank holds all, and gradients 
 micro-batch, beside 4 n bytes a token for the activations.
 
 Shapes: N tokens, g packs (the 2 matrices of a gated unit), c butterflies side by side, m levels, n size, h (high) and
-l (low) what the two halves of the bits count to: n = h l. K, J, H, W, R as in factorised_monarch.py.
+l (low) what the two halves of the bits count to: n = h l. K, J, H, W as in factorised_monarch.py.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class ButterflyColumn(FactorisedColumn):
         self.twiddle = replicated(rotations(draw, self.shape, self.packed, dense_std(draw, n_inputs)))
 
     def product(self, x_I: Tensor) -> Tensor:
-        first_KJRW, second_JHKR = local_grid(self.twiddle, self.shape, self.axis)
-        x_I = _padded(copy_to(x_I, self.axis), first_KJRW.shape[0] * first_KJRW.shape[3])
-        y = grid_product(x_I, first_KJRW.to(x_I.dtype), second_JHKR.to(x_I.dtype))
+        first_KJW, second_JHK = local_grid(self.twiddle, self.shape, self.axis)
+        x_I = _padded(copy_to(x_I, self.axis), first_KJW.shape[0] * first_KJW.shape[2])
+        y = grid_product(x_I, first_KJW.to(x_I.dtype), second_JHK.to(x_I.dtype))
         slots = y.unflatten(-1, (self.packs, -1))
         kept = _kept_slots(self.n_outputs_local, slots.shape[-1], y.device)
         return y if kept is None else slots.index_select(-1, kept).flatten(-2)
@@ -69,14 +69,14 @@ class ButterflyRow(FactorisedRow):
         self.twiddle = replicated(rotations(draw, self.shape, (), dense_std(draw, n_inputs)))
 
     def product(self, x_I_local: Tensor) -> Tensor:
-        first_KJRW, second_JHKR = local_grid(self.twiddle, self.shape, self.axis)
-        J, H = second_JHKR.shape[:2]
+        first_KJW, second_JHK = local_grid(self.twiddle, self.shape, self.axis)
+        J, H, _ = second_JHK.shape
         kept = _kept_slots(x_I_local.shape[-1], J * H, x_I_local.device)
         if kept is not None:
             slots = x_I_local.new_zeros(*x_I_local.shape[:-1], J * H)
             x_I_local = slots.index_copy(-1, kept, x_I_local)
         # The transpose of a grid has the transposed factors, in the other order.
-        first, second = second_JHKR.permute(0, 2, 3, 1), first_KJRW.permute(0, 3, 1, 2)
+        first, second = second_JHK.transpose(1, 2), first_KJW.transpose(1, 2)
         y = grid_product(x_I_local, first.to(x_I_local.dtype), second.to(x_I_local.dtype))
         return self.summed(y[..., : self.shape.n_residual])
 
@@ -92,7 +92,7 @@ def rotations(draw: NamedNormal, shape: Butterfly, packed: tuple[int, ...], std:
 
 
 def local_grid(twiddle: Tensor, shape: Butterfly, axis: Axis) -> tuple[Tensor, Tensor]:
-    """The factors of this rank's rows of the up grid: first (K, J, 1, W), second (J, H, K, 1).
+    """The factors of this rank's rows of the up grid: first (K, J, W), second (J, H, K).
 
     K is l, as far as the residual stream uses it, W h; J is (packs, this rank's range of h, c), H what is used of l.
     """
@@ -101,7 +101,7 @@ def local_grid(twiddle: Tensor, shape: Butterfly, axis: Axis) -> tuple[Tensor, T
     n_mine, used, kept = shape.high // axis.size, shape.kept_residual, shape.kept_hidden
     first = high_gclhh[:, :, :used].narrow(3, n_mine * axis.rank, n_mine).permute(2, 0, 3, 1, 4)
     second = low_gchll[..., :kept, :used].narrow(2, n_mine * axis.rank, n_mine).transpose(1, 2)
-    return first.flatten(1, 3).unsqueeze(2), second.flatten(0, 2).unsqueeze(-1)
+    return first.flatten(1, 3), second.flatten(0, 2)
 
 
 def merged_levels(twiddle: Tensor, shape: Butterfly) -> tuple[Tensor, Tensor]:

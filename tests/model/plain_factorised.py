@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 
-def monarch_dense(first_KJRW: Tensor, second_JHKR: Tensor) -> Tensor:
+def monarch_dense(first: Tensor, second: Tensor) -> Tensor:
     """block_diag(second) · permutation · block_diag(first): Dao et al. 2022, section 3.1, less the last permutation."""
-    K, J, R, _ = first_KJRW.shape
-    H = second_JHKR.shape[1]
-    right = torch.block_diag(*[first_KJRW[k].reshape(J * R, -1) for k in range(K)])
-    left = torch.block_diag(*[second_JHKR[j].reshape(H, K * R) for j in range(J)])
-    order = torch.arange(K * J * R).view(K, J, R).transpose(0, 1).flatten()  # from (K, J, R) to (J, K, R)
-    return left @ right[order]
+    order = (
+        torch.arange(first[..., 0].numel()).view(len(first), len(second), -1).transpose(0, 1)
+    )  # (K, J, R) → (J, K, R)
+    return torch.block_diag(*second) @ torch.block_diag(*first)[order.flatten()]
 
 
 def butterfly_dense(twiddle: Tensor, n_residual: int, n_hidden: int) -> Tensor:
