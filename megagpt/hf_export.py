@@ -24,7 +24,7 @@ from megagpt.data.tokenizer import Tokenizer, tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.kernels import Kernels
 from megagpt.model.gpt import GPT
-from megagpt.model.hf import hf_config, lazy_to_hf_gpt2
+from megagpt.model.hf import hf_config, lazy_to_hf
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.embedding import gather_logits
 from megagpt.parallel.parameter import part_of
@@ -70,7 +70,7 @@ def export(source: Path, out: Path) -> Exported:
     hf = {**hf_config(config.model), **_special_ids(tokenizer), "torch_dtype": "float32"}
     with new_folder(out) as folder:
         with Reader(source) as reader:
-            lazy = lazy_to_hf_gpt2(lambda name: torch.from_numpy(reader.read(WEIGHT, name)), config.model)
+            lazy = lazy_to_hf(lambda name: torch.from_numpy(reader.read(WEIGHT, name)), config.model)
 
             def values(name: str) -> Iterable[np.ndarray]:
                 yield lazy[name].get().numpy()

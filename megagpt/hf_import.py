@@ -22,7 +22,7 @@ from megagpt.cli import to_yaml
 from megagpt.config import DataConfig, RunConfig
 from megagpt.data.tokenizer import tokenizer_of_run
 from megagpt.errors import UserError
-from megagpt.model.hf import config_from_hf, lazy_from_hf_gpt2
+from megagpt.model.hf import config_from_hf, lazy_from_hf
 
 _WHOLE, _SHARDS = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -37,7 +37,7 @@ def import_model(source: Path, out: Path) -> Path:
     """
     model = _model_config(source / "config.json")
     places = _places(source)
-    lazy = lazy_from_hf_gpt2(places, lambda name: _read(places[name], name), model)
+    lazy = lazy_from_hf(places, lambda name: _read(places[name], name), model)
 
     def rows_of(key: str, name: str, rows: range) -> Iterable[np.ndarray]:
         yield lazy[name].get().numpy()[rows.start : rows.stop]

@@ -142,8 +142,8 @@ def test_an_export_that_computes_something_else_is_refused(run: Path, tmp_path: 
         a, b = "transformer.h.0.ln_1.bias", "transformer.h.0.ln_2.bias"
         return lazy | {a: lazy[b], b: lazy[a]}
 
-    hf_export_lazy = hf_export.lazy_to_hf_gpt2
-    monkeypatch.setattr(hf_export, "lazy_to_hf_gpt2", swapped)
+    hf_export_lazy = hf_export.lazy_to_hf
+    monkeypatch.setattr(hf_export, "lazy_to_hf", swapped)
     with pytest.raises(UserError, match=r"the logits of transformers' model differ by .* not exported"):
         export(find(run), tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

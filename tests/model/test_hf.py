@@ -12,7 +12,7 @@ import transformers
 from megagpt.config import ModelConfig
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
-from megagpt.model.hf import config_from_hf, from_hf_gpt2, hf_config, load_logical, to_hf_gpt2
+from megagpt.model.hf import config_from_hf, from_hf, hf_config, load_logical, to_hf
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.parameter import part_of
 from tests.tolerances import assert_equal
@@ -33,16 +33,16 @@ def theirs(config: ModelConfig) -> transformers.GPT2LMHeadModel:
 @both
 def test_there_and_back_is_bitwise_the_same(config):
     state = theirs(config).state_dict()
-    ours = from_hf_gpt2(state, config)
+    ours = from_hf(state, config)
     assert {n: tuple(t.shape) for n, t in ours.items()} == {
         n: part_of(p).shape for n, p in GPT(config, SINGLE).named_parameters()
     }
-    back = to_hf_gpt2(ours, config)
+    back = to_hf(ours, config)
     assert state.keys() - back.keys() == ({"lm_head.weight"} if config.tied_embeddings else set())
     for name, tensor in back.items():
         assert_equal(tensor, state[name], name)
         assert tensor.is_contiguous()  # what safetensors asks for
-    again = from_hf_gpt2(back, config)
+    again = from_hf(back, config)
     assert again.keys() == ours.keys()
     for name, tensor in again.items():
         assert_equal(tensor, ours[name], name)
@@ -51,7 +51,7 @@ def test_there_and_back_is_bitwise_the_same(config):
 @both
 def test_transformers_loads_what_we_write(config):
     model = theirs(config)
-    tensors = to_hf_gpt2(from_hf_gpt2(model.state_dict(), config), config)
+    tensors = to_hf(from_hf(model.state_dict(), config), config)
     other = theirs(config)
     missing, unexpected = other.load_state_dict(tensors, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected
@@ -63,15 +63,15 @@ def test_old_files_lack_the_prefix_and_hold_masks():
     state = theirs(TIED).state_dict()
     old = {name.removeprefix("transformer."): t for name, t in state.items() if name != "lm_head.weight"}
     old["h.0.attn.bias"], old["h.1.attn.masked_bias"] = torch.ones(1, 1, 8, 8), torch.tensor(-1e4)
-    expected = from_hf_gpt2(state, TIED)
-    for name, tensor in from_hf_gpt2(old, TIED).items():
+    expected = from_hf(state, TIED)
+    for name, tensor in from_hf(old, TIED).items():
         assert_equal(tensor, expected[name], name)
 
 
 def test_state_is_left_alone():
     state = theirs(TIED).state_dict()
     names = list(state)
-    from_hf_gpt2(state, TIED)
+    from_hf(state, TIED)
     assert list(state) == names
 
 
@@ -89,7 +89,7 @@ def test_wrong_weights_are_named(change, message):
     state = dict(theirs(TIED).state_dict())
     change(state)
     with pytest.raises(UserError, match=message):
-        from_hf_gpt2(state, TIED)
+        from_hf(state, TIED)
 
 
 @both
@@ -128,13 +128,13 @@ def test_config_that_we_do_not_compute_is_refused(key, value):
 @pytest.mark.parametrize(("field", "value"), [("position", "none"), ("d_head", 8)])
 def test_architecture_without_a_place_in_gpt2_is_refused(field, value):
     with pytest.raises(UserError, match=f"model.{field}={value} cannot be exported"):
-        to_hf_gpt2({}, replace(TIED, **{field: value}))
+        to_hf({}, replace(TIED, **{field: value}))
 
 
 @both
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_load_logical_fills_each_rank_with_its_part(config, tp):
-    tensors = from_hf_gpt2(theirs(config).state_dict(), config)
+    tensors = from_hf(theirs(config).state_dict(), config)
     for rank in range(tp):
         model = GPT(config, Axis(group=None, rank=rank, size=tp))
         load_logical(model.named_parameters(), tensors)

@@ -16,7 +16,7 @@ from megagpt.data.loader import MicroBatch
 from megagpt.engine.engine import Engine
 from megagpt.engine.stages import GPTStage
 from megagpt.model.gpt import GPT, Embedding, Head, layer_list
-from megagpt.model.hf import from_hf_gpt2, hf_config, load_logical
+from megagpt.model.hf import from_hf, hf_config, load_logical
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh
@@ -77,7 +77,7 @@ def transformers_gpt2(config: ModelConfig, batch: Batch, dtype: torch.dtype, att
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(grads) == len(list(model.parameters()))
-    return Reference(from_hf_gpt2(weights, config), loss.detach(), output.logits.detach(), from_hf_gpt2(grads, config))
+    return Reference(from_hf(weights, config), loss.detach(), output.logits.detach(), from_hf(grads, config))
 
 
 def compare(results: list[Result], reference: Reference, dtype: torch.dtype) -> None:
@@ -231,6 +231,6 @@ def test_loss_is_that_of_transformers_own_labels():
     tokens_BT = torch.randint(0, TIED.vocab, (2, T))
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf_config(TIED))).eval()
     ours = GPT(TIED, SINGLE)
-    load_logical(ours.named_parameters(), from_hf_gpt2(theirs.state_dict(), TIED))
+    load_logical(ours.named_parameters(), from_hf(theirs.state_dict(), TIED))
     loss = ours(tokens_BT[:, :-1], labels_BT=tokens_BT[:, 1:])
     assert loss.item() == pytest.approx(theirs(tokens_BT, labels=tokens_BT).loss.item(), rel=TOLERANCES[torch.float32])
