@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -96,7 +95,7 @@ def _few(wrong: list[str]) -> str:
     return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
-def _computed(config: ModelConfig) -> Mapping[str, Any]:
+def _computed(config: ModelConfig) -> dict[str, Any]:
     """All that what is computed depends on: defaults resolved, what plays no part left out."""
     fields: dict[str, Any] = {name: value for name, value in asdict(config).items() if name not in _NOT_COMPUTED}
     fields |= {"n_kv_heads": config.kv_heads, "d_head": config.head_width, "d_ff": config.ff_width}

@@ -42,9 +42,7 @@ def config(keys: Keys) -> ModelConfig:
     """Our architecture for the config.json of a LLaMA."""
     fields = _shared_fields(keys, d_ff=11008, seq_len=2048, n_kv_heads=keys.get("num_attention_heads", 32))
     head_width(fields["d_model"], fields["n_heads"])  # asked for even where head_dim says another
-    return ModelConfig(
-        **fields, bias_attention=keys.get("attention_bias", False), bias_mlp=keys.get("mlp_bias", False)
-    )
+    return ModelConfig(**fields, bias_attention=keys.get("attention_bias", False), bias_mlp=keys.get("mlp_bias", False))
 
 
 def mistral_keys(config: ModelConfig) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def keys(config: ModelConfig) -> dict[str, Any]:
         "expansion_ratio": 4,
         "no_bias": True,
         "learned_pos_emb": False,
-        "attn_config": {"alibi": True, "attn_pdrop": config.dropout_attention},
+        "attn_config": {"alibi": True},  # its attn_pdrop is left out: transformers 5 takes whole numbers only
         "resid_pdrop": config.dropout_residual,
         "emb_pdrop": config.dropout_embedding,
         "layer_norm_epsilon": config.norm_eps,

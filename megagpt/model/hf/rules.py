@@ -102,9 +102,7 @@ def _shapes(module: str, config: ModelConfig) -> dict[str, dict[str, Shape]]:
     return {leaf: {f"{name}.{leaf}": (*rows, *rest) for name, rows in named.items()} for leaf, rest in leaves.items()}
 
 
-def _qkv_rule(
-    qkv: QKV, config: ModelConfig, shapes: dict[str, Shape], names: tuple[str, ...], turned: bool
-) -> Rule:
+def _qkv_rule(qkv: QKV, config: ModelConfig, shapes: dict[str, Shape], names: tuple[str, ...], turned: bool) -> Rule:
     turn = _turn if turned else _same
 
     def to_ours(theirs: Sequence[Tensor]) -> Sequence[Tensor]:
