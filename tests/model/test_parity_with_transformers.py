@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
@@ -37,16 +38,17 @@ ENGINE = ("gpt2", "gptj", "bloom", "mistral")
 
 @dataclass(frozen=True)
 class Work:
-    """A model with weights, and what it is to compute: tokens, and for each the next one."""
+    """A model with weights, and what it is to compute: tokens, and for each the next one.
+
+    Weights and gradients travel as safetensors: on the way to a rank and back, each tensor would take a file
+    descriptor, and all architectures have more tensors than a message may have of these.
+    """
 
     config: ModelConfig
-    weights: dict[str, Tensor]
+    weights: bytes
     tokens_BT: Tensor  # noqa: N815
     labels_BT: Tensor  # noqa: N815
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weights["embedding.tokens.weight"].dtype
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,13 @@ class Result:
 
     loss: Tensor | None
     logits_BTV: Tensor | None  # noqa: N815
-    grads: Parts
+    parts: dict[str, Part]
+    grads: bytes
+
+    @staticmethod
+    def of(loss: Tensor | None, logits_BTV: Tensor | None, grads: Parts) -> Result:  # noqa: N803
+        packed = save({name: grad.contiguous() for name, (_, grad) in grads.items()})
+        return Result(loss, logits_BTV, {name: part for name, (part, _) in grads.items()}, packed)
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def reference_of(case: Case, dtype: torch.dtype = torch.float32, attention: str 
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(grads) == len(list(model.parameters()))
     weights, grads = (from_hf(named, config, case.architecture) for named in (state_of(model), grads))
-    return Reference(Work(config, weights, inputs_BT, labels_BT), loss.detach(), logits_BTV.detach(), grads)
+    return Reference(Work(config, save(weights), inputs_BT, labels_BT, dtype), loss.detach(), logits_BTV.detach(), grads)
 
 
 def compare(results: list[Result], reference: Reference, case: str) -> None:
@@ -91,7 +99,8 @@ def compare(results: list[Result], reference: Reference, case: str) -> None:
     columns = [r.logits_BTV for r in results if r.logits_BTV is not None]
     if columns:
         assert_close(torch.cat(columns, dim=-1), reference.logits_BTV, f"{case}: logits", dtype)
-    grads = assemble(r.grads for r in results)
+    unpacked = [(r.parts, load(r.grads)) for r in results]
+    grads = assemble({name: (parts[name], grad) for name, grad in grads.items()} for parts, grads in unpacked)
     assert grads.keys() == reference.grads.keys()
     for name, expected in reference.grads.items():
         assert_close(grads[name], expected, f"{case}: gradient of {name}", dtype)
@@ -104,12 +113,12 @@ def whole_columns(logits_BTV: Tensor, part: Part) -> Tensor:
 def whole_model(work: Work, axis: Axis = SINGLE) -> Result:
     """One stage: the GPT module."""
     model = GPT(work.config, axis, seed=1).to(work.dtype)
-    load_logical(model.named_parameters(), work.weights)
+    load_logical(model.named_parameters(), load(work.weights))
     logits_BTV = model(work.tokens_BT)
     loss = model(work.tokens_BT, labels_BT=work.labels_BT)
     loss.backward()
     columns = whole_columns(logits_BTV, part_of(model.head.tokens.weight))
-    return Result(loss.detach(), columns, gradient_parts(model.named_parameters()))
+    return Result.of(loss.detach(), columns, gradient_parts(model.named_parameters()))
 
 
 def tensor_parallel(works: Mapping[str, Work]) -> dict[str, Result]:
@@ -132,7 +141,7 @@ def one_stage(work: Work, mesh: Mesh) -> Result:
     mine = layers[:half] if pipe.rank == 0 else layers[half:]
     modules = [layer.kind(*layer.arguments).to(work.dtype) for layer in mine]
     parameters = stage_parameters([layer.name for layer in mine], modules, config)
-    load_logical(parameters, work.weights, whole_model=False)
+    load_logical(parameters, load(work.weights), whole_model=False)
     ids_B = torch.zeros(len(work.tokens_BT), dtype=torch.int64)
     x_BTD = torch.empty(*work.tokens_BT.shape, config.d_model, dtype=work.dtype)
     loss = columns = None
@@ -162,7 +171,7 @@ def one_stage(work: Work, mesh: Mesh) -> Result:
     grads = gradient_parts(parameters)
     if config.tied_embeddings and pipe.rank == 1:
         del grads["embedding.tokens.weight"]  # the first stage reports the sum
-    return Result(loss, columns, grads)
+    return Result.of(loss, columns, grads)
 
 
 def stage_parameters(names: list[str], modules: list[nn.Module], config: ModelConfig) -> list[tuple[str, nn.Parameter]]:
@@ -189,17 +198,18 @@ def stages_by_engine(work: Work) -> Result:
     stage = engine.module
     assert isinstance(stage, GPTStage)
     named = stage.canonical_parameters()
-    load_logical([(n.name, n.parameter) for n in named], work.weights, whole_model=False)
+    load_logical([(n.name, n.parameter) for n in named], load(work.weights), whole_model=False)
     grads: Parts = {}
 
     def look(*_) -> None:
-        grads.update(gradient_parts((n.name, n.parameter) for n in named if n.owned))
+        now = gradient_parts((n.name, n.parameter) for n in named if n.owned)
+        grads.update({name: (part, grad.clone()) for name, (part, grad) in now.items()})
 
     engine.base_optimizer.register_step_pre_hook(look)
     ids_B = torch.arange(samples)
     rows = [slice(i, i + 1) for i in range(samples)]
     step = engine.train_step(0, [MicroBatch(work.tokens_BT[r], work.labels_BT[r], ids_B[r]) for r in rows])
-    return Result(torch.tensor(step.loss), None, {name: (part, grad.clone()) for name, (part, grad) in grads.items()})
+    return Result.of(torch.tensor(step.loss), None, grads)
 
 
 @pytest.mark.parametrize("name", CASES)
