@@ -27,10 +27,13 @@ from megagpt.config import DataConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.data.tokenizer import tokenizer_of_run
 from megagpt.engine import checkpoint, masters
 from megagpt.errors import UserError
+from megagpt.generate import generate
 from megagpt.hf_export import export
 from megagpt.hf_import import import_model
 from megagpt.parallel.local import run_ranks
 from megagpt.parity_rank import start_engine
+from megagpt.trained import open_trained
+from tests.model.hf_cases import CASES, theirs
 from tests.written_checkpoint import MODEL, gpt2_tensors, write_checkpoint
 
 
@@ -51,19 +54,29 @@ def hf_folder(folder: Path, **save: object) -> transformers.GPT2LMHeadModel:
     return model.eval()
 
 
-def test_import_and_export_give_transformers_files_back(tmp_path: Path):
-    hf_folder(tmp_path / "hf")
-    assert import_model(tmp_path / "hf", tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step-000000"
-    assert damage_of(tmp_path / "run" / "checkpoints" / "step-000000") == []
-    done = export(find(tmp_path / "run"), tmp_path / "back")
-    assert done.note == "without a tokenizer: the run's has no files" and done.worst < 1e-5
-    theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
-    assert theirs.keys() == ours.keys()
-    for name, values in theirs.items():
-        assert values.tobytes() == ours[name].tobytes(), name
-    tokens = torch.arange(8)[None]
-    models = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("hf", "back")]
-    assert torch.equal(models[0](tokens).logits, models[1](tokens).logits)
+@pytest.mark.parametrize("name", CASES)
+def test_a_folder_comes_back_and_writes_the_same_text(name: str, tmp_path: Path):
+    """Theirs → a checkpoint → theirs, to the bit; and all three choose the same tokens."""
+    case = CASES[name]
+    model = theirs(case)
+    model.save_pretrained(tmp_path / "hf")
+    folder = import_model(tmp_path / "hf", tmp_path / "run")
+    assert folder == tmp_path / "run" / "checkpoints" / "step-000000" and damage_of(folder) == []
+    done = export(folder, tmp_path / "back", case.architecture)
+    assert done.architecture == case.architecture and done.worst < 2e-5
+    assert done.note == "without a tokenizer: the run's has no files"
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert expected.keys() == found.keys()
+    for tensor, values in expected.items():
+        assert values.tobytes() == found[tensor].tobytes(), tensor
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert type(back) is type(model)
+    prompt, n_tokens = [3, 1, 4, 1], case.config.seq_len - 4
+    settings = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
+    texts = [m.generate(torch.tensor([prompt]), **settings)[0, 4:].tolist() for m in (model, back)]
+    with open_trained(folder) as trained:
+        assert [list(generate(trained, prompt, n_tokens=n_tokens, temperature=0.0))] * 2 == texts
+    assert len(set(texts[0])) > 2  # a loop would hide much
 
 
 def test_shards_and_other_number_formats_are_imported(tmp_path: Path):
@@ -91,7 +104,7 @@ def spoil(folder: Path, case: str) -> None:
         case "nothing":
             (folder / "model.safetensors").unlink()
         case "another kind":
-            (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+            (folder / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
         case "text":
             (folder / "config.json").write_text(json.dumps(config | {"n_layer": "2"}))
         case "no JSON":
@@ -114,8 +127,8 @@ def spoil(folder: Path, case: str) -> None:
 REFUSED = {
     "pickle": ("pytorch_model.bin is a pickle, which can run code", "save_pretrained"),
     "nothing": ("has neither model.safetensors nor model.safetensors.index.json",),
-    "another kind": ("config.json: ", "model_type='llama', wanted 'gpt2'"),
-    "text": ("config.json: a value is of another type",),
+    "another kind": ("config.json: ", "model_type='t5', wanted one of gpt2, openai-gpt"),
+    "text": ("config.json: config.json has a value of another type",),
     "no JSON": ("config.json: cannot be read as JSON",),
     "layers": ("the weights have no transformer.h.2.ln_1.weight",),
     "nan": ("model.safetensors: transformer.ln_f.bias holds a NaN or Inf",),
@@ -149,17 +162,21 @@ def test_an_export_that_computes_something_else_is_refused(run: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_float64_decides_where_fp32_differs(run: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setitem(hf_export.ALLOWED, torch.float32, 0.0)
-    done = export(find(run), tmp_path / "hf")
-    assert done.worst < 1e-12
+def test_round_off_of_our_own_decides_where_fp32_differs(run: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(hf_export, "ALLOWED", 0.0)
+    assert export(find(run), tmp_path / "hf").worst < 1e-5
+    monkeypatch.setattr(hf_export, "ALLOWED_ROUND_OFF", 0.0)
+    with pytest.raises(UserError, match=r"ours in fp32 from those in float64 by .*e-0[678]: not exported"):
+        export(find(run), tmp_path / "hf-2")
 
 
 def test_architectures_without_a_place_in_transformers_are_refused(tmp_path: Path):
     config = asdict(RunConfig(model=replace(MODEL, position="alibi")))
     write_checkpoint(tmp_path / "run", config=config)
-    with pytest.raises(UserError, match=r"model.position=alibi cannot be exported"):
+    with pytest.raises(UserError, match=r"the nearest is bloom, which has model.embedding_norm=True, not False"):
         export(find(tmp_path / "run"), tmp_path / "hf")
+    with pytest.raises(UserError, match=r"cannot be a gpt2 of transformers, which has model.position=learned"):
+        export(find(tmp_path / "run"), tmp_path / "hf", "gpt2")
     assert not (tmp_path / "hf").exists()
 
 

@@ -93,7 +93,7 @@ CASES = {
             rotary_scaling="ntk",
         ),
     ),
-    "mistral": Case("mistral", replace(_LLAMA, d_model=34, d_head=10, n_kv_heads=2, attention=("window:5",))),
+    "mistral": Case("mistral", replace(_LLAMA, d_model=34, d_head=16, n_kv_heads=2, attention=("window:5",))),
     "falcon multi-query": Case("falcon", replace(_FALCON, block="parallel", n_kv_heads=1)),
     "falcon new": Case(
         "falcon",

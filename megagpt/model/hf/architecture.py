@@ -10,6 +10,7 @@ from typing import Any, Literal
 from megagpt.config import ModelConfig
 from megagpt.errors import UserError
 from megagpt.model.hf.layouts import QKV
+from megagpt.ops.rotary import ntk_base
 
 Keys = Mapping[str, Any]
 """The contents of a config.json."""
@@ -90,10 +91,14 @@ def rotary_of(keys: Keys, base_key: str = "rope_theta") -> dict[str, Any]:
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "linear"):
         raise UserError(f"config.json has rope_type={kind!r}, wanted 'default' or 'linear'; it cannot be converted")
+    base, factor = given.get("rope_theta", keys.get(base_key, 10000.0)), given.get("factor", 1.0)
+    for key, value in ((base_key, base), ("factor", factor)):
+        if not isinstance(value, int | float):
+            raise UserError(f"config.json has {key}={value!r}, wanted a number")
     return {
         "position": "rotary",
-        "rotary_base": float(given.get("rope_theta", keys.get(base_key, 10000.0))),
-        "rotary_factor": float(given["factor"]) if kind == "linear" and "factor" in given else 1.0,
+        "rotary_base": float(base),
+        "rotary_factor": float(factor) if kind == "linear" else 1.0,
         "rotary_scaling": "linear",
     }
 
@@ -106,11 +111,10 @@ def rotary_keys(config: ModelConfig, base_key: str = "rope_theta") -> dict[str, 
 
 
 def rotary_of_ours(config: ModelConfig) -> tuple[float, float]:
-    """Base and linear factor. NTK-aware scaling is another base (bloc97 2023), and is written as such."""
-    width = config.rotary_width
-    if config.rotary_scaling == "linear" or config.rotary_factor == 1.0 or width <= 2:
+    """Base and linear factor. NTK-aware scaling is another base, and is written as such."""
+    if config.rotary_scaling == "linear":
         return config.rotary_base, config.rotary_factor
-    return config.rotary_base * config.rotary_factor ** (width / (width - 2)), 1.0
+    return ntk_base(config.rotary_base, config.rotary_factor, config.rotary_width), 1.0
 
 
 def share(part: int, whole: int) -> float:

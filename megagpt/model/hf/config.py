@@ -50,7 +50,12 @@ def config_from_hf(theirs: Keys) -> ModelConfig:
     keys = {architecture.aliases.get(key, key): value for key, value in theirs.items()}
     require_only(keys, ANY)
     require_only(keys, architecture.only)
-    return architecture.config(keys)
+    try:
+        config = architecture.config(keys)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.json has a value of another type than it should be ({error})") from None
+    _require_types(config)
+    return config
 
 
 def named(name: object) -> Architecture:
@@ -67,23 +72,20 @@ def architecture_of(config: ModelConfig, name: str | None = None) -> Architectur
         if wrong := _hindrances(found, config):
             raise UserError(f"this architecture cannot be a {name} of transformers, {_few(wrong)}")
         return found
-    nearest, fewest = None, []
-    for found in ALL.values():
-        wrong = _hindrances(found, config)
-        if not wrong:
-            return found
-        if nearest is None or len(wrong) < len(fewest):
-            nearest, fewest = found.name, wrong
-    raise UserError(f"transformers has no such architecture: the nearest is {nearest}, {_few(fewest)}")
+    wrong = {found.name: _hindrances(found, config) for found in ALL.values()}
+    nearest = min(wrong, key=lambda name: len(wrong[name]))
+    if wrong[nearest]:
+        raise UserError(f"transformers has no such architecture: the nearest is {nearest}, {_few(wrong[nearest])}")
+    return ALL[nearest]
 
 
 def _hindrances(architecture: Architecture, config: ModelConfig) -> list[str]:
     """What does not come back when the configuration is written in their keys and read again."""
+    ours = _computed(config)
     try:
         back = _computed(architecture.config(architecture.keys(config)))
     except UserError as error:
-        return [f"but: {error}"]
-    ours = _computed(config)
+        return [f"but: {error}"] * len(ours)  # nothing comes back
     return [
         f"which has model.{name}={back.get(name)}, not {ours.get(name)}"
         for name in ours | back
@@ -92,7 +94,24 @@ def _hindrances(architecture: Architecture, config: ModelConfig) -> list[str]:
 
 
 def _few(wrong: list[str]) -> str:
+    wrong = list(dict.fromkeys(wrong))
     return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+
+def _require_types(config: ModelConfig) -> None:
+    """Raises UserError naming a field that config.json gave a text, or part of a number."""
+    defaults = asdict(ModelConfig())
+    for name, value in asdict(config).items():
+        default, wanted = defaults[name], "a whole number"
+        if isinstance(default, bool):
+            ok, wanted = isinstance(value, bool), "true or false"
+        elif isinstance(default, float):
+            ok, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+        else:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            ok = whole or isinstance(default, str | tuple) or value is default is None
+        if not ok:
+            raise UserError(f"config.json has {name}={value!r}, wanted {wanted}")
 
 
 def _computed(config: ModelConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megagpt.config import ModelConfig
+from megagpt.errors import UserError
 from megagpt.model.hf.architecture import Architecture, Keys, activation_key, activation_of, head_width, share
 from megagpt.model.hf.gpt2 import ALIASES
 from megagpt.model.hf.layouts import SEPARATE
@@ -51,7 +52,9 @@ def keys(config: ModelConfig) -> dict[str, Any]:
 def config(keys: Keys) -> ModelConfig:
     """Our architecture for a config.json."""
     d_model, n_heads = keys.get("n_embd", 4096), keys.get("n_head", 16)
-    width = head_width(d_model, n_heads)
+    width, turned = head_width(d_model, n_heads), keys.get("rotary_dim", 64)
+    if not isinstance(turned, int):
+        raise UserError(f"config.json has rotary_dim={turned!r}, wanted a number")
     return ModelConfig(
         n_layers=keys.get("n_layer", 28),
         d_model=d_model,
@@ -62,7 +65,7 @@ def config(keys: Keys) -> ModelConfig:
         block="parallel",
         position="rotary",
         rotary_base=_ROTARY_BASE,
-        rotary_fraction=share(keys.get("rotary_dim", 64), width),
+        rotary_fraction=share(turned, width),
         rotary_interleaved=True,
         activation=activation_of(keys, "activation_function", "gelu_new"),
         bias_attention=False,
