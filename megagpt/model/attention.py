@@ -79,12 +79,14 @@ class Attention(nn.Module):
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.qkv is not None:
             qkv_BTHXK = self._turn(self.qkv(x_BTD).unflatten(-1, (-1, 3, self.d_head)))
-            return qkv_BTHXK.permute(3, 0, 2, 1, 4).unbind()  # type: ignore[return-value]
+            q_BHTK, k_BHTK, v_BHTK = qkv_BTHXK.permute(3, 0, 2, 1, 4)
+            return q_BHTK, k_BHTK, v_BHTK
         assert self.q is not None and self.kv is not None
         x_BTD = copy_to(x_BTD, self.axis)
         q_BTHXK = self._turn(self.q(x_BTD).unflatten(-1, (-1, 1, self.d_head)), 1)
         kv_BTGXK = self._turn(self.kv(x_BTD).unflatten(-1, (-1, 2, self.d_head)))
-        return q_BTHXK.squeeze(3).transpose(1, 2), *kv_BTGXK.permute(3, 0, 2, 1, 4).unbind()
+        k_BGTK, v_BGTK = kv_BTGXK.permute(3, 0, 2, 1, 4)
+        return q_BTHXK.squeeze(3).transpose(1, 2), k_BGTK, v_BGTK
 
     def _turn(self, x_BTGXK: Tensor, n_rotated: int | None = None) -> Tensor:
         return x_BTGXK if self.rotary is None else self.rotary(x_BTGXK, n_rotated)
@@ -161,7 +163,9 @@ def attention_status(config: ModelConfig, kernels: Kernels) -> Status:
     """Which attention runs in training, and why: for the start-up table."""
     choice, dropout = kernels["attention"], config.dropout_attention
     runs = attention_runs(choice, config.position, dropout > 0)
-    text = {"sdpa": "torch's scaled_dot_product_attention", "flex": "torch's FlexAttention"}.get(runs, "softmax's steps")
+    text = {"sdpa": "torch's scaled_dot_product_attention", "flex": "torch's FlexAttention"}.get(
+        runs, "softmax's steps"
+    )
     lacks = attention_lacks("sdpa", config.position, dropout)
     why = f"torch's has no {lacks}" if lacks else "has all that is needed"
     return Status("attention", text, why if choice == "auto" else "asked for")

@@ -26,7 +26,8 @@ class Masks:
 
     def __init__(self, pattern: Pattern, layer: int, seq_len: int) -> None:
         self.pattern, self.layer, self.seq_len = pattern, layer, seq_len
-        self.kept: dict[str, tuple[tuple[int, torch.device], Tensor | BlockMask]] = {}
+        self.kept_dense: tuple[int, torch.device, Tensor] | None = None
+        self.kept_blocks: tuple[int, torch.device, BlockMask] | None = None
 
     @property
     def window(self) -> int | None:
@@ -40,21 +41,21 @@ class Masks:
 
     def dense(self, T: int, device: torch.device) -> Tensor:
         """Shapes: → (1, 1, T, T) bool, queries by keys, causality included."""
-
-        def make() -> Tensor:
+        kept = self.kept_dense
+        if kept is None or kept[:2] != (T, device):
             positions_T = torch.arange(T, device=device)
-            return self.predicate(device)(positions_T.unsqueeze(1), positions_T)[None, None]
-
-        return self._keep("dense", T, device, make)
+            mask_TT = self.predicate(device)(positions_T.unsqueeze(1), positions_T)
+            self.kept_dense = kept = (T, device, mask_TT[None, None])
+        return kept[2]
 
     def blocks(self, T: int, device: torch.device) -> BlockMask:
         """FlexAttention's mask, which knows the blocks that it can skip."""
-
-        def make() -> BlockMask:
+        kept = self.kept_blocks
+        if kept is None or kept[:2] != (T, device):
             predicate = self.predicate(device)
-            return create_block_mask(lambda b, h, q, k: predicate(q, k), None, None, T, T, device=str(device))
-
-        return self._keep("blocks", T, device, make)
+            mask = create_block_mask(lambda b, h, q, k: predicate(q, k), None, None, T, T, device=str(device))
+            self.kept_blocks = kept = (T, device, mask)
+        return kept[2]
 
     def predicate(self, device: torch.device) -> Predicate:
         """The pattern as a function of positions on this device."""
@@ -76,11 +77,6 @@ class Masks:
             return (k <= q) & ((query - key < n_last) | (key < n_first) | random_NN[query, key])
 
         return bigbird
-
-    def _keep(self, what: str, T: int, device: torch.device, make: Callable):
-        if what not in self.kept or self.kept[what][0] != (T, device):
-            self.kept[what] = ((T, device), make())
-        return self.kept[what][1]
 
 
 def random_blocks(layer: int, n_blocks: int, n_last: int, n_first: int, n_random: int) -> Tensor:

@@ -85,6 +85,6 @@ def shift(x_TT: Tensor) -> Tensor:
 
 def grouped_scores(q_BHTK: Tensor, k_BGTK: Tensor) -> Tensor:
     """q · k, each key head for H / G neighbouring query heads.  Shapes: → scores_BHTT."""
-    H, T = q_BHTK.shape[1:3]
+    T = q_BHTK.shape[2]
     q_BGXK = q_BHTK.unflatten(1, (k_BGTK.shape[1], -1)).flatten(2, 3)  # one matrix for all queries of a key head
     return (q_BGXK @ k_BGTK.transpose(-2, -1)).unflatten(2, (-1, T)).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Attention against a plain one in float64, written head by head from the formulas; all implementations, all layouts."""
+"""Attention against a plain one in float64, written head by head from the papers; all implementations and layouts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from torch.nn.attention import flex_attention as torchs_flex_attention
 from megagpt.config import ModelConfig
 from megagpt.config.pattern import Pattern
 from megagpt.kernels import ATTENTION_CHOICES, AUTO, Kernels, attention_lacks
-from megagpt.model.attention import Attention
+from megagpt.model.attention import Attention, attention_ops, attention_runs, attention_status
 from megagpt.model.gpt import GPT
 from megagpt.model.init import Init
 from megagpt.model.masks import Masks
-from megagpt.model.relative import TransformerXL
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.kv_linear import HeadsLinear
 from megagpt.parallel.local import run_ranks
-from megagpt.parity import Layout, compare, parity_config, require_lively, run_layout
+from megagpt.parallel.parameter import part_of
+from megagpt.parity import Layout, compare, parity_config, run_layout
 from tests.logical import assemble
 from tests.model.test_gpt import loss_and_gradients, tensor_parallel
 from tests.model.test_masks import by_loops
 from tests.tolerances import assert_close, assert_equal
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 CONFIG = ModelConfig(
     n_layers=2, d_model=20, n_heads=4, d_head=6, seq_len=32, vocab_size=7, position="none", init_std=0.5
@@ -51,7 +53,7 @@ def positioned(name: str, **fields: Any) -> ModelConfig:
     return replace(CONFIG, position=position, **POSITIONS[name], **fields)  # type: ignore[arg-type]
 
 
-def attention(config: ModelConfig, kernels: Kernels = AUTO, layer: int = 0) -> Attention:
+def attention(config: ModelConfig, kernels: Kernels = AUTO, layer: int = 1) -> Attention:
     """In float64, with biases that count."""
     module = Attention(config, layer, SINGLE, Init(config, 3), "attention", kernels).double()
     generator = torch.Generator().manual_seed(0)
@@ -62,7 +64,7 @@ def attention(config: ModelConfig, kernels: Kernels = AUTO, layer: int = 0) -> A
     return module
 
 
-def plain(module: Attention, config: ModelConfig, x_BTD: Tensor, layer: int = 0) -> Tensor:
+def plain(module: Attention, config: ModelConfig, x_BTD: Tensor, layer: int = 1) -> Tensor:
     """softmax(q kᵀ / √K + bias) v, head by head, from the papers."""
     H, G, K = config.n_heads, config.kv_heads, config.head_width
     parameters = dict(module.named_parameters())
@@ -109,9 +111,9 @@ def turned(x_BTK: Tensor, config: ModelConfig) -> Tensor:
 
 
 def bias_of_scores(module: Attention, config: ModelConfig, q: Tensor, k: Tensor, h: int, n: int) -> Tensor:
-    distance = torch.arange(n).unsqueeze(1) - torch.arange(n)
+    distance = torch.arange(n).unsqueeze(1) - torch.arange(n)  # of query and key
     if config.position == "alibi":
-        return -press_slopes(config.n_heads)[h] * distance
+        return -press_slopes(config.n_heads)[h] * distance.double()
     if config.position == "t5":
         assert module.buckets is not None
         exact, buckets, far = config.t5_buckets // 2, config.t5_buckets, config.t5_max_distance
@@ -149,31 +151,184 @@ def outputs_and_gradients(y: Tensor, module: Attention, x: Tensor, dy: Tensor) -
     return {"y": y, **{f"gradient of {n}": g for n, g in zip(("x", *names), grads, strict=True)}}
 
 
-def check_all_implementations(config: ModelConfig, monkeypatch: pytest.MonkeyPatch, layer: int = 0) -> None:
-    """Each that has what the configuration needs, against the plain one: output and every gradient."""
+def check_all_implementations(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch, *, flex: bool = True, dtype: torch.dtype = torch.float64
+) -> None:
+    """Each that has what the configuration needs, against the plain one: output and every gradient.
+
+    flex: it too, which torch traces for a second or two each time. dtype: whose tolerance holds.
+    """
     # torch refuses training with FlexAttention on the CPU, whose gradients its plain implementation has all the same.
     monkeypatch.setattr(torchs_flex_attention, "_validate_device", lambda *_: None)
+    layer = 1
     x_BTD = torch.randn(2, T, config.d_model, dtype=torch.float64, requires_grad=True)
     dy_BTD = torch.randn(2, T, config.d_model, dtype=torch.float64)
     module = attention(config, layer=layer)
     expected = outputs_and_gradients(plain(module, config, x_BTD, layer), module, x_BTD, dy_BTD)
     for choice in ATTENTION_CHOICES:
-        if attention_lacks(choice, config.position, config.dropout_attention):
+        if attention_lacks(choice, config.position, config.dropout_attention) or (choice == "flex" and not flex):
             continue
         module = attention(config, Kernels.parse(f"auto,attention={choice}"), layer)
         y_BTD = module(x_BTD, torch.arange(2))
         for name, value in outputs_and_gradients(y_BTD, module, x_BTD, dy_BTD).items():
-            assert_close(value, expected[name], f"{choice}: {name}")
+            assert_close(value, expected[name], f"{choice}: {name}", dtype)
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("text", PATTERNS)
 def test_every_pattern_is_the_same_in_every_implementation(text, n_kv_heads, monkeypatch):
-    check_all_implementations(replace(CONFIG, attention=(text,), n_kv_heads=n_kv_heads), monkeypatch)
+    config = replace(CONFIG, attention=("dense", text), n_kv_heads=n_kv_heads)
+    check_all_implementations(config, monkeypatch, flex=n_kv_heads == 2)
 
 
 @pytest.mark.parametrize("n_kv_heads", [2, 4])
 @pytest.mark.parametrize("name", POSITIONS)
 def test_every_position_is_the_published_one(name, n_kv_heads, monkeypatch):
     config = positioned(name, n_kv_heads=n_kv_heads, bias_attention=n_kv_heads == 4)
-    check_all_implementations(config, monkeypatch)
+    check_all_implementations(config, monkeypatch, flex=name == "alibi" and n_kv_heads == 2)
+
+
+@pytest.mark.parametrize("n_heads", [3, 5, 12])
+def test_alibi_has_any_number_of_heads(n_heads, monkeypatch):
+    config = positioned("alibi", n_heads=n_heads)
+    check_all_implementations(config, monkeypatch, flex=False, dtype=torch.float32)  # the slopes' own
+
+
+# Every position with every pattern and sort of sharing somewhere, dropout in places, and heads of their own width.
+SHARED = {
+    "grouped, rotary": positioned("GPT-J's rotary", n_kv_heads=2, bias_attention=False),
+    "one key head, window": positioned("rotary", n_kv_heads=1, attention=("dense", "window:5"), dropout_residual=0.1),
+    "Transformer-XL, BigBird": positioned("transformer_xl", attention=(BIGBIRD,), dropout_attention=0.1),
+    "Transformer-XL, grouped": positioned("transformer_xl", n_kv_heads=2),
+    "T5, strided, one key head": positioned(
+        "t5", n_kv_heads=1, attention=("strided:4", "dense"), dropout_attention=0.1
+    ),
+    "ALiBi, 12 heads, grouped": positioned("alibi", n_heads=12, n_kv_heads=4, attention=("window:5",)),
+}
+
+
+def of_13_tokens() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, ids of the samples, labels: shorter than seq_len."""
+    tokens_BT = torch.randint(0, CONFIG.vocab, (3, 14))
+    return tokens_BT[:, :-1], torch.randint(0, 2**40, (3,)), tokens_BT[:, 1:]
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("name", SHARED)
+def test_ranks_of_the_model_axis_compute_the_same(name, tp):
+    """Also with more ranks than key heads, whose weights every rank then holds whole, with equal gradients."""
+    config, inputs = SHARED[name], of_13_tokens()
+    loss, logits_BTV, grads = loss_and_gradients(config, SINGLE, inputs, torch.float64)
+    expected = assemble([grads])
+    results = run_ranks(tensor_parallel, tp, config, inputs, torch.float64)
+    for rank_loss, rank_logits_BTV, _ in results:
+        assert_close(rank_loss, loss, "loss")
+        assert_close(rank_logits_BTV, logits_BTV, "logits")
+    found = assemble(r[2] for r in results)
+    assert found.keys() == expected.keys()
+    for key, grad in found.items():
+        assert_close(grad, expected[key], f"gradient of {key}")
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("tp", [2, 4])
+def test_initial_weights_do_not_depend_on_the_layout(name, tp):
+    config = SHARED[name]
+    whole = dict(GPT(config, SINGLE, seed=5).named_parameters())
+    ranks = [dict(GPT(config, Axis(group=None, rank=r, size=tp), seed=5).named_parameters()) for r in range(tp)]
+    merged = assemble({n: (part_of(p), part_of(p).unpadded(p.detach())) for n, p in rank.items()} for rank in ranks)
+    assert merged.keys() == whole.keys()
+    for key, tensor in merged.items():
+        assert_equal(tensor, part_of(whole[key]).unpadded(whole[key].detach()), key)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_recompute_changes_no_bit(name):
+    inputs = of_13_tokens()
+    runs = [loss_and_gradients(SHARED[name], SINGLE, inputs, torch.float32, recompute=r) for r in (False, True)]
+    assert_equal(runs[1][0], runs[0][0], "loss")
+    for key, (_, grad) in runs[0][2].items():
+        assert_equal(runs[1][2][key][1], grad, key)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_token_sees_the_same_whatever_comes_later(name):
+    """As generation relies on, at any length: tables and masks of all lengths begin alike."""
+    model = GPT(SHARED[name], SINGLE).double().eval()
+    tokens_BT = torch.randint(0, CONFIG.vocab, (2, CONFIG.seq_len))
+    logits_BTV = model(tokens_BT)
+    for length in (1, 2, 7, 31):
+        assert_close(model(tokens_BT[:, :length]), logits_BTV[:, :length], f"{length} tokens")
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_kernels_change_nothing_but_round_off(name):
+    inputs = of_13_tokens()
+    runs = [
+        loss_and_gradients(SHARED[name], SINGLE, inputs, torch.float32, kernels=Kernels.parse(text))
+        for text in ("auto", "auto,attention=softmax", "reference")
+    ]
+    for loss, _, grads in runs[1:]:
+        assert_close(loss, runs[0][0], "loss")
+        for key, (_, grad) in grads.items():
+            assert_close(grad, runs[0][2][key][1], key)
+
+
+TRAINED = {
+    "grouped, rotary": [Layout(tp=4, micro_batch_size=2), Layout(tp=2, dp=2, zero_stage=3, recompute=True)],
+    "one key head, window": [Layout(tp=2, pp=2, zero_stage=1, micro_batch_size=1)],
+    "Transformer-XL, BigBird": [Layout(tp=2, dp=2, zero_stage=3, micro_batch_size=2)],
+    "T5, strided, one key head": [Layout(tp=4, zero_stage=0, micro_batch_size=2)],
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_layouts_train_the_same(name):
+    """Clipped by the same norm, to the same weights: whole key weights count once, and ZeRO gathers what is used."""
+    model = replace(SHARED[name], d_model=24, seq_len=24, vocab_size=211, init_std=0.02)
+    config = parity_config(model)
+    config = replace(config, train=replace(config.train, train_steps=4))
+    reference = run_layout(config, Layout(micro_batch_size=8, kernels="reference"))
+    assert min(reference.grad_norms) > config.optim.clip
+    for layout in TRAINED[name]:
+        difference = compare(run_layout(config, layout), reference, config)
+        assert difference.ok, (layout, difference)
+
+
+def test_what_an_implementation_lacks_is_an_error():
+    for choice, fields in (
+        ("sdpa", {"position": "alibi"}),
+        ("flex", {"position": "t5"}),
+        ("flex", {"dropout_attention": 0.1}),
+    ):
+        config = replace(CONFIG, **fields)
+        with pytest.raises(ValueError, match=f"attention={choice} has no .*; use attention=auto"):
+            Attention(config, 0, SINGLE, Init(config), "a", Kernels.parse(f"auto,attention={choice}"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "kernels", "ops", "runs"),
+    [
+        ({}, "auto", [], "torch's scaled_dot_product_attention"),
+        ({"attention": ("strided:4",), "n_kv_heads": 1}, "auto", [], "torch's scaled_dot_product_attention"),
+        ({"position": "rotary"}, "auto,attention=flex", ["rotary"], "torch's FlexAttention"),
+        ({"position": "alibi"}, "auto", ["softmax"], "softmax's steps"),
+        ({"dropout_attention": 0.1}, "auto", ["softmax", "dropout"], "softmax's steps"),
+        ({}, "cpu", ["softmax"], "softmax's steps"),
+        ({}, "reference", ["softmax"], "softmax's steps"),
+    ],
+)
+def test_what_runs_is_told(fields, kernels, ops, runs):
+    config, chosen = replace(CONFIG, **fields), Kernels.parse(kernels)
+    assert attention_ops(config, chosen) == ops
+    assert attention_status(config, chosen).runs == runs
+
+
+def test_dropout_is_off_in_evaluation_and_sdpa_serves():
+    assert attention_runs("auto", "rotary", dropping=True) == "softmax"
+    assert attention_runs("auto", "rotary", dropping=False) == "sdpa"
+
+
+def test_heads_that_ranks_cannot_share_are_an_error():
+    with pytest.raises(ValueError, match="got 4 heads on an axis of 6 processes, wanted one to divide the other"):
+        HeadsLinear(12, 4, 6, Axis(group=None, rank=0, size=6))

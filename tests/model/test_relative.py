@@ -97,14 +97,20 @@ def test_t5_attention_is_transformers_own(T):
 
     theirs = T5Attention(
         T5Config(
-            d_model=20, num_heads=4, d_kv=6, is_decoder=True, dropout_rate=0.0, relative_attention_num_buckets=8,
+            d_model=20,
+            num_heads=4,
+            d_kv=6,
+            is_decoder=True,
+            dropout_rate=0.0,
+            relative_attention_num_buckets=8,
             relative_attention_max_distance=12,
-        ),  # fmt: skip
+        ),
         has_relative_attention_bias=True,
         layer_idx=0,
     ).double()
     config = replace(T5, bias_attention=False)
     ours = Attention(config, 0, SINGLE, Init(config, 1), "a").double()
+    assert ours.qkv is not None and ours.buckets is not None
     with torch.no_grad():
         q, k, v = ours.qkv.weight.view(4, 3, 6, 20).transpose(0, 1).reshape(3, 24, 20)
         theirs.q.weight.copy_(q / math.sqrt(6))
