@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -58,12 +57,12 @@ def hf_folder(folder: Path, **save: object) -> transformers.GPT2LMHeadModel:
 def test_a_folder_comes_back_and_writes_the_same_text(name: str, tmp_path: Path):
     """Theirs → a checkpoint → theirs, to the bit; and all three choose the same tokens."""
     case = CASES[name]
-    model = theirs(case)
+    model = theirs(case, noise=0.3)
     model.save_pretrained(tmp_path / "hf")
     folder = import_model(tmp_path / "hf", tmp_path / "run")
     assert folder == tmp_path / "run" / "checkpoints" / "step-000000" and damage_of(folder) == []
     done = export(folder, tmp_path / "back", case.architecture)
-    assert done.architecture == case.architecture and done.worst < 2e-5
+    assert done.architecture == case.architecture and done.worst < 1e-4
     assert done.note == "without a tokenizer: the run's has no files"
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
     assert expected.keys() == found.keys()
@@ -71,12 +70,13 @@ def test_a_folder_comes_back_and_writes_the_same_text(name: str, tmp_path: Path)
         assert values.tobytes() == found[tensor].tobytes(), tensor
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert type(back) is type(model)
-    prompt, n_tokens = [3, 1, 4, 1], case.config.seq_len - 4
+    prompts, n_tokens = torch.randint(0, case.config.vocab, (6, 8)), case.config.seq_len - 8
     settings = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
-    texts = [m.generate(torch.tensor([prompt]), **settings)[0, 4:].tolist() for m in (model, back)]
+    texts = [m.generate(prompts, **settings)[:, 8:].tolist() for m in (model, back)]
     with open_trained(folder) as trained:
-        assert [list(generate(trained, prompt, n_tokens=n_tokens, temperature=0.0))] * 2 == texts
-    assert len(set(texts[0])) > 2  # a loop would hide much
+        ours = [list(generate(trained, prompt, n_tokens=n_tokens, temperature=0.0)) for prompt in prompts.tolist()]
+    assert texts == [ours, ours]
+    assert len({token for text in ours for token in text}) > 2  # not one token for ever
 
 
 def test_shards_and_other_number_formats_are_imported(tmp_path: Path):
@@ -150,8 +150,8 @@ def test_what_cannot_be_imported_is_refused_and_leaves_nothing(tmp_path: Path, c
 
 
 def test_an_export_that_computes_something_else_is_refused(run: Path, tmp_path: Path, monkeypatch):
-    def swapped(read: Callable, config):
-        lazy = hf_export_lazy(read, config)
+    def swapped(*arguments):
+        lazy = hf_export_lazy(*arguments)
         a, b = "transformer.h.0.ln_1.bias", "transformer.h.0.ln_2.bias"
         return lazy | {a: lazy[b], b: lazy[a]}
 
@@ -173,7 +173,7 @@ def test_round_off_of_our_own_decides_where_fp32_differs(run: Path, tmp_path: Pa
 def test_architectures_without_a_place_in_transformers_are_refused(tmp_path: Path):
     config = asdict(RunConfig(model=replace(MODEL, position="alibi")))
     write_checkpoint(tmp_path / "run", config=config)
-    with pytest.raises(UserError, match=r"the nearest is bloom, which has model.embedding_norm=True, not False"):
+    with pytest.raises(UserError, match=r"the nearest is gpt2, which has model.position=learned, not alibi"):
         export(find(tmp_path / "run"), tmp_path / "hf")
     with pytest.raises(UserError, match=r"cannot be a gpt2 of transformers, which has model.position=learned"):
         export(find(tmp_path / "run"), tmp_path / "hf", "gpt2")

@@ -107,8 +107,8 @@ CASES = {
 }
 
 
-def theirs(case: Case, **more: Any) -> Any:
-    """Their model, in eval mode, with weights in which biases and gains matter too."""
+def theirs(case: Case, noise: float = 0.1, **more: Any) -> Any:
+    """Their model, in eval mode; noise is added to its first weights, so that biases and gains matter too."""
     import transformers  # two seconds, which no rank needs
 
     kind = type(transformers.AutoConfig.for_model(case.architecture))
@@ -116,7 +116,7 @@ def theirs(case: Case, **more: Any) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(noise * torch.randn_like(parameter))
     return model.eval()
 
 
