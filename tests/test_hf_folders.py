@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
 
-from megagpt import hf_export
+from megagpt import hf_export, hf_import
 from megagpt.checkpoint.folders import find
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import read_state
@@ -29,7 +32,11 @@ from megagpt.errors import UserError
 from megagpt.generate import generate
 from megagpt.hf_export import export
 from megagpt.hf_import import import_model
+from megagpt.model.gpt import GPT
+from megagpt.model.hf import from_hf
+from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.local import run_ranks
+from megagpt.parallel.parameter import part_of
 from megagpt.parity_rank import start_engine
 from megagpt.trained import open_trained
 from tests.model.hf_cases import CASES, theirs
@@ -68,7 +75,7 @@ def test_a_folder_comes_back_and_writes_the_same_text(name: str, tmp_path: Path)
     assert expected.keys() == found.keys()
     for tensor, values in expected.items():
         assert values.tobytes() == found[tensor].tobytes(), tensor
-    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    back: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert type(back) is type(model)
     prompts, n_tokens = torch.randint(0, case.config.vocab, (6, 8)), case.config.seq_len - 8
     settings = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
@@ -79,19 +86,44 @@ def test_a_folder_comes_back_and_writes_the_same_text(name: str, tmp_path: Path)
     assert len({token for text in ours for token in text}) > 2  # not one token for ever
 
 
-def test_shards_and_other_number_formats_are_imported(tmp_path: Path):
-    hf_folder(tmp_path / "hf")
-    hf_folder(tmp_path / "shards", max_shard_size="10KB")
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama"])
+def test_shards_and_other_number_formats_are_imported(tmp_path: Path, name: str):
+    model = theirs(CASES[name]).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    for name in ("hf", "shards"):
-        import_model(tmp_path / name, tmp_path / f"from-{name}")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shards", dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "bf16")
-    import_model(tmp_path / "bf16", tmp_path / "from-bf16")
-    name, their_name = "blocks.1.mlp.up.bias", "transformer.h.1.mlp.c_fc.bias"
-    with Reader(tmp_path / "from-bf16" / "checkpoints" / "step-000000") as reader:
-        expected = model.get_parameter(their_name).detach().float().numpy()
-        np.testing.assert_array_equal(reader.read("weight", name), expected)
+    expected = from_hf({n: t.float() for n, t in model.state_dict().items()}, CASES[name].config)
+    for folder in ("whole", "shards"):
+        with Reader(import_model(tmp_path / folder, tmp_path / f"from-{folder}")) as reader:
+            assert reader.index["weight"].keys() == expected.keys()
+            for tensor, values in expected.items():
+                np.testing.assert_array_equal(reader.read("weight", tensor), values.numpy(), tensor)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "falcon new"])
+def test_few_tensors_are_in_memory_at_a_time(tmp_path: Path, name: str, monkeypatch):
+    """Both ways: what one of ours is made of, and that one itself; never the model."""
+    theirs(replace(CASES[name], config=replace(CASES[name].config, n_layers=12))).save_pretrained(tmp_path / "hf")
+    alive: set[int] = set()
+    most = 0
+
+    def watched(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def watching(*arguments: Any) -> Tensor:
+            nonlocal most
+            tensor = read(*arguments)
+            alive.add(id(tensor))
+            weakref.finalize(tensor, alive.discard, id(tensor))
+            most = max(most, len(alive))
+            return tensor
+
+        return watching
+
+    monkeypatch.setattr(hf_import, "_read", watched(hf_import._read))
+    monkeypatch.setattr(hf_export, "_read", watched(hf_export._read))
+    folder = import_model(tmp_path / "hf", tmp_path / "run")
+    monkeypatch.setattr(hf_export, "_compare", lambda *_: 0.0)  # which holds the model
+    export(folder, tmp_path / "back")
+    assert 1 <= most <= 4
 
 
 def spoil(folder: Path, case: str) -> None:
@@ -217,30 +249,55 @@ def test_the_tokenizer_travels_with_the_weights(tmp_path: Path, gpt2_tokenizer: 
     assert done.note and done.note.startswith("without a tokenizer: ") and "vocab.json: cannot be read" in done.note
 
 
-def test_a_sentencepiece_tokenizer_gives_the_same_ids_there(tmp_path: Path):
+@pytest.fixture(scope="module")
+def sentencepiece_data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """A SentencePiece model of 600 tokens."""
+    prefix = tmp_path_factory.mktemp("sentencepiece") / "small"
     SentencePieceTrainer.train(
-        input=__file__, model_prefix=str(tmp_path / "small"), model_type="bpe", vocab_size=600, byte_fallback=True,
+        input=__file__, model_prefix=str(prefix), model_type="bpe", vocab_size=600, byte_fallback=True,
         normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, minloglevel=2,
     )  # fmt: skip
-    data = DataConfig(tokenizer="sentencepiece", tokenizer_model=str(tmp_path / "small.model"))
+    return DataConfig(tokenizer="sentencepiece", tokenizer_model=f"{prefix}.model")
+
+
+def test_a_sentencepiece_tokenizer_gives_the_same_ids_there(tmp_path: Path, sentencepiece_data: DataConfig):
     model = replace(MODEL, vocab_size=600)
-    config = asdict(RunConfig(model=model, data=data))
+    config = asdict(RunConfig(model=model, data=sentencepiece_data))
     write_checkpoint(tmp_path / "run", 0, {"weight": gpt2_tensors(model)}, config=config)
     done = export(find(tmp_path / "run"), tmp_path / "hf")
     assert done.note is None
     theirs: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    ours, text = tokenizer_of_run(data), Path(__file__).read_text(encoding="utf-8")
+    ours, text = tokenizer_of_run(sentencepiece_data), Path(__file__).read_text(encoding="utf-8")
     assert ours is not None and theirs(text)["input_ids"] == ours.encode(text)
     import_model(tmp_path / "hf", tmp_path / "back")
     at = read_state(tmp_path / "back" / "checkpoints" / "step-000000")
     assert at.config["data"]["tokenizer"] == "sentencepiece"
 
 
-def test_a_tokenizer_that_transformers_reads_otherwise_is_left_out(tmp_path: Path, gpt2_tokenizer: Path, monkeypatch):
-    monkeypatch.setitem(hf_export.SETTINGS, "gpt2", {"tokenizer_class": "LlamaTokenizer"})
-    files = {"vocab_file": str(gpt2_tokenizer / "vocab.json"), "merge_file": str(gpt2_tokenizer / "merges.txt")}
-    model, data = replace(MODEL, vocab_size=293), DataConfig(tokenizer="gpt2", **files)  # pyright: ignore
-    config = asdict(RunConfig(model=model, data=data))
+@pytest.mark.parametrize("name", ["gpt1", "llama", "mistral", "bigcode"])
+def test_tokenizers_of_other_architectures(
+    tmp_path: Path, name: str, gpt2_tokenizer: Path, sentencepiece_data: DataConfig
+):
+    """Which class reads the files depends on the architecture too."""
+    gpt2 = DataConfig(
+        tokenizer="gpt2",
+        vocab_file=str(gpt2_tokenizer / "vocab.json"),
+        merge_file=str(gpt2_tokenizer / "merges.txt"),
+    )
+    for number, (data, vocab_size) in enumerate(((gpt2, 293), (sentencepiece_data, 600))):
+        model = replace(CASES[name].config, vocab_size=vocab_size)
+        tensors = {n: part_of(p).unpadded(p).detach().numpy() for n, p in GPT(model, SINGLE).named_parameters()}
+        config = asdict(RunConfig(model=model, data=data))
+        write_checkpoint(tmp_path / f"run-{number}", 0, {"weight": tensors}, config=config)
+        assert export(find(tmp_path / f"run-{number}"), tmp_path / f"hf-{number}").note is None
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_left_out(
+    tmp_path: Path, sentencepiece_data: DataConfig, monkeypatch
+):
+    monkeypatch.setitem(hf_export.SETTINGS, "sentencepiece", {"tokenizer_class": "LlamaTokenizer"})
+    model = replace(MODEL, vocab_size=600)
+    config = asdict(RunConfig(model=model, data=sentencepiece_data))
     write_checkpoint(tmp_path / "run", 0, {"weight": gpt2_tensors(model)}, config=config)
     done = export(find(tmp_path / "run"), tmp_path / "hf")
     assert done.note == "without a tokenizer: transformers reads its files as another one"

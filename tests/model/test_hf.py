@@ -269,7 +269,7 @@ def test_an_architecture_without_a_place_there_is_refused(name, change, message)
 
 def test_another_architecture_may_be_asked_for():
     assert hf_config(CASES["llama"].config, "mistral")["sliding_window"] is None
-    with pytest.raises(UserError, match="cannot be a gpt_neox of transformers, which has model.n_kv_heads=4, not 2"):
+    with pytest.raises(UserError, match=r"cannot be a gpt_neox of transformers, which has .*model.n_kv_heads=4, not 2"):
         hf_config(CASES["llama"].config, "gpt_neox")
     with pytest.raises(UserError, match="got model_type='gpt3', wanted one of gpt2"):
         to_hf({}, TIED.config, "gpt3")

@@ -61,7 +61,7 @@ class Result:
     grads: bytes
 
     @staticmethod
-    def of(loss: Tensor | None, logits_BTV: Tensor | None, grads: Parts) -> Result:  # noqa: N803
+    def of(loss: Tensor | None, logits_BTV: Tensor | None, grads: Parts) -> Result:
         packed = save({name: grad.contiguous() for name, (_, grad) in grads.items()})
         return Result(loss, logits_BTV, {name: part for name, (part, _) in grads.items()}, packed)
 
@@ -86,7 +86,9 @@ def reference_of(case: Case, dtype: torch.dtype = torch.float32, attention: str 
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(grads) == len(list(model.parameters()))
     weights, grads = (from_hf(named, config, case.architecture) for named in (state_of(model), grads))
-    return Reference(Work(config, save(weights), inputs_BT, labels_BT, dtype), loss.detach(), logits_BTV.detach(), grads)
+    return Reference(
+        Work(config, save(weights), inputs_BT, labels_BT, dtype), loss.detach(), logits_BTV.detach(), grads
+    )
 
 
 def compare(results: list[Result], reference: Reference, case: str) -> None:
