@@ -33,13 +33,22 @@ class Attention(nn.Module):
 
     Where each query head has keys of its own, qkv.weight holds them head by head, [q, k, v] within a head; else
     q.weight holds the queries, kv.weight the others, [k, v] within a head: so a range of rows is one rank's heads.
-    Shapes: x_BTD → y_BTD.  Comm: those of a column- and a row-parallel layer, and see `HeadsLinear`.
+    Shapes: x_BTD → y_BTD.  Comm: those of a column- and a row-parallel layer, none where it is to be `partial`; and see
+    `HeadsLinear`.
     Source: Vaswani et al. 2017; Shoeybi et al. 2019, section 3; Ainslie et al. 2023 (grouped queries).
     Raises ValueError for a kernel that lacks what the configuration asks for.
     """
 
     def __init__(
-        self, config: ModelConfig, layer: int, axis: Axis, init: Init, name: str, kernels: Kernels = AUTO
+        self,
+        config: ModelConfig,
+        layer: int,
+        axis: Axis,
+        init: Init,
+        name: str,
+        kernels: Kernels = AUTO,
+        *,
+        partial: bool = False,
     ) -> None:
         super().__init__()
         self.choice, self.softmax_kernels = kernels["attention"], kernels["softmax"]
@@ -48,14 +57,16 @@ class Attention(nn.Module):
             raise ValueError(f"attention={self.choice} has no {lacks}; use attention=auto")
         d_model, K, bias = config.d_model, config.head_width, config.bias_attention
         d_inner, n_heads_local = config.n_heads * K, config.n_heads // axis.size
-        self.axis, self.d_head, self.first_head = axis, K, n_heads_local * axis.rank
+        self.axis, self.d_head, self.first_head, self.partial = axis, K, n_heads_local * axis.rank, partial
         self.qkv = self.q = self.kv = None
         if config.grouped:
             self.q = HeadsLinear(d_model, config.n_heads, K, axis, init.matrix(f"{name}.q"), bias=bias)
             self.kv = HeadsLinear(d_model, config.kv_heads, 2 * K, axis, init.matrix(f"{name}.kv"), bias=bias)
         else:
-            self.qkv = ColumnParallelLinear(d_model, 3 * d_inner, axis, init.matrix(f"{name}.qkv"), bias=bias)
-        self.out = RowParallelLinear(d_inner, d_model, axis, init.residual(f"{name}.out"), bias=bias)
+            self.qkv = ColumnParallelLinear(
+                d_model, 3 * d_inner, axis, init.matrix(f"{name}.qkv"), bias=bias, copied=partial
+            )
+        self.out = RowParallelLinear(d_inner, d_model, axis, init.residual(f"{name}.out"), bias=bias, partial=partial)
         self.dropout = Dropout(config.dropout_attention, init.seed, block_site(layer, 0), kernels)
         self.masks = Masks(config.pattern(layer), layer, config.seq_len)
         self.position = config.position
@@ -82,7 +93,7 @@ class Attention(nn.Module):
             q_BHTK, k_BHTK, v_BHTK = qkv_BTHXK.permute(3, 0, 2, 1, 4)
             return q_BHTK, k_BHTK, v_BHTK
         assert self.q is not None and self.kv is not None
-        x_BTD = copy_to(x_BTD, self.axis)
+        x_BTD = x_BTD if self.partial else copy_to(x_BTD, self.axis)
         q_BTHXK = self._turn(self.q(x_BTD).unflatten(-1, (-1, 1, self.d_head)), 1)
         kv_BTGXK = self._turn(self.kv(x_BTD).unflatten(-1, (-1, 2, self.d_head)))
         k_BGTK, v_BGTK = kv_BTGXK.permute(3, 0, 2, 1, 4)
