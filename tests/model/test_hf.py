@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from megagpt.config import ModelConfig
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.model.hf import config_from_hf, from_hf, hf_config, load_logical, to_hf
+from megagpt.model.hf.config import ALL
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.parameter import part_of
 from tests.model.hf_cases import CASES, Case, state_of, theirs
@@ -117,6 +120,7 @@ def test_a_missing_key_has_transformers_default(case: Case):
 PUBLISHED = {  # parameters that transformers' own model of its default configuration has
     "gpt2": 124_439_808,
     "openai-gpt": 116_534_784,
+    "gpt_neox": 20_554_567_680,
     "gptj": 6_050_882_784,
     "llama": 6_738_415_616,
     "mistral": 7_241_732_096,
@@ -231,6 +235,8 @@ NOT_COMPUTED = [
     ("llama", {"rope_scaling": "linear"}, "rotary parameters 'linear', wanted one set"),
     ("llama", {"hidden_act": "gelu_new"}, "hidden_act='gelu_new', wanted one of silu"),
     ("llama", {"head_dim": 5}, "heads of width 5"),
+    ("llama", {"sliding_window": 4096}, "sliding_window=4096, wanted None"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, wanted 1.0"),
     ("mistral", {"layer_types": ["full_attention"]}, "layer_types="),
     ("falcon multi-query", {"alibi": True}, "alibi=True, wanted False"),
     ("falcon multi-query", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2 in the old decoder"),
@@ -319,3 +325,8 @@ def test_load_logical_of_one_stage_passes_over_the_rest():
     load_logical(block, tensors, whole_model=False)
     for name, parameter in model.named_parameters():
         assert (parameter == 5.0).all() == name.startswith("blocks.1."), name
+
+
+def test_the_page_has_every_architecture():
+    page = (Path(__file__).parents[2] / "docs" / "hugging-face.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([\w-]+)` ", page, re.MULTILINE)[1:] == list(ALL)

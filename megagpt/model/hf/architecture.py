@@ -52,6 +52,8 @@ ANY = {
     "is_causal": (True,),
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
+    "layer_types": (None,),
+    "attention_chunk_size": (None,),
 }
 """As Architecture.only, of every architecture."""
 

@@ -105,7 +105,7 @@ LLAMA = Architecture(
     keys=keys,
     config=config,
     qkv=SEPARATE,
-    only={"partial_rotary_factor": (1.0, None)},
+    only={"partial_rotary_factor": (1.0, None), "sliding_window": (None,)},
     root="model.",
 )
 
@@ -116,6 +116,6 @@ MISTRAL = Architecture(
     keys=mistral_keys,
     config=mistral_config,
     qkv=SEPARATE,
-    only={"partial_rotary_factor": (1.0, None), "layer_types": (None,)},
+    only={"partial_rotary_factor": (1.0, None)},
     root="model.",
 )
