@@ -39,6 +39,7 @@ from megagpt.parallel.local import run_ranks
 from megagpt.parallel.parameter import part_of
 from megagpt.parity_rank import start_engine
 from megagpt.trained import open_trained
+from tests.logical import Parts, assemble
 from tests.model.hf_cases import CASES, theirs
 from tests.written_checkpoint import MODEL, gpt2_tensors, write_checkpoint
 
@@ -304,30 +305,33 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_left_out(
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors"}
 
 
-def start_from(config: RunConfig, run: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Weights and first moments of an engine that begins with an imported model."""
+def start_from(config: RunConfig, run: Path) -> tuple[Parts, bool]:
+    """This rank's weights, and whether a moment is there, of an engine that begins with an imported model."""
     engine = start_engine(config, 1)
     at = checkpoint.load(engine, find(run))
     assert at.step == 0
-    held = {
-        n.name: tuple(masters.read(engine, n, key).float().numpy().copy() for key in ("weight", "exp_avg"))
-        for n in engine.parameters
-    }
+    weights: Parts = {}
+    moments = False
+    for n in engine.parameters:
+        weight = masters.read(engine, n, "weight").float().clone()
+        if n.owned:  # a tied one is on two stages
+            weights[n.name] = (n.part, weight)
+        moments = moments or bool(masters.read(engine, n, "exp_avg").any())
     engine.close()
-    return held  # pyright: ignore[reportReturnType]
+    return weights, moments
 
 
-def test_training_begins_with_imported_weights_and_no_moments(tmp_path: Path):
-    hf_folder(tmp_path / "hf")
-    import_model(tmp_path / "hf", tmp_path / "run")
-    config = RunConfig(
-        model=MODEL, parallel=ParallelConfig(pp=2), train=TrainConfig(seed=7, micro_batch_size=1, global_batch_size=2)
-    )
-    held: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for rank in run_ranks(start_from, 2, config, tmp_path / "run"):
-        held |= rank
-    with Reader(tmp_path / "run" / "checkpoints" / "step-000000") as reader:
+@pytest.mark.parametrize(("name", "tp"), [("gpt2", 1), ("llama", 2)])
+def test_training_begins_with_imported_weights_and_no_moments(tmp_path: Path, name: str, tp: int):
+    theirs(CASES[name]).save_pretrained(tmp_path / "hf")
+    folder = import_model(tmp_path / "hf", tmp_path / "run")
+    train = TrainConfig(seed=7, micro_batch_size=1, global_batch_size=2)
+    model = read_config(read_state(folder).config, "state").model
+    config = RunConfig(model=model, parallel=ParallelConfig(tp=tp, pp=2), train=train)
+    ranks = run_ranks(start_from, 2 * tp, config, tmp_path / "run")
+    assert not any(moments for _, moments in ranks)
+    held = assemble(weights for weights, _ in ranks)
+    with Reader(folder) as reader:
         assert held.keys() == reader.index["weight"].keys()
-        for name, (weight, moment) in held.items():
-            np.testing.assert_array_equal(weight, reader.read("weight", name), name)
-            assert not moment.any()
+        for tensor, values in held.items():
+            np.testing.assert_array_equal(values.numpy(), reader.read("weight", tensor), tensor)
