@@ -117,25 +117,56 @@ def test_a_missing_key_has_transformers_default(case: Case):
     assert meaning(ours) == meaning(config_from_hf(defaults)) and ours.init_std == defaults["initializer_range"]
 
 
-PUBLISHED = {  # parameters that transformers' own model of its default configuration has
-    "gpt2": 124_439_808,
-    "openai-gpt": 116_534_784,
-    "gpt_neox": 20_554_567_680,
-    "gptj": 6_050_882_784,
-    "llama": 6_738_415_616,
-    "mistral": 7_241_732_096,
-    "falcon": 6_921_720_704,
-}
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {  # keys of the published config.json, and the parameters it has
+    "gpt2": ({"model_type": "gpt2"}, 124_439_808),
+    "openai-gpt": ({"model_type": "openai-gpt"}, 116_534_784),
+    "pythia-70m": (
+        {"model_type": "gpt_neox", "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8,
+         "intermediate_size": 2048, "vocab_size": 50304, "rotary_pct": 0.25, "rotary_emb_base": 10000},
+        70_426_624,
+    ),
+    "gpt-neox-20b": ({"model_type": "gpt_neox"}, 20_554_567_680),
+    "gpt-j-6b": ({"model_type": "gptj"}, 6_050_882_784),
+    "bloom": (
+        {"model_type": "bloom", "n_embed": 14336, "n_layer": 70, "num_attention_heads": 112, "offset_alibi": 100},
+        176_247_271_424,
+    ),
+    "mpt-7b": (
+        {"model_type": "mpt", "d_model": 4096, "n_heads": 32, "n_layers": 32, "vocab_size": 50432,
+         "learned_pos_emb": True, "attn_config": {"alibi": True, "attn_impl": "torch", "attn_pdrop": 0}},
+        6_649_286_656,
+    ),
+    "llama-7b": ({"model_type": "llama"}, 6_738_415_616),
+    "llama-2-70b": (
+        {"model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
+         "num_key_value_heads": 8, "intermediate_size": 28672, "max_position_embeddings": 4096},
+        68_976_648_192,
+    ),
+    "mistral-7b": ({"model_type": "mistral"}, 7_241_732_096),
+    "falcon-7b": ({"model_type": "falcon"}, 6_921_720_704),
+    "falcon-40b": (
+        {"model_type": "falcon", "hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128,
+         "num_kv_heads": 8, "new_decoder_architecture": True},
+        41_303_293_952,
+    ),
+    "starcoder": (
+        {"model_type": "gpt_bigcode", "n_embd": 6144, "n_layer": 40, "n_head": 48, "n_inner": 24576,
+         "n_positions": 8192, "vocab_size": 49152, "activation_function": "gelu"},
+        15_517_456_384,
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", PUBLISHED)
-def test_published_sizes(architecture):
-    config = config_from_hf({"model_type": architecture})
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str):
+    keys, n_expected = PUBLISHED[name]
+    config = config_from_hf(keys)
+    assert hf_config(config)["model_type"] == keys["model_type"]
     with torch.device("meta"):
-        model = GPT(config, SINGLE)
-        expected = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(architecture))
-    n_parameters = sum(math.prod(part_of(p).shape) for p in model.parameters())
-    assert n_parameters == sum(p.numel() for p in expected.parameters()) == PUBLISHED[architecture]
+        ours = GPT(config, SINGLE)
+        expected = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**keys))
+    n_parameters = sum(math.prod(part_of(p).shape) for p in ours.parameters())
+    assert n_parameters == sum(p.numel() for p in expected.parameters()) == n_expected
 
 
 LLAMA = hf_config(CASES["llama"].config)
