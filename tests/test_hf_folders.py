@@ -206,9 +206,9 @@ def test_round_off_of_our_own_decides_where_fp32_differs(run: Path, tmp_path: Pa
 def test_architectures_without_a_place_in_transformers_are_refused(tmp_path: Path):
     config = asdict(RunConfig(model=replace(MODEL, position="alibi")))
     write_checkpoint(tmp_path / "run", config=config)
-    with pytest.raises(UserError, match=r"the nearest is gpt2, which has model.position=learned, not alibi"):
+    with pytest.raises(UserError, match=r"the nearest is gpt2: it has model.position=learned, not alibi"):
         export(find(tmp_path / "run"), tmp_path / "hf")
-    with pytest.raises(UserError, match=r"cannot be a gpt2 of transformers, which has model.position=learned"):
+    with pytest.raises(UserError, match=r"cannot be a gpt2 of transformers: it has model.position=learned"):
         export(find(tmp_path / "run"), tmp_path / "hf", "gpt2")
     assert not (tmp_path / "hf").exists()
 

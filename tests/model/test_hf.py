@@ -17,6 +17,7 @@ from megagpt.config import ModelConfig
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.model.hf import config_from_hf, from_hf, hf_config, load_logical, to_hf
+from megagpt.model.hf.architecture import share
 from megagpt.model.hf.config import ALL
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.parameter import part_of
@@ -292,10 +293,10 @@ def test_other_spellings_of_keys():
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("gpt2", {"position": "none"}, "the nearest is gpt2, which has model.position=learned, not none"),
-        ("llama", {"norm_position": "post"}, "the nearest is llama, which has model.norm_position=pre, not post"),
-        ("mistral", {"attention": ("window:5", "dense")}, "the nearest is mistral, which has model.attention=window:5"),
-        ("mpt", {"bias_mlp": True}, "the nearest is mpt, which has model.bias_mlp=False, not True"),
+        ("gpt2", {"position": "none"}, "the nearest is gpt2: it has model.position=learned, not none"),
+        ("llama", {"norm_position": "post"}, "the nearest is llama: it has model.norm_position=pre, not post"),
+        ("mistral", {"attention": ("window:5", "dense")}, "the nearest is mistral: it has model.attention=window:5"),
+        ("mpt", {"bias_mlp": True}, "the nearest is mpt: it has model.bias_mlp=False, not True"),
     ],
 )
 def test_an_architecture_without_a_place_there_is_refused(name, change, message):
@@ -306,7 +307,7 @@ def test_an_architecture_without_a_place_there_is_refused(name, change, message)
 
 def test_another_architecture_may_be_asked_for():
     assert hf_config(CASES["llama"].config, "mistral")["sliding_window"] is None
-    with pytest.raises(UserError, match=r"cannot be a gpt_neox of transformers, which has .*model.n_kv_heads=4, not 2"):
+    with pytest.raises(UserError, match=r"cannot be a gpt_neox of transformers: it has .*model.n_kv_heads=4, not 2"):
         hf_config(CASES["llama"].config, "gpt_neox")
     with pytest.raises(UserError, match="got model_type='gpt3', wanted one of gpt2"):
         to_hf({}, TIED.config, "gpt3")
@@ -356,6 +357,11 @@ def test_load_logical_of_one_stage_passes_over_the_rest():
     load_logical(block, tensors, whole_model=False)
     for name, parameter in model.named_parameters():
         assert (parameter == 5.0).all() == name.startswith("blocks.1."), name
+
+
+def test_a_share_of_a_head_gives_its_number_back():
+    for whole in range(1, 300):
+        assert [int(whole * share(part, whole)) for part in range(whole + 1)] == list(range(whole + 1))
 
 
 def test_the_page_has_every_architecture():

@@ -70,12 +70,12 @@ def architecture_of(config: ModelConfig, name: str | None = None) -> Architectur
     if name is not None:
         found = named(name)
         if wrong := _hindrances(found, config):
-            raise UserError(f"this architecture cannot be a {name} of transformers, {_few(wrong)}")
+            raise UserError(f"this architecture cannot be a {name} of transformers: {_few(wrong)}")
         return found
     wrong = {found.name: _hindrances(found, config) for found in ALL.values()}
     nearest = min(wrong, key=lambda name: len(wrong[name]))
     if wrong[nearest]:
-        raise UserError(f"transformers has no such architecture: the nearest is {nearest}, {_few(wrong[nearest])}")
+        raise UserError(f"transformers has no such architecture; the nearest is {nearest}: {_few(wrong[nearest])}")
     return ALL[nearest]
 
 
@@ -85,17 +85,14 @@ def _hindrances(architecture: Architecture, config: ModelConfig) -> list[str]:
     try:
         back = _computed(architecture.config(architecture.keys(config)))
     except UserError as error:
-        return [f"but: {error}"] * len(ours)  # nothing comes back
-    return [
-        f"which has model.{name}={back.get(name)}, not {ours.get(name)}"
-        for name in ours | back
-        if ours.get(name) != back.get(name)
-    ]
+        return [str(error)] * len(ours)  # nothing comes back
+    differing = [name for name in ours | back if ours.get(name) != back.get(name)]
+    return [f"it has model.{name}={back.get(name)}, not {ours.get(name)}" for name in differing]
 
 
 def _few(wrong: list[str]) -> str:
     wrong = list(dict.fromkeys(wrong))
-    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    return ", ".join(wrong[:3]) + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
 def _require_types(config: ModelConfig) -> None:
@@ -109,7 +106,7 @@ def _require_types(config: ModelConfig) -> None:
             ok, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
         else:
             whole = isinstance(value, int) and not isinstance(value, bool)
-            ok = whole or isinstance(default, str | tuple) or value is default is None
+            ok = whole or isinstance(default, str | tuple) or (value is None and default is None)
         if not ok:
             raise UserError(f"config.json has {name}={value!r}, wanted {wanted}")
 
