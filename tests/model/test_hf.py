@@ -100,7 +100,7 @@ def test_no_field_is_lost(case: Case):
         now = getattr(case.config, name)
         others = CHOICES.get(name) or ((not now,) if isinstance(now, bool) else (OTHERS[name],))
         for value in others:
-            changed = replace(case.config, **{name: value})
+            changed = replace(case.config, **{name: value}, **({"mlp_rank": 4} if name == "mlp" else {}))
             try:
                 back = config_from_hf(hf_config(changed, case.architecture))
             except UserError as error:
@@ -296,6 +296,7 @@ def test_other_spellings_of_keys():
         ("gpt2", {"position": "none"}, "the nearest is gpt2: it has model.position=learned, not none"),
         ("llama", {"norm_position": "post"}, "the nearest is llama: it has model.norm_position=pre, not post"),
         ("mistral", {"attention": ("window:5", "dense")}, "the nearest is mistral: it has model.attention=window:5"),
+        ("gpt2", {"attention": ("dense", "window:5")}, "gpt2: it has model.attention=dense, not dense window:5"),
         ("mpt", {"bias_mlp": True}, "the nearest is mpt: it has model.bias_mlp=False, not True"),
     ],
 )

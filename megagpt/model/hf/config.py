@@ -86,8 +86,8 @@ def _hindrances(architecture: Architecture, config: ModelConfig) -> list[str]:
         back = _computed(architecture.config(architecture.keys(config)))
     except UserError as error:
         return [str(error)] * len(ours)  # nothing comes back
-    differing = [name for name in ours | back if ours.get(name) != back.get(name)]
-    return [f"it has model.{name}={back.get(name)}, not {ours.get(name)}" for name in differing]
+    differing = [name for name in ours if name in back and ours[name] != back[name]]
+    return [f"it has model.{name}={back[name]}, not {ours[name]}" for name in differing]
 
 
 def _few(wrong: list[str]) -> str:
@@ -112,21 +112,24 @@ def _require_types(config: ModelConfig) -> None:
 
 
 def _computed(config: ModelConfig) -> dict[str, Any]:
-    """All that what is computed depends on: defaults resolved, what plays no part left out."""
+    """All that what is computed depends on, defaults resolved.
+
+    Left out is what plays no part, which takes another field with another value: position, or mlp.
+    """
     fields: dict[str, Any] = {name: value for name, value in asdict(config).items() if name not in _NOT_COMPUTED}
     fields |= {"n_kv_heads": config.kv_heads, "d_head": config.head_width, "d_ff": config.ff_width}
-    fields["attention"] = tuple(str(config.pattern(layer)) for layer in range(config.n_layers))
-    if len(set(fields["attention"])) == 1:
-        fields["attention"] = fields["attention"][0]
+    fields["bias_norm"] = config.bias_norm and config.norm == "layernorm"
+    fields["attention"] = " ".join(_cycle([str(config.pattern(layer)) for layer in range(config.n_layers)]))
     if config.position == "rotary":
         del fields["rotary_scaling"]
         fields["rotary_base"], fields["rotary_factor"] = rotary_of_ours(config)
-        fields["rotary_fraction"] = config.rotary_width
-    used = {
-        "rotary_": config.position == "rotary",
-        "t5_": config.position == "t5",
-        "mlp_": config.mlp != "dense",
-        "bias_norm": config.norm == "layernorm",
-    }
+        fields["rotary_fraction"] = config.rotary_width / config.head_width
+    used = {"rotary_": config.position == "rotary", "t5_": config.position == "t5", "mlp_": config.mlp != "dense"}
     unused = tuple(prefix for prefix, plays_a_part in used.items() if not plays_a_part)
     return {name: value for name, value in fields.items() if not name.startswith(unused)}
+
+
+def _cycle(patterns: list[str]) -> list[str]:
+    """The shortest beginning that the layers go through in turn."""
+    lengths = range(1, len(patterns) + 1)
+    return patterns[: next(n for n in lengths if all(patterns[i] == patterns[i % n] for i in range(len(patterns))))]
