@@ -284,6 +284,19 @@ def test_config_that_we_do_not_compute_is_refused(name, change, message):
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
+@one_each
+def test_nonsense_is_refused_in_one_line(case: Case):
+    keys = theirs(case).config.to_dict()
+    for key in keys:
+        for value in (None, "", "x", -1, 0, 1, 7, 1e308, float("nan"), [], [1], {}, {"x": {}}, True, 3.5, 10**30):
+            try:
+                config = config_from_hf(keys | {key: value})
+            except UserError as error:
+                assert "\n" not in str(error), (key, value)
+            else:
+                assert isinstance(config, ModelConfig)
+
+
 def test_other_spellings_of_keys():
     keys = hf_config(ONE_EACH["bloom"].config)
     old = {{"hidden_size": "n_embed", "n_layer": "num_hidden_layers"}.get(k, k): v for k, v in keys.items()}

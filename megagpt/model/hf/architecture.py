@@ -127,7 +127,7 @@ def share(part: int, whole: int) -> float:
 
 def head_width(d_model: int, n_heads: int) -> int:
     """d_model / n_heads.  Raises UserError unless they divide."""
-    if n_heads < 1 or d_model % n_heads:
+    if n_heads < 1 or d_model < 1 or d_model % n_heads:
         raise UserError(f"config.json has {n_heads} heads and a width of {d_model}, wanted heads that divide it")
     return d_model // n_heads
 
