@@ -11,14 +11,15 @@ def attended_pairs(pattern: Pattern, seq_len: int) -> int:
     Dense and causal: T (T + 1) / 2.  Closed forms of the sets that `Pattern` describes.
     """
     if pattern.kind == "window":
-        return _window(*pattern.numbers, seq_len)
+        (width,) = pattern.numbers
+        return _window(width, seq_len)
     if pattern.kind == "strided":
         (stride,) = pattern.numbers
         strides, rest = divmod(seq_len, stride)
         further = stride * _triangle(strides - 1) + strides * rest  # t // stride keys beyond the last `stride`
         return _window(stride, seq_len) + further
     if pattern.kind == "bigbird":
-        return _bigbird(*pattern.numbers, seq_len)
+        return _bigbird(pattern, seq_len)
     return _triangle(seq_len)
 
 
@@ -27,8 +28,9 @@ def _window(width: int, seq_len: int) -> int:
     return _triangle(seq_len - full) + full * width
 
 
-def _bigbird(block: int, window: int, first: int, random: int, seq_len: int) -> int:
+def _bigbird(pattern: Pattern, seq_len: int) -> int:
     """Block b of queries attends min(b, window + first + random - 1) blocks before it, and its own causally."""
+    block, window, first, random = pattern.numbers
     blocks, rest = divmod(seq_len, block)
     most = window + first + random - 1
     growing = min(blocks, most)
