@@ -38,7 +38,7 @@ class Trained:
     @property
     def device(self) -> torch.device:
         """Where the model lives."""
-        return self.model.head.norm.weight.device
+        return self.model.embedding.tokens.weight.device
 
 
 @contextmanager

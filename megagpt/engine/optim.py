@@ -47,4 +47,4 @@ def build_optimizer(parameters: list[Named], config: OptimConfig) -> tuple[torch
 
 
 def _decays(named: Named) -> bool:
-    return len(named.part.shape) >= 2 and not named.name.endswith(".bias")  # a gated MLP's bias is (2, F)
+    return len(named.part.shape) >= 2 and not named.name.endswith("bias")  # a gated MLP's bias is (2, F)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from megagpt.config import ModelConfig
 from megagpt.kernels import AUTO, Kernels
 from megagpt.model.dropout import Dropout, block_site
+from megagpt.model.init import Init
 from megagpt.model.position import Alibi, Rotary
 from megagpt.ops.softmax import attention_softmax
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.linear import ColumnParallelLinear, Epilogue, RowParallelLinear
-from megagpt.parallel.parameter import NamedNormal
 
 
 class Attention(nn.Module):
@@ -29,17 +29,17 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, layer: int, axis: Axis, seed: int, name: str, kernels: Kernels = AUTO
+        self, config: ModelConfig, layer: int, axis: Axis, init: Init, name: str, kernels: Kernels = AUTO
     ) -> None:
         super().__init__()
         d_inner = config.n_heads * config.head_width
         n_heads_local = config.n_heads // axis.size
         self.d_head = config.head_width
         self.first_head = n_heads_local * axis.rank
-        std, residual_std = config.init_std, config.init_std / math.sqrt(2 * config.n_layers)
-        self.qkv = ColumnParallelLinear(config.d_model, 3 * d_inner, axis, NamedNormal(seed, f"{name}.qkv", std))
-        self.out = RowParallelLinear(d_inner, config.d_model, axis, NamedNormal(seed, f"{name}.out", residual_std))
-        self.dropout = Dropout(config.dropout_attention, seed, block_site(layer, 0), kernels)
+        bias = config.bias_attention
+        self.qkv = ColumnParallelLinear(config.d_model, 3 * d_inner, axis, init.matrix(f"{name}.qkv"), bias=bias)
+        self.out = RowParallelLinear(d_inner, config.d_model, axis, init.residual(f"{name}.out"), bias=bias)
+        self.dropout = Dropout(config.dropout_attention, init.seed, block_site(layer, 0), kernels)
         self.rotary = Rotary(config, kernels) if config.position == "rotary" else None
         self.alibi = Alibi(config.n_heads, self.first_head, n_heads_local) if config.position == "alibi" else None
         self.kernels = kernels["softmax"]

@@ -46,7 +46,7 @@ class Dropout(nn.Module):
     def join(self, residual_BTD: Tensor, sample_ids_B: Tensor) -> Epilogue:
         """What ends a sub-block: residual + dropout(x + bias), as the epilogue of its last linear layer."""
 
-        def epilogue(x_BTD: Tensor, bias_D: Tensor) -> Tensor:
+        def epilogue(x_BTD: Tensor, bias_D: Tensor | None) -> Tensor:
             return bias_dropout_add(
                 x_BTD,
                 bias_D,

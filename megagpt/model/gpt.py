@@ -15,28 +15,29 @@ from megagpt.config import ModelConfig
 from megagpt.kernels import AUTO, Kernels
 from megagpt.model.block import Block
 from megagpt.model.dropout import EMBEDDING_SITE, Dropout
+from megagpt.model.init import Init
 from megagpt.model.loss import vocab_parallel_cross_entropy
 from megagpt.model.norm import Norm
+from megagpt.model.position import Sinusoids
 from megagpt.parallel.axis import Axis
-from megagpt.parallel.embedding import VocabParallelEmbedding, vocab_parallel_logits
-from megagpt.parallel.parameter import NamedNormal, part_of, replicated
+from megagpt.parallel.embedding import ROW_MULTIPLE, VocabParallelEmbedding, vocab_parallel_logits
+from megagpt.parallel.parameter import part_of, replicated, sharded
 
 
 class Embedding(nn.Module):
-    """Token embedding, plus positions where they are learned.
+    """Token embedding, plus positions where they are learned or sinusoidal, and a norm where there is one.
 
     Shapes: (tokens_BT, sample_ids_B) → (x_BTD, sample_ids_B).  Comm: forward all-reduce of x over the model axis.
     """
 
     def __init__(self, config: ModelConfig, axis: Axis, seed: int, kernels: Kernels = AUTO) -> None:
         super().__init__()
-        draw = NamedNormal(seed, "embedding.tokens", config.init_std)
-        self.tokens = VocabParallelEmbedding(config.vocab, config.d_model, axis, draw)
-        if config.position == "learned":
-            draw = NamedNormal(seed, "embedding", config.init_std)
-            self.positions = replicated(draw("positions", (config.seq_len, config.d_model)))
-        else:
-            self.positions = None
+        init, table = Init(config, seed), (config.seq_len, config.d_model)
+        self.tokens = VocabParallelEmbedding(config.vocab, config.d_model, axis, init.embedding("embedding.tokens"))
+        learned = config.position == "learned"
+        self.positions = replicated(init.embedding("embedding")("positions", table)) if learned else None
+        self.sinusoids = Sinusoids(*table) if config.position == "sinusoidal" else None
+        self.norm = Norm(config, init, "embedding.norm", kernels) if config.embedding_norm else None
         self.dropout = Dropout(config.dropout_embedding, seed, EMBEDDING_SITE, kernels)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -44,11 +45,15 @@ class Embedding(nn.Module):
         x_BTD = self.tokens(tokens_BT)
         if self.positions is not None:
             x_BTD = x_BTD + self.positions[: tokens_BT.shape[1]]
+        if self.sinusoids is not None:
+            x_BTD = x_BTD + self.sinusoids(x_BTD)
+        if self.norm is not None:
+            x_BTD = self.norm(x_BTD)
         return self.dropout(x_BTD, sample_ids_B), sample_ids_B
 
 
 class Head(nn.Module):
-    """Final norm and the output matrix.
+    """Final norm, where there is one, and the output matrix.
 
     Shapes: (x_BTD, sample_ids_B) → logits_BTV, this rank's columns.  Comm: backward all-reduce over the model axis.
     `tokens` is the embedding whose weight is used: the embedding's own one where it is at hand (tied, one stage), a
@@ -65,14 +70,19 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         self.axis, self.kernels = axis, kernels["cross_entropy"]
-        self.norm = Norm(config, seed, "head.norm", kernels)
-        name = "embedding.tokens" if config.tied_embeddings else "head.tokens"
-        draw = NamedNormal(seed, name, config.init_std)
-        self.tokens = tokens or VocabParallelEmbedding(config.vocab, config.d_model, axis, draw)
+        init, vocab = Init(config, seed), config.vocab
+        self.scale = config.logit_scale
+        self.norm = Norm(config, init, "head.norm", kernels) if config.final_norm else None
+        draw = init.embedding("embedding.tokens") if config.tied_embeddings else init.matrix("head.tokens")
+        self.tokens = tokens or VocabParallelEmbedding(vocab, config.d_model, axis, draw)
+        self.bias = sharded(torch.zeros(vocab), 0, axis, pad_to=ROW_MULTIPLE) if config.bias_head else None
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
         x_BTD, _ = inputs
-        return vocab_parallel_logits(self.norm(x_BTD), self.tokens.weight, self.axis)
+        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        x_BTD = x_BTD if self.scale == 1.0 else x_BTD * self.scale
+        logits_BTV = vocab_parallel_logits(x_BTD, self.tokens.weight, self.axis)
+        return logits_BTV if self.bias is None else logits_BTV + self.bias
 
     def loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token: a scalar, equal on every rank of the model axis.

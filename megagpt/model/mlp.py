@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
 from megagpt.kernels import AUTO, Kernels
+from megagpt.model.init import Init
 from megagpt.ops.activation import Kind, activation
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.linear import ColumnParallelLinear, Epilogue, RowParallelLinear
-from megagpt.parallel.parameter import NamedNormal
 
 GATES: dict[str, Kind] = {"swiglu": "silu", "geglu": "gelu"}  # what a gated unit does to its gate
 
@@ -22,19 +20,17 @@ class MLP(nn.Module):
     Shapes: x_BTD → y_BTD.  Comm: those of its column- and row-parallel layers.
     """
 
-    def __init__(self, config: ModelConfig, axis: Axis, seed: int, name: str, kernels: Kernels = AUTO) -> None:
+    def __init__(self, config: ModelConfig, axis: Axis, init: Init, name: str, kernels: Kernels = AUTO) -> None:
         super().__init__()
-        std, residual_std = config.init_std, config.init_std / math.sqrt(2 * config.n_layers)
         self.kind: Kind = GATES.get(config.activation, config.activation)  # pyright: ignore[reportAttributeAccessIssue]
         self.gated, self.kernels = config.gated, kernels["activation"]
-        draw = NamedNormal(seed, f"{name}.up", std)
-        self.up = ColumnParallelLinear(config.d_model, config.ff_width, axis, draw, packs=2 if self.gated else 1)
-        self.down = RowParallelLinear(
-            config.ff_width, config.d_model, axis, NamedNormal(seed, f"{name}.down", residual_std)
-        )
+        D, F, bias = config.d_model, config.ff_width, config.bias_mlp
+        packs = 2 if self.gated else 1
+        self.up = ColumnParallelLinear(D, F, axis, init.matrix(f"{name}.up"), packs=packs, bias=bias)
+        self.down = RowParallelLinear(F, D, axis, init.residual(f"{name}.down"), bias=bias)
 
     def forward(self, x_BTD: Tensor, epilogue: Epilogue | None = None) -> Tensor:
         return self.down(self.up(x_BTD, epilogue=self._activate), epilogue)
 
-    def _activate(self, x_BTF: Tensor, bias_F: Tensor) -> Tensor:
+    def _activate(self, x_BTF: Tensor, bias_F: Tensor | None) -> Tensor:
         return activation(x_BTF, bias_F, kind=self.kind, gated=self.gated, kernels=self.kernels)

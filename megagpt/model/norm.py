@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
 from megagpt.kernels import AUTO, Kernels
+from megagpt.model.init import Init
 from megagpt.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from megagpt.parallel.parameter import NamedNormal, replicated
+from megagpt.parallel.parameter import replicated
 
 
 class Norm(nn.Module):
@@ -17,18 +20,23 @@ class Norm(nn.Module):
     Comm: none; its gradients are equal on every rank of the model axis.
     """
 
-    def __init__(self, config: ModelConfig, seed: int, name: str, kernels: Kernels = AUTO) -> None:
+    def __init__(self, config: ModelConfig, init: Init, name: str, kernels: Kernels = AUTO) -> None:
         super().__init__()
+        self.centers = config.norm == "layernorm"
         self.eps, self.kernels = config.norm_eps, kernels["norm"]
-        draw = NamedNormal(seed, name)
+        draw = init.matrix(name)
         self.weight = replicated(draw("gain", (config.d_model,)))
-        self.bias = replicated(draw("bias", (config.d_model,))) if config.norm == "layernorm" else None
+        self.bias = replicated(draw("bias", (config.d_model,))) if self.centers and config.bias_norm else None
 
+    @overload
+    def forward(self, x_D: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x_D: Tensor, residual_D: Tensor) -> tuple[Tensor, Tensor]: ...
     def forward(self, x_D: Tensor, residual_D: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if residual_D is None:
-            if self.bias is None:
-                return rms_norm(x_D, self.weight, self.eps, kernels=self.kernels)
-            return layer_norm(x_D, self.weight, self.bias, self.eps, kernels=self.kernels)
-        if self.bias is None:
-            return add_rms_norm(x_D, residual_D, self.weight, self.eps, kernels=self.kernels)
-        return add_layer_norm(x_D, residual_D, self.weight, self.bias, self.eps, kernels=self.kernels)
+            if self.centers:
+                return layer_norm(x_D, self.weight, self.bias, self.eps, kernels=self.kernels)
+            return rms_norm(x_D, self.weight, self.eps, kernels=self.kernels)
+        if self.centers:
+            return add_layer_norm(x_D, residual_D, self.weight, self.bias, self.eps, kernels=self.kernels)
+        return add_rms_norm(x_D, residual_D, self.weight, self.eps, kernels=self.kernels)

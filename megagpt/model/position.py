@@ -14,6 +14,26 @@ from megagpt.ops.rotary import rotary, rotary_tables
 from megagpt.ops.softmax import alibi_slopes
 
 
+class Sinusoids(nn.Module):
+    """Fixed positions to be added to embeddings: sine and cosine of neighbouring elements, at growing wavelengths.
+
+    Shapes: x_BTD → positions_TD, in x's dtype.  Source: Vaswani et al. 2017, section 3.5.
+    """
+
+    def __init__(self, seq_len: int, d_model: int) -> None:
+        super().__init__()
+        self.shape = (seq_len, d_model)
+        self.tables: dict[tuple, Tensor] = {}
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        key = (x_BTD.device, x_BTD.dtype)
+        if key not in self.tables:
+            cos_TR, sin_TR = rotary_tables(self.shape[0], self.shape[1] + self.shape[1] % 2, dtype=torch.float64)
+            table_TD = torch.stack((sin_TR, cos_TR), dim=-1).flatten(1)[:, : self.shape[1]]
+            self.tables[key] = table_TD.to(*key)
+        return self.tables[key][: x_BTD.shape[1]]
+
+
 class Rotary(nn.Module):
     """Turns queries and keys by angles that grow with the position.
 

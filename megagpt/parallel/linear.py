@@ -14,9 +14,9 @@ from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to, reduce_from
 from megagpt.parallel.parameter import DEFAULT_DRAW, Draw, replicated, sharded
 
-# (x Wᵀ, b) -> what takes the place of x Wᵀ + b: fuses the bias with what follows it. It runs inside of the layer's
-# forward, since ZeRO-3 gathers a layer's parameters for no longer than that.
-Epilogue = Callable[[Tensor, Tensor], Tensor]
+# (x Wᵀ, b or None) -> what takes the place of x Wᵀ + b: fuses the bias with what follows it. It runs inside of
+# the layer's forward, since ZeRO-3 gathers a layer's parameters for no longer than that.
+Epilogue = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class ColumnParallelLinear(nn.Module):
@@ -28,17 +28,27 @@ class ColumnParallelLinear(nn.Module):
     Comm: forward none; backward all-reduce of the input's gradient over the axis.
     """
 
-    def __init__(self, n_inputs: int, n_outputs: int, axis: Axis, draw: Draw = DEFAULT_DRAW, *, packs: int = 1) -> None:
+    def __init__(
+        self,
+        n_inputs: int,
+        n_outputs: int,
+        axis: Axis,
+        draw: Draw = DEFAULT_DRAW,
+        *,
+        packs: int = 1,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         _require_divisible("outputs", n_outputs, axis)
         self.axis = axis
         packed = () if packs == 1 else (packs,)
         self.weight = sharded(draw("weight", (*packed, n_outputs, n_inputs)), len(packed), axis)
-        self.bias = sharded(draw("bias", (*packed, n_outputs)), len(packed), axis)
+        self.bias = sharded(draw("bias", (*packed, n_outputs)), len(packed), axis) if bias else None
 
     def forward(self, x_I: Tensor, epilogue: Epilogue | None = None) -> Tensor:
         x_I = copy_to(x_I, self.axis)
-        weight_OI, bias_O = self.weight.view(-1, self.weight.shape[-1]), self.bias.view(-1)
+        weight_OI = self.weight.view(-1, self.weight.shape[-1])
+        bias_O = None if self.bias is None else self.bias.view(-1)
         if epilogue is None:
             return F.linear(x_I, weight_OI, bias_O)
         return epilogue(F.linear(x_I, weight_OI), bias_O)
@@ -54,18 +64,22 @@ class RowParallelLinear(nn.Module):
     Comm: forward all-reduce of the output over the axis; backward none.
     """
 
-    def __init__(self, n_inputs: int, n_outputs: int, axis: Axis, draw: Draw = DEFAULT_DRAW) -> None:
+    def __init__(
+        self, n_inputs: int, n_outputs: int, axis: Axis, draw: Draw = DEFAULT_DRAW, *, bias: bool = True
+    ) -> None:
         super().__init__()
         _require_divisible("inputs", n_inputs, axis)
         self.axis = axis
         self.weight = sharded(draw("weight", (n_outputs, n_inputs)), 1, axis)
-        self.bias = replicated(draw("bias", (n_outputs,)))
+        self.bias = replicated(draw("bias", (n_outputs,))) if bias else None
 
     def forward(self, x_I_local: Tensor, epilogue: Epilogue | None = None) -> Tensor:
         if self.axis.size == 1 and epilogue is None:
             return F.linear(x_I_local, self.weight, self.bias)
         y_O = reduce_from(F.linear(x_I_local, self.weight), self.axis)
-        return y_O + self.bias if epilogue is None else epilogue(y_O, self.bias)
+        if epilogue is not None:
+            return epilogue(y_O, self.bias)
+        return y_O if self.bias is None else y_O + self.bias
 
     def extra_repr(self) -> str:
         return _sizes(self.weight)

@@ -71,11 +71,14 @@ def _tagged(local: Tensor, part: Part) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class NamedNormal:
-    """Draws weights from N(0, std²) by (seed, canonical name), biases as zeros, gains as ones: layout plays no part."""
+    """Draws weights from N(0, std²) by (seed, canonical name), biases as zeros, gains as ones: layout plays no part.
+
+    std None: 1 / √inputs, the last dim of a matrix.
+    """
 
     seed: int
     name: str
-    std: float = 0.02
+    std: float | None = 0.02
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name == "bias":
@@ -86,7 +89,8 @@ class NamedNormal:
             return torch.empty(shape)
         digest = hashlib.sha256(f"{self.seed}/{self.name}.{name}".encode()).digest()
         generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, self.std, generator=generator)
+        std = shape[-1] ** -0.5 if self.std is None else self.std
+        return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
 
 
 DEFAULT_DRAW = NamedNormal(seed=0, name="layer")
