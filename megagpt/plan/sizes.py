@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from megagpt.config import ModelConfig
 from megagpt.plan.attended import attended_pairs
+from megagpt.plan.factorised_sizes import mlp_matrix_flops, mlp_matrix_params
 
 VOCAB_MULTIPLE = 128  # a rank pads its rows of the vocabulary to this: matrix units want aligned sizes
 
@@ -42,7 +43,7 @@ def layer_sizes(model: ModelConfig, tp: int) -> tuple[LayerSize, ...]:
             name=f"blocks.{i}",
             params=sum(part.params for part in parts),
             params_local=sum(part.params_local for part in parts),
-            flops_per_token=2 * sum(part.multiplied for part in parts) + scores[i % n_patterns],
+            flops_per_token=sum(part.matmul_flops for part in parts) + scores[i % n_patterns],
         )
         for i in range(model.n_layers)
     )
@@ -75,11 +76,11 @@ def tied_copy(model: ModelConfig, tp: int) -> tuple[int, int]:
 
 
 class _Part(NamedTuple):
-    """Of a block. multiplied: elements of the matrices that multiply each token."""
+    """Of a block. matmul_flops: of a token through its matrices, forward."""
 
     params: int
     params_local: int
-    multiplied: int
+    matmul_flops: int
 
 
 def _attention(model: ModelConfig, tp: int) -> _Part:
@@ -94,15 +95,23 @@ def _attention(model: ModelConfig, tp: int) -> _Part:
     kv = 2 * J * (D + bias)
     kv_local = kv // tp if model.kv_heads % tp == 0 else kv  # with fewer heads than ranks, each rank holds them all
     out_bias = bias * D
-    return _Part(by_heads + kv + out_bias, by_heads // tp + kv_local + out_bias, 2 * D * I + 2 * D * J)
+    return _Part(by_heads + kv + out_bias, by_heads // tp + kv_local + out_bias, 2 * (2 * D * I + 2 * D * J))
 
 
 def _mlp(model: ModelConfig, tp: int) -> _Part:
+    """Up (twice where gated) and down, dense or factorised, and their biases."""
     D, F, bias = model.d_model, model.ff_width, int(model.bias_mlp)
+    factors = (model.mlp, D, F, model.mlp_rank, model.mlp_blocks)
+    back = (model.mlp, F, D, model.mlp_rank, model.mlp_blocks)
     ups = 2 if model.gated else 1
-    matrices = (ups + 1) * D * F
-    sharded = matrices + bias * ups * F
-    return _Part(sharded + bias * D, sharded // tp + bias * D, matrices)
+    up, up_local = mlp_matrix_params(*factors, tp, "column")
+    down, down_local = mlp_matrix_params(*back, tp, "row")
+    flops = ups * mlp_matrix_flops(*factors, "column") + mlp_matrix_flops(*back, "row")
+    return _Part(
+        params=ups * up + down + bias * (ups * F + D),
+        params_local=ups * up_local + down_local + bias * (ups * F // tp + D),
+        matmul_flops=flops,
+    )
 
 
 def _whole(params: int) -> _Part:
