@@ -1,27 +1,13 @@
-"""AdamW over the parameters that decay and those that do not, and its learning rate as a function of the step."""
+"""AdamW over the parameters that decay and those that do not."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 
 import torch
 
 from megagpt.config import OptimConfig
 from megagpt.engine.named import Named
-
-
-def learning_rate(step: int, config: OptimConfig, train_steps: int) -> float:
-    """Learning rate of step `step` (the first is 0): linear warm-up, then a cosine down to a fraction of the peak.
-
-    Source: Loshchilov & Hutter 2017 (cosine); Radford et al. 2018 (with warm-up).
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    decay_steps = config.decay_steps or train_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, decay_steps - config.warmup_steps))
-    floor = config.lr * config.min_lr_fraction
-    return floor + (config.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def build_optimizer(parameters: list[Named], config: OptimConfig) -> tuple[torch.optim.Optimizer, str]:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import csv
 import math
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from megagpt.cli import parse_run_config
 from megagpt.config import ModelConfig, RunConfig
+from megagpt.model.gpt import GPT
+from megagpt.parallel.axis import Axis
+from megagpt.parallel.parameter import part_of
 from megagpt.plan.plan import make_plan
+from megagpt.plan.sizes import layer_sizes
 from megagpt.presets import preset_names, preset_path
+from megagpt.schedule import Schedule
+from tools.models_page import read_header
 
 FACTS = Path(__file__).parents[2].parent / "shared" / "facts" / "models.csv"
 
@@ -125,8 +134,8 @@ def test_transformers_counts_the_same(name):
     transformers = pytest.importorskip("transformers")
     kind, arguments = transformers_model(name, load(name).model)
     with torch.device("meta"):
-        heads = "DoubleHeadsModel" if kind == "" else "LMHeadModel" if kind != "Llama" else "ForCausalLM"
-        theirs = getattr(transformers, kind + heads)(getattr(transformers, kind + "Config")(**arguments))
+        head = "ForCausalLM" if kind == "Llama" else "LMHeadModel"
+        theirs = getattr(transformers, kind + head)(getattr(transformers, kind + "Config")(**arguments))
     theirs.tie_weights()  # on the meta device the tie is not made by itself
     assert sum(p.numel() for p in theirs.parameters()) == read_header(name).n_params
 
@@ -199,20 +208,33 @@ def test_the_table_of_facts_agrees(name):
         ("vocab", model.vocab),
     ]:
         assert int(row[column]) == value, column
-    if row["params_computed"]:
-        assert millions(row["params_computed"]) == pytest.approx(EXACT[name] / 1e6, rel=5e-4)
-    elif name in MOSAIC_STATED:
-        assert millions(row["params_stated"]) == MOSAIC_STATED[name][0] / 1e6
-    else:
-        assert millions(row["params_stated"]) == pytest.approx(EXACT[name] / 1e6, rel=0.02)
-    if row["lr"]:
-        assert float(row["lr"]) == optim.lr
-        assert float(row["lr_min"]) == pytest.approx(optim.lr * optim.min_lr_fraction)
-        assert row["warmup"] == f"{optim.warmup_steps} steps"
-    if row["batch_tokens"]:
-        assert float(row["batch_tokens"]) == pytest.approx(config.train.global_batch_size * model.seq_len, rel=0.05)
+    computed = row["params_computed"] or row["params_stated"]
+    n_params, exact = read_header(name).n_params / 1e6, bool(row["params_computed"])
+    if name in MOSAIC_STATED:
+        n_params, exact = MOSAIC_STATED[name][0] / 1e6, True
+    assert millions(computed) == pytest.approx(n_params, rel=5e-4 if exact else 0.02)
+    train = config.train
+    for column, value, rel in [
+        ("lr", optim.lr, 1e-9),
+        ("lr_min", optim.lr * optim.min_lr_fraction, 1e-3),
+        ("adam_beta1", optim.beta1, 1e-9),
+        ("adam_beta2", optim.beta2, 1e-9),
+        ("adam_eps", optim.eps, 1e-9),
+        ("weight_decay", optim.weight_decay, 1e-9),
+        ("grad_clip", optim.clip, 1e-9),
+        ("batch_tokens", train.global_batch_size * model.seq_len, 0.05),
+        ("tokens_trained", Schedule(config).total_tokens, 0.1 if name in MOSAIC_STATED else 0.06),
+    ]:
+        published = re.match(r"[\d.]+(e-?\d+)?(?![\w /^-]*k)", row[column])  # not "1/sqrt(k)"
+        if published:
+            assert float(published[0]) == pytest.approx(value, rel=rel), column
+    if row["warmup"].endswith("tokens"):
+        assert optim.warmup_tokens == pytest.approx(1e6 * millions(row["warmup"].split(" ")[0]))
+    elif row["warmup"][:1].isdigit():
+        assert int(row["warmup"].split()[0]) == optim.warmup_steps
+    assert row["precision"] == "" or train.precision in row["precision"]
 
 
 def millions(text: str) -> float:
     """'124.4M' or '1.558B'."""
-    return float(text[:-1]) * {"M": 1, "B": 1000}[text[-1]]
+    return number(re.match(r"[\d.]+[MB]", text)[0]) / 1e6  # type: ignore[index]
