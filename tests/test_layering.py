@@ -27,6 +27,7 @@ LAYERS = (
         "trained",
         "evaluate",
         "generate",
+        "factorised_run",
         "hf_export",
         "hf_import",
         "report",

@@ -103,8 +103,8 @@ class Butterfly:
 
     @property
     def levels(self) -> int:
-        """m: n = 2^m is the first power of two that the residual stream fits in."""
-        return max(1, (self.n_residual - 1).bit_length())
+        """m, 2 or more: n = 2^m is the first power of two that the residual stream fits in."""
+        return max(2, (self.n_residual - 1).bit_length())
 
     @property
     def size(self) -> int:
