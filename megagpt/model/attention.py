@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from megagpt.config import ModelConfig
-from megagpt.kernels import AUTO, Kernels, attention_lacks
+from megagpt.kernels import AUTO, Kernels, attention_lacks, attention_runs
 from megagpt.model.dropout import Dropout, block_site
 from megagpt.model.init import Init
 from megagpt.model.masks import Masks
@@ -155,17 +155,6 @@ class Attention(nn.Module):
         if self.buckets is not None:  # scaled here, in the one rounding of the sum
             return torch.add(self.buckets(q_BHTK.shape[2]), scores_BHTT, alpha=scale), 1.0
         return scores_BHTT, scale
-
-
-def attention_runs(choice: str, position: str, dropping: bool) -> str:
-    """Which attention runs, "sdpa", "flex", "softmax" or "reference", for a choice (`kernels["attention"]`).
-
-    auto: scaled_dot_product_attention, which keeps no probabilities, where it serves. It has no biases of scores, and
-    its dropout masks depend on the layout.
-    """
-    if choice != "auto":
-        return choice
-    return "softmax" if dropping or attention_lacks("sdpa", position, 0.0) else "sdpa"
 
 
 def attention_ops(config: ModelConfig, kernels: Kernels) -> list[str]:

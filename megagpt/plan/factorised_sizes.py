@@ -54,6 +54,23 @@ def mlp_matrix_flops(
     return 2 * n_inputs * n_outputs
 
 
+def mlp_matrix_middle(
+    kind: Kind, n_inputs: int, n_outputs: int, rank: int | None, blocks: int | None, tp: int, parallel: Parallel
+) -> int:
+    """Numbers of a token between the two factors of one matrix, on one rank: what the backward pass keeps more."""
+    if kind == "low_rank":
+        assert rank is not None
+        return rank
+    if kind == "monarch":
+        assert blocks is not None
+        grid = monarch_grid(n_inputs, n_outputs, blocks)
+        return grid.n_down * grid.n_across * grid.rank // tp
+    if kind == "butterfly":
+        shape = _butterfly(n_inputs, n_outputs, parallel)
+        return shape.stacks * shape.high * shape.kept_residual // tp
+    return 0
+
+
 def check_mlp(model: ModelConfig, tp: int) -> None:
     """Whether tp can share out a factorised MLP.  Raises UserError."""
     if model.mlp == "monarch":

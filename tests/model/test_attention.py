@@ -13,8 +13,8 @@ from torch.nn.attention import flex_attention as torchs_flex_attention
 
 from megagpt.config import ModelConfig
 from megagpt.config.pattern import Pattern
-from megagpt.kernels import ATTENTION_CHOICES, AUTO, Kernels, attention_lacks
-from megagpt.model.attention import Attention, attention_ops, attention_runs, attention_status
+from megagpt.kernels import ATTENTION_CHOICES, AUTO, Kernels, attention_lacks, attention_runs
+from megagpt.model.attention import Attention, attention_ops, attention_status
 from megagpt.model.gpt import GPT
 from megagpt.model.init import Init
 from megagpt.model.masks import Masks
