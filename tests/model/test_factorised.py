@@ -20,7 +20,7 @@ from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh
 from megagpt.parallel.parameter import NamedNormal, part_of
 from megagpt.parity import REFERENCE, Layout, compare, parity_config, require_lively, run_layout
-from megagpt.plan.factorised_sizes import check_mlp, mlp_matrix_flops, mlp_matrix_params, mlp_kept_width
+from megagpt.plan.factorised_sizes import check_mlp, mlp_kept_width, mlp_matrix_flops, mlp_matrix_params
 from tests.logical import Parts, assemble, gradient_parts
 from tests.model.plain_factorised import butterfly_dense, monarch_dense
 from tests.tolerances import assert_close, assert_equal
