@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megagpt.config import ParallelConfig, RunConfig
+from megagpt.plan.factorised_sizes import mlp_kept_width
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # bf16 gradients accumulate in fp32
@@ -90,7 +91,7 @@ def _activation_bytes_per_token(config: RunConfig, n_blocks: int, in_flight: int
     width = WEIGHT_BYTES[config.train.precision]
     D, F, I = model.d_model, model.ff_width, model.n_heads * model.head_width  # noqa: E741
     # Inputs of 2 norms and 2 column-parallel layers; q, k, v, attention output; the MLP's hidden twice.
-    block = 4 * D + (4 * I + (3 if model.gated else 2) * F) // tp
+    block = 4 * D + (4 * I + (3 if model.gated else 2) * F) // tp + mlp_kept_width(model, tp)
     # Attention in plain steps: probabilities, and once more after dropout.
     kept_probabilities = (model.dropout_attention > 0) + (model.dropout_attention > 0 or model.position == "alibi")
     block += kept_probabilities * model.n_heads * model.seq_len // tp
