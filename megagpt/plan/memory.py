@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from megagpt.config import ModelConfig, ParallelConfig, RunConfig
 from megagpt.kernels import Kernels, attention_runs
-from megagpt.plan.factorised_sizes import mlp_matrix_middle
+from megagpt.plan.factorised_sizes import mlp_kept_width
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # bf16 gradients accumulate in fp32
@@ -122,7 +122,4 @@ def _attention_numbers(config: RunConfig) -> int:
 
 def _mlp_numbers(model: ModelConfig, tp: int) -> int:
     """Kept of a token in a block: the hidden before (twice with a gate) and after its activation, factors' middles."""
-    D, F, ups = model.d_model, model.ff_width, 2 if model.gated else 1
-    up = mlp_matrix_middle(model.mlp, D, F, model.mlp_rank, model.mlp_blocks, tp, "column")
-    down = mlp_matrix_middle(model.mlp, F, D, model.mlp_rank, model.mlp_blocks, tp, "row")
-    return (ups + 1) * F // tp + ups * up + down
+    return (3 if model.gated else 2) * model.ff_width // tp + mlp_kept_width(model, tp)
