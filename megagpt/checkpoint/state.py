@@ -85,7 +85,8 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
             f"{folder} is a {state.origin}: weights without the optimizer's moments, to evaluate, generate and export; "
             "to go on training, load one that a run saved"
         )
-    fixed = {f"model.{name}": value for name, value in asdict(config.model).items() if "dropout" not in name}
+    model = json.loads(json.dumps(asdict(config.model)))  # as it comes back from a file: tuples as lists
+    fixed = {f"model.{name}": value for name, value in model.items() if "dropout" not in name}
     if state.samples > 0:
         fixed["train.global_batch_size"] = config.train.global_batch_size
         fixed["train.seed"] = config.train.seed
