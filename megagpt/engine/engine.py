@@ -22,7 +22,9 @@ from megagpt.config import RunConfig
 from megagpt.data.loader import MicroBatch
 from megagpt.engine.finite import nan_to_gradient, watch_uncounted
 from megagpt.engine.masters import SKIPPED, create_moments, read_counters, write_counters
-from megagpt.engine.optim import build_optimizer, learning_rate
+from megagpt.engine.optim import build_optimizer, learning_rate, set_rate
+from megagpt.engine.optimizers.mesh_optimizer import MeshOptimizer
+from megagpt.engine.segments import find_segments
 from megagpt.engine.settings import deepspeed_settings
 from megagpt.engine.stages import build_module, global_grad_norm
 from megagpt.errors import UserError
@@ -53,7 +55,7 @@ class Engine:
         connect_deepspeed()
         _require_precision(config.train.precision)
         module, self.parameters = build_module(config, plan, mesh)
-        self.base_optimizer, self.optimizer_name = build_optimizer(self.parameters, config.optim)
+        self.base_optimizer, self.optimizer_name = build_optimizer(self.parameters, config)
         if plan.zero_stage == 0:
             self.base_optimizer.register_step_pre_hook(self._clip)
         self.module = module
@@ -73,6 +75,9 @@ class Engine:
             self.engine.enable_backward_allreduce = self.engine.pipeline_enable_backward_allreduce = False
         if plan.zero_stage > 0:
             watch_uncounted(self.optimizer, self.parameters, mesh)
+        self.segments = find_segments(self.parameters, self.optimizer, mesh, self.device)
+        if isinstance(self.base_optimizer, MeshOptimizer):
+            self.base_optimizer.bind(self.segments)
         create_moments(self)
         self._before = read_counters(self)
 
@@ -89,8 +94,7 @@ class Engine:
         """
         start = time.perf_counter()
         lr = self._learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr, self.config.optim)
         self._before = read_counters(self)
         if self.has_stages:
             loss = self.engine.train_batch(self._as_pipeline_data(batches))
