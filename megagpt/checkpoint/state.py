@@ -75,7 +75,7 @@ def read_state(folder: Path) -> State:
 
 
 def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
-    """What a run that goes on must keep: the architecture, and what the order of the samples follows from.
+    """What a run that goes on must keep: the architecture, the optimizer, and what the samples' order follows from.
 
     Dropout, layout, precision, learning rate and the number of steps may change. Weights that no sample was consumed
     for (imported ones) keep the architecture alone.
@@ -85,15 +85,16 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
             f"{folder} is a {state.origin}: weights without the optimizer's moments, to evaluate, generate and export; "
             "to go on training, load one that a run saved"
         )
-    model = json.loads(json.dumps(asdict(config.model)))  # as it comes back from a file: tuples as lists
-    fixed = {f"model.{name}": value for name, value in model.items() if "dropout" not in name}
+    fixed = {f"model.{name}": value for name, value in asdict(config.model).items() if "dropout" not in name}
     if state.samples > 0:
         fixed["train.global_batch_size"] = config.train.global_batch_size
         fixed["train.seed"] = config.train.seed
+    if state.step > 0:
+        fixed["optim.optimizer"] = config.optim.optimizer  # what it keeps of a weight
     for name, ours in fixed.items():
         section, key = name.split(".")
         theirs = state.config.get(section, {}).get(key)
-        if theirs != ours:
+        if json.dumps(theirs) != json.dumps(ours):  # a file gives tuples back as lists
             raise UserError(
                 f"{folder} was trained with {name}={theirs}, this run wants {ours}; "
                 f"take the settings of that run: --config {folder.parent.parent / 'config.yaml'}"

@@ -23,6 +23,7 @@ from megagpt.data.loader import MicroBatch
 from megagpt.engine.finite import nan_to_gradient, watch_uncounted
 from megagpt.engine.masters import SKIPPED, create_moments, read_counters, write_counters
 from megagpt.engine.optim import build_optimizer, learning_rate, set_rate
+from megagpt.engine.optimizers.average import keep_average
 from megagpt.engine.optimizers.mesh_optimizer import MeshOptimizer
 from megagpt.engine.segments import find_segments
 from megagpt.engine.settings import deepspeed_settings
@@ -79,6 +80,8 @@ class Engine:
         if isinstance(self.base_optimizer, MeshOptimizer):
             self.base_optimizer.bind(self.segments)
         create_moments(self)
+        if config.optim.ema_decay is not None:
+            keep_average(self.base_optimizer, config.optim.ema_decay)
         self._before = read_counters(self)
 
     @property

@@ -1,6 +1,8 @@
-"""fp32 weights, moments and averages by parameter, whichever ZeRO stage holds them: read, and written back.
+"""What a run has of each parameter, by key, whichever ZeRO stage holds it: read, and written back.
 
-Values are this rank's tensor-parallel part, without padding and unsharded over the data axis.
+"weight" is the fp32 weight; the optimizer's moments and statistics and the average have their own keys
+(optimizers/rules.py). Values are this rank's tensor-parallel part (`place_of`), without padding and unsharded over the
+data axis.
 """
 
 from __future__ import annotations
@@ -11,11 +13,10 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor
 
-from megagpt.checkpoint.pieces import WEIGHT
+from megagpt.checkpoint.pieces import AVERAGE, WEIGHT
 from megagpt.engine.named import Named
-from megagpt.engine.optimizers.adafactor import statistic_shape
 from megagpt.engine.optimizers.mesh_optimizer import MeshOptimizer
-from megagpt.engine.optimizers.rules import rule_of
+from megagpt.engine.optimizers.rules import rule_of, statistic_shape
 from megagpt.engine.segments import Segment
 
 if TYPE_CHECKING:
@@ -25,18 +26,33 @@ SKIPPED = "skipped_steps"
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's names
 
 
+def kept(engine: Engine) -> dict[str, list[Named]]:
+    """The parameters that there is something of under each key, in the order of the model; weights first."""
+    found = {WEIGHT: engine.parameters}
+    for named in engine.parameters:
+        rule = rule_of(named, engine.config.optim)
+        for key in (*rule.moments, *rule.statistics):
+            found.setdefault(key, []).append(named)
+    return found
+
+
 def read(engine: Engine, named: Named, key: str) -> Tensor:
-    """The fp32 weight (key "weight"), a moment or the average of one parameter.
+    """What there is of one parameter under a key.
 
     Comm: with ZeRO, an all-reduce over the data axis: every rank of it must call this.
     """
+    if key in _statistics(engine):
+        return _statistics(engine)[key][named.name]
     segment = engine.segments.of[named.name]
     whole = engine.segments.whole(segment, _values(engine, segment, key).detach())
     return named.part.unpadded(whole).contiguous()
 
 
 def write(engine: Engine, named: Named, key: str, value: Tensor) -> None:
-    """Set the fp32 weight (and the low-precision copy that the model computes with) or a moment. Comm: none."""
+    """Set what `read` gives (of a weight also the low-precision copy that the model computes with). Comm: none."""
+    if key in _statistics(engine):
+        _statistics(engine)[key][named.name].copy_(value)
+        return
     segment = engine.segments.of[named.name]
     local = torch.zeros(segment.shape, dtype=torch.float32, device=value.device)
     named.part.unpadded(local).copy_(value)
@@ -46,21 +62,23 @@ def write(engine: Engine, named: Named, key: str, value: Tensor) -> None:
 
 
 def create_moments(engine: Engine) -> None:
-    """Make the moments exist before the first step, as zeros: memory is taken at the start, and checkpoints have a
-    place to be loaded into.
+    """Make all that is kept exist before the first step: moments as zeros, the average as the weights.
+
+    So memory is taken at the start, and a checkpoint has a place to be loaded into.
     """
     for master, segments in engine.segments.masters.items():
         rule = rule_of(segments[0].named, engine.config.optim)
         state: dict[str, Any] = {key: torch.zeros_like(master, dtype=torch.float32) for key in rule.moments}
+        if AVERAGE in state:
+            state[AVERAGE].copy_(master.detach())
         if "step" not in engine.base_optimizer.param_groups[0]:  # apex counts in the group, torch by tensor
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
         engine.base_optimizer.state[master] = state
         for key in rule.statistics:
-            assert isinstance(engine.base_optimizer, MeshOptimizer)
-            kept = engine.base_optimizer.statistics.setdefault(key, {})
+            tensors = _statistics(engine).setdefault(key, {})
             for segment in segments:
                 shape = statistic_shape(key, segment.named.part.shape)
-                kept[segment.named.name] = torch.zeros(shape, device=master.device)
+                tensors[segment.named.name] = torch.zeros(shape, device=master.device)
 
 
 def read_counters(engine: Engine) -> dict[str, float]:
@@ -92,6 +110,10 @@ def _set_adam_step(engine: Engine, step: int) -> None:
     for state in engine.base_optimizer.state.values():
         if "step" in state:
             state["step"].fill_(step)
+
+
+def _statistics(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    return engine.base_optimizer.statistics if isinstance(engine.base_optimizer, MeshOptimizer) else {}
 
 
 def _values(engine: Engine, segment: Segment, key: str) -> Tensor:

@@ -28,7 +28,7 @@ def learning_rate(step: int, config: OptimConfig, train_steps: int) -> float:
 
 
 def build_optimizer(parameters: list[Named], run: RunConfig) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer over groups of parameters that are stepped alike; also which implementation it is, and why.
+    """The optimizer over groups of parameters that are stepped alike, and what it is called in the log.
 
     The rate starts at 0 and is set before every step (`set_rate`), so that nothing moves before the schedule says so.
     """

@@ -57,11 +57,6 @@ def adafactor(
         _move(part, state, scale / (length / n).sqrt().clamp_(min=1.0), group)
 
 
-def statistic_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the means over rows (a number a row), or over columns; leading dims number matrices."""
-    return shape[:-1] if key == ROWS else (*shape[:-2], shape[-1])
-
-
 def _row_and_column_means(part: Segment) -> tuple[Tensor, Tensor]:
     """What this rank adds to the mean squared gradient of each row and column of the logical tensor."""
     squares = part.alone(_own_gradient(part)).square_()

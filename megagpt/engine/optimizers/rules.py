@@ -8,6 +8,7 @@ from typing import Literal
 from megagpt.checkpoint.pieces import AVERAGE
 from megagpt.config import OptimConfig
 from megagpt.engine.named import Named
+from megagpt.parallel.parameter import Part
 
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 ROWS, COLUMNS = "exp_avg_sq_rows", "exp_avg_sq_columns"
@@ -51,6 +52,20 @@ def rule_of(named: Named, config: OptimConfig) -> Rule:
             return Rule("muon", (EXP_AVG, *average), is_matrix)
         case _:
             return adam
+
+
+def place_of(named: Named, key: str) -> Part:
+    """Which part this rank has of what is kept under a key: of a moment as of the parameter; statistics are whole."""
+    return _whole(statistic_shape(key, named.part.shape)) if key in (ROWS, COLUMNS) else named.part
+
+
+def statistic_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the means over rows (a number a row), or over columns; leading dims number matrices."""
+    return shape[:-1] if key == ROWS else (*shape[:-2], shape[-1])
+
+
+def _whole(shape: tuple[int, ...]) -> Part:
+    return Part(shape, dim=None, start=0, length=0)
 
 
 def _maps_hidden_to_hidden(name: str) -> bool:
