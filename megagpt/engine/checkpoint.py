@@ -79,9 +79,8 @@ class Saver:
             self._thread = Thread(target=self._run_in_background, args=(held, at, stopped_s), name="save")
             self._thread.start()
         else:
-            chunks = (
-                {key: dict(_share(self._engine, key))} for key in kept(self._engine)
-            )  # one key in memory at a time
+            # One key in memory at a time.
+            chunks = ({key: dict(_share(self._engine, key))} for key in kept(self._engine))
             self._outcome = self._write(chunks, at, None)
 
     @property
