@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from megagpt.errors import UserError
 
 CHOICES = ("auto", "cuda", "cpu", "reference")
+# Attention has implementations of its own: torch's two, and the steps around our softmax.
+ATTENTION_CHOICES = ("auto", "sdpa", "flex", "softmax", "reference")
 
 
 @dataclass(frozen=True)
@@ -14,30 +16,53 @@ class Kernels:
     """`kernels["softmax"]` is the choice for softmax.
 
     auto: the kernel where there is one for the device, else plain PyTorch. cuda, cpu: that kernel, or an error.
-    reference: plain PyTorch.
+    reference: plain PyTorch. For attention see `ATTENTION_CHOICES`; where it is not named, a choice for softmax asks
+    for the steps around that, as attention=reference asks for the plain softmax.
     """
 
     default: str = "auto"
     exceptions: tuple[tuple[str, str], ...] = ()
 
     def __getitem__(self, op: str) -> str:
-        return dict(self.exceptions).get(op, self.default)
+        named = dict(self.exceptions)
+        if op == "attention" and op not in named:
+            softmax = self["softmax"]
+            return "softmax" if softmax in ("cuda", "cpu") else softmax
+        if op == "softmax" and op not in named and named.get("attention") == "reference":
+            return "reference"
+        return named.get(op, self.default)
 
     @staticmethod
     def parse(text: str) -> Kernels:
-        """From "auto" or "auto,softmax=reference,norm=cpu". Raises UserError for anything else."""
+        """From "auto" or "auto,attention=flex,norm=cpu". Raises UserError for anything else."""
         default, exceptions = "auto", []
         for part in filter(None, (p.strip() for p in text.split(","))):
-            op, equals, choice = part.rpartition("=")
-            if choice not in CHOICES:
+            op, equals, choice = (p.strip() for p in part.rpartition("="))
+            choices = ATTENTION_CHOICES if op == "attention" else CHOICES
+            if choice not in choices:
+                of = " for attention" if op == "attention" else ""
                 raise UserError(
-                    f"train.kernels={text}: {choice!r} is no choice; use {' | '.join(CHOICES)}, or op=choice"
+                    f"train.kernels={text}: {choice!r} is no choice{of}; use {' | '.join(choices)}, or op=choice"
                 )
             if equals:
-                exceptions.append((op.strip(), choice))
+                exceptions.append((op, choice))
             else:
                 default = choice
         return Kernels(default, tuple(exceptions))
 
 
 AUTO = Kernels()
+
+
+def attention_lacks(choice: str, position: str, dropout: float) -> str | None:
+    """What a model of these positions and attention dropout needs that this attention has not; None where it has all.
+
+    choice: one of ATTENTION_CHOICES.
+    """
+    if choice not in ("sdpa", "flex"):
+        return None
+    if dropout > 0:
+        return f"attention dropout of {dropout} (its masks would depend on the layout)"
+    if position in ("transformer_xl", "t5") or (choice == "sdpa" and position == "alibi"):
+        return f"positions of the kind {position}"
+    return None

@@ -30,6 +30,7 @@ from megagpt.engine.start import distributed
 from megagpt.engine.stopping import Stopper
 from megagpt.errors import Stopped
 from megagpt.kernels import Kernels
+from megagpt.model.attention import attention_status
 from megagpt.model.gpt import ops_used
 from megagpt.ops.status import check_kernels, kernel_rows
 from megagpt.parallel.agree import together
@@ -164,7 +165,8 @@ def _start_report(run: Run, engine: Engine, resumed: State | None) -> Reporter:
     report.show(config_table(config))
     report.show(plan_table(config, plan))
     kernels = Kernels.parse(config.train.kernels)
-    report.show(kernel_table(kernel_rows(kernels, ops_used(config.model, kernels), engine.device.type)))
+    rows = kernel_rows(kernels, ops_used(config.model, kernels), engine.device.type)
+    report.show(kernel_table([*rows, attention_status(config.model, kernels)]))
     report.message(f"optimizer: {engine.optimizer_name}")
     for dataset in sources(run.train_samples):
         if dataset.meta is None:

@@ -38,9 +38,9 @@ class TrainConfig:
     precision: Annotated[Literal["fp32", "bf16", "fp16"], arg(aliases=["--precision"])] = "fp32"
     """Number format of weights and activations; optimizer states stay fp32."""
     kernels: Annotated[str, arg(aliases=["--kernels"])] = "auto"
-    """auto | cuda | cpu | reference (plain PyTorch), with exceptions by op: auto,softmax=reference."""
-    attention_kernel: Literal["auto", "sdpa", "flex", "softmax"] = "auto"
-    """Attention by torch's scaled_dot_product_attention, FlexAttention, or in steps around the fused softmax."""
+    """auto | cuda | cpu | reference (plain PyTorch), with exceptions by op: auto,softmax=reference. For attention:
+    auto,attention=sdpa (torch's scaled_dot_product_attention) | flex (its FlexAttention) | softmax (steps around the
+    fused softmax) | reference."""
     seed: Annotated[int, arg(aliases=["--seed"])] = 1234
     """Seed of weights, dropout and data order."""
     deepspeed_config: Annotated[str | None, arg(aliases=["--deepspeed_config", "--deepspeed-config"])] = None

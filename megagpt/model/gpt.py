@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
 from megagpt.kernels import AUTO, Kernels
+from megagpt.model.attention import attention_ops
 from megagpt.model.block import Block
 from megagpt.model.dropout import EMBEDDING_SITE, Dropout
 from megagpt.model.init import Init
@@ -97,14 +98,10 @@ class Head(nn.Module):
 
 
 def ops_used(config: ModelConfig, kernels: Kernels) -> list[str]:
-    """The ops of megagpt/ops that training such a model calls; softmax only where flash attention does not serve."""
-    ops = ["norm", "activation", "bias_dropout_add", "cross_entropy"]
-    if config.dropout_attention > 0 or config.position == "alibi" or kernels["softmax"] != "auto":
-        ops.append("softmax")
-    if config.dropout_attention > 0 or config.dropout_embedding > 0:
+    """The ops of megagpt/ops that training such a model calls."""
+    ops = ["norm", "activation", "bias_dropout_add", "cross_entropy", *attention_ops(config, kernels)]
+    if config.dropout_embedding > 0 and "dropout" not in ops:
         ops.append("dropout")
-    if config.position == "rotary":
-        ops.append("rotary")
     return ops
 
 

@@ -17,17 +17,26 @@ GATES: dict[str, Kind] = {"swiglu": "silu", "geglu": "gelu"}  # what a gated uni
 class MLP(nn.Module):
     """W₂ f(W₁ x + b₁) + b₂, or with a gate W₂ (f(W₁ x + b₁) ⊙ (W₃ x + b₃)) + b₂ (Shazeer 2020).
 
-    Shapes: x_BTD → y_BTD.  Comm: those of its column- and row-parallel layers.
+    Shapes: x_BTD → y_BTD.  Comm: those of its column- and row-parallel layers; none where it is to be `partial`.
     """
 
-    def __init__(self, config: ModelConfig, axis: Axis, init: Init, name: str, kernels: Kernels = AUTO) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        axis: Axis,
+        init: Init,
+        name: str,
+        kernels: Kernels = AUTO,
+        *,
+        partial: bool = False,
+    ) -> None:
         super().__init__()
         self.kind: Kind = GATES.get(config.activation, config.activation)  # pyright: ignore[reportAttributeAccessIssue]
         self.gated, self.kernels = config.gated, kernels["activation"]
         D, F, bias = config.d_model, config.ff_width, config.bias_mlp
         packs = 2 if self.gated else 1
-        self.up = ColumnParallelLinear(D, F, axis, init.matrix(f"{name}.up"), packs=packs, bias=bias)
-        self.down = RowParallelLinear(F, D, axis, init.residual(f"{name}.down"), bias=bias)
+        self.up = ColumnParallelLinear(D, F, axis, init.matrix(f"{name}.up"), packs=packs, bias=bias, copied=partial)
+        self.down = RowParallelLinear(F, D, axis, init.residual(f"{name}.down"), bias=bias, partial=partial)
 
     def forward(self, x_BTD: Tensor, epilogue: Epilogue | None = None) -> Tensor:
         return self.down(self.up(x_BTD, epilogue=self._activate), epilogue)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
 from megagpt.kernels import AUTO, Kernels
-from megagpt.ops.rotary import rotary, rotary_tables
+from megagpt.ops.rotary import ntk_base, rotary, rotary_tables
 from megagpt.ops.softmax import alibi_slopes
 
 
@@ -37,25 +37,35 @@ class Sinusoids(nn.Module):
 class Rotary(nn.Module):
     """Turns queries and keys by angles that grow with the position.
 
-    Shapes: qkv_BTHXK (X: q, k, v) → the same, v as it was.
-    Source: Su et al. 2021, section 3.4.2; halves as in GPT-NeoX and LLaMA.
+    Shapes: x_BTGXK → the same, of whose X heads a group the first n_rotated are turned; by default all but the last,
+    the value. Of their width the first rotary_width elements are.
+    Source: Su et al. 2021, section 3.4.2; Wang & Komatsuzaki 2021 (a part of the width, GPT-J's pairs of neighbours).
     """
 
     def __init__(self, config: ModelConfig, kernels: Kernels = AUTO) -> None:
         super().__init__()
-        self.seq_len, self.d_head, self.base = config.seq_len, config.head_width, config.rotary_base
+        linear = config.rotary_scaling == "linear"
+        self.seq_len, self.width, self.interleaved = config.seq_len, config.rotary_width, config.rotary_interleaved
+        self.scaling = config.rotary_factor if linear else 1.0
+        self.base = config.rotary_base if linear else ntk_base(config.rotary_base, config.rotary_factor, self.width)
         self.kernels = kernels["rotary"]
         self.tables: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def forward(self, qkv_BTHXK: Tensor) -> Tensor:
-        dtype = torch.float64 if qkv_BTHXK.dtype == torch.float64 else torch.float32
-        key, T = (qkv_BTHXK.device, dtype), qkv_BTHXK.shape[1]
+    def forward(self, x_BTGXK: Tensor, n_rotated: int | None = None) -> Tensor:
+        dtype = torch.float64 if x_BTGXK.dtype == torch.float64 else torch.float32
+        key, T = (x_BTGXK.device, dtype), x_BTGXK.shape[1]
         if key not in self.tables:
-            self.tables[key] = rotary_tables(
-                self.seq_len, self.d_head, base=self.base, device=qkv_BTHXK.device, dtype=dtype
-            )
+            how = {"base": self.base, "scaling": self.scaling, "device": x_BTGXK.device, "dtype": dtype}
+            self.tables[key] = rotary_tables(self.seq_len, self.width, **how)
         cos_TR, sin_TR = self.tables[key]
-        return rotary(qkv_BTHXK, cos_TR[:T], sin_TR[:T], kernels=self.kernels)
+        return rotary(
+            x_BTGXK,
+            cos_TR[:T],
+            sin_TR[:T],
+            n_rotated_heads=n_rotated,
+            interleaved=self.interleaved,
+            kernels=self.kernels,
+        )
 
 
 class Alibi(nn.Module):

@@ -71,6 +71,14 @@ def rotary_tables(
     return angle_SR.cos().to(device, dtype), angle_SR.sin().to(device, dtype)
 
 
+def ntk_base(base: float, factor: float, d_rotary: int) -> float:
+    """The base whose longest wavelength is factor times that of `base`, and whose shortest one is the same.
+
+    Source: bloc97 2023, "NTK-aware scaled RoPE"; Peng et al. 2023 (YaRN), section 3.1, equation 16.
+    """
+    return base * factor ** (d_rotary / (d_rotary - 2)) if d_rotary > 2 else base  # a single pair knows no base
+
+
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_rotated_heads: int) -> None:
     if not 0 <= n_rotated_heads <= qkv.shape[3]:
         raise ValueError(

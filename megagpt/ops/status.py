@@ -23,12 +23,17 @@ class Status(NamedTuple):
 
 def check_kernels(kernels: Kernels, ops: Sequence[str], device: str) -> None:
     """Raise UserError for an op that does not exist, or a kernel of one of `ops` that is insisted on and not there."""
-    names = [module.name for module in pkgutil.iter_modules(cases.__path__)]
+    names = ["attention", *(module.name for module in pkgutil.iter_modules(cases.__path__))]
     for op, _ in kernels.exceptions:
         if op not in names:
             near = difflib.get_close_matches(op, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
             raise UserError(f"train.kernels names the op {op}, which does not exist; {hint}")
+    if kernels["attention"] == "flex" and device == "cpu":
+        raise UserError(
+            "train.kernels has attention=flex, but torch's FlexAttention cannot train on the cpu (it has no backward "
+            "pass there); use attention=auto"
+        )
     for op in ops:
         choice = kernels[op]
         if choice not in ("cpu", "cuda"):
@@ -41,8 +46,5 @@ def check_kernels(kernels: Kernels, ops: Sequence[str], device: str) -> None:
 
 
 def kernel_rows(kernels: Kernels, ops: Sequence[str], device: str) -> list[Status]:
-    """A row for each of `ops`; one for attention where torch's takes the place of softmax."""
-    rows = [Status(op, *kernel_status(op, device, kernels[op])) for op in ops]
-    if "softmax" not in ops:
-        rows.append(Status("attention", "torch's scaled_dot_product_attention", "no dropout or ALiBi in it"))
-    return rows
+    """A row for each of `ops`."""
+    return [Status(op, *kernel_status(op, device, kernels[op])) for op in ops]

@@ -25,7 +25,8 @@ class ColumnParallelLinear(nn.Module):
     Shapes: x (*, I) replicated → y (*, O_local).  weight (O_local, I), bias (O_local).
     With `packs` > 1 there are that many matrices, their outputs side by side: weight (packs, O_local, I), bias
     (packs, O_local), y (*, packs * O_local), so that a rank's part of a gate comes with its part of the value.
-    Comm: forward none; backward all-reduce of the input's gradient over the axis.
+    Comm: forward none; backward all-reduce of the input's gradient over the axis, unless the input is `copied`: has
+    come through `copy_to` already, for several layers at once.
     """
 
     def __init__(
@@ -37,16 +38,17 @@ class ColumnParallelLinear(nn.Module):
         *,
         packs: int = 1,
         bias: bool = True,
+        copied: bool = False,
     ) -> None:
         super().__init__()
         _require_divisible("outputs", n_outputs, axis)
-        self.axis = axis
+        self.axis, self.copied = axis, copied
         packed = () if packs == 1 else (packs,)
         self.weight = sharded(draw("weight", (*packed, n_outputs, n_inputs)), len(packed), axis)
         self.bias = sharded(draw("bias", (*packed, n_outputs)), len(packed), axis) if bias else None
 
     def forward(self, x_I: Tensor, epilogue: Epilogue | None = None) -> Tensor:
-        x_I = copy_to(x_I, self.axis)
+        x_I = x_I if self.copied else copy_to(x_I, self.axis)
         weight_OI = self.weight.view(-1, self.weight.shape[-1])
         bias_O = None if self.bias is None else self.bias.view(-1)
         if epilogue is None:
@@ -61,20 +63,30 @@ class RowParallelLinear(nn.Module):
     """y = x Wᵀ + b with the inputs shared out: each rank multiplies its I / axis.size of them, and the sum is taken.
 
     Shapes: x (*, I_local) → y (*, O) replicated.  weight (O, I_local), bias (O) replicated, added once, after the sum.
-    Comm: forward all-reduce of the output over the axis; backward none.
+    Comm: forward all-reduce of the output over the axis, unless it is to be `partial`: this rank's term of the sum
+    (then there can be no bias); backward none.
     """
 
     def __init__(
-        self, n_inputs: int, n_outputs: int, axis: Axis, draw: Draw = DEFAULT_DRAW, *, bias: bool = True
+        self,
+        n_inputs: int,
+        n_outputs: int,
+        axis: Axis,
+        draw: Draw = DEFAULT_DRAW,
+        *,
+        bias: bool = True,
+        partial: bool = False,
     ) -> None:
         super().__init__()
         _require_divisible("inputs", n_inputs, axis)
-        self.axis = axis
+        if partial and bias:
+            raise ValueError("got partial sums with a bias, which would be added on every rank; wanted bias=False")
+        self.axis, self.partial = axis, partial
         self.weight = sharded(draw("weight", (n_outputs, n_inputs)), 1, axis)
         self.bias = replicated(draw("bias", (n_outputs,))) if bias else None
 
     def forward(self, x_I_local: Tensor, epilogue: Epilogue | None = None) -> Tensor:
-        if self.axis.size == 1 and epilogue is None:
+        if epilogue is None and (self.axis.size == 1 or self.partial):
             return F.linear(x_I_local, self.weight, self.bias)
         y_O = reduce_from(F.linear(x_I_local, self.weight), self.axis)
         if epilogue is not None:

@@ -6,16 +6,19 @@ Shapes: B batch, T time, D model, H heads, K head width.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt.config import ModelConfig
+from megagpt.model.block import Block
 from megagpt.model.gpt import GPT
-from megagpt.parallel.axis import SINGLE
+from megagpt.parallel.axis import SINGLE, Axis
+from megagpt.parallel.local import run_ranks
 from megagpt.parallel.parameter import part_of
 
 BASE = ModelConfig(n_layers=2, d_model=24, n_heads=3, d_ff=40, seq_len=10, vocab_size=37, activation="gelu")
@@ -154,3 +157,47 @@ def vaswani(n_tokens: int, d_model: int) -> Tensor:
             angle = position / 10000 ** (2 * (j // 2) / d_model)
             table[position, j] = math.sin(angle) if j % 2 == 0 else math.cos(angle)
     return table
+
+
+PALM = replace(
+    BASE, **VARIANTS["PaLM"], n_heads=4, n_kv_heads=1, d_head=8, position="rotary", activation="swiglu", vocab_size=64
+)
+
+
+def test_a_block_in_one_sum_is_the_same_on_two_ranks():
+    whole = block_on_rank()
+    ranks = run_ranks(block_on_rank, 2)
+    for rank in ranks:
+        assert rank.n_all_reduces == 3, "one forward, one backward, and the gradient of the keys' and values' weight"
+        torch.testing.assert_close(rank.y, whole.y, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(rank.dx, whole.dx, rtol=1e-12, atol=1e-12)
+    for name, gradient in whole.gradients.items():
+        parts = [rank.gradients[name] for rank in ranks]
+        dim = next((d for d, n in enumerate(gradient.shape) if parts[0].shape[d] < n), None)
+        found = parts[0] if dim is None else torch.cat(parts, dim)
+        torch.testing.assert_close(found, gradient, rtol=1e-11, atol=1e-11, msg=name)
+
+
+@dataclass(frozen=True)
+class OneBlock:
+    y: Tensor
+    dx: Tensor
+    gradients: dict[str, Tensor]
+    n_all_reduces: int
+
+
+def block_on_rank() -> OneBlock:
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    axis = Axis(dist.group.WORLD, dist.get_rank(), size) if size > 1 else SINGLE
+    block = Block(PALM, 0, axis, seed=3).double()
+    x = torch.randn(2, 6, PALM.d_model, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x.requires_grad_()
+    calls: list[None] = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = dist.all_reduce
+        patch.setattr(dist, "all_reduce", lambda *args, **kwargs: (calls.append(None), original(*args, **kwargs))[1])
+        y, _ = block((x, torch.zeros(2, dtype=torch.int64)))
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y))
+    assert x.grad is not None
+    gradients = {name: parameter.grad for name, parameter in block.named_parameters() if parameter.grad is not None}
+    return OneBlock(y.detach(), x.grad, gradients, len(calls))
