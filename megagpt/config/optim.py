@@ -70,5 +70,11 @@ class OptimConfig:
         for name in ("min_lr_fraction", "decay_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.{name}={value}", "must be between 0 and 1", "0.1 is usual")
+        require(
+            self.optimizer != "adam" or self.weight_decay_times == "lr",
+            f"optim.weight_decay_times={self.weight_decay_times} with optim.optimizer=adam",
+            "cannot work: its decay is part of the gradient",
+            "use adamw, or weight_decay_times lr",
+        )
         if self.ema_decay is not None:
             fraction("optim", self, "ema_decay")
