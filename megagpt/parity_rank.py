@@ -103,7 +103,7 @@ def gradients_as_stepped(engine: Engine) -> Callable[[], list[Piece]]:
 
 
 def pieces_of(engine: Engine, key: str) -> list[Piece]:
-    """This rank's pieces of all weights (or a moment), unless another rank has the same.
+    """This rank's pieces of all weights (or of moments), unless another rank has the same.
 
     Comm: collective over all ranks.
     """

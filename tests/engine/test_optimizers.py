@@ -6,6 +6,7 @@ gate, so that the rows of its matrices mean several things. `test_optimizer_layo
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -20,11 +21,13 @@ from megagpt.engine.named import Named, named_parameters
 from megagpt.engine.optim import build_optimizer, set_rate
 from megagpt.engine.optimizers.mesh_optimizer import MeshOptimizer
 from megagpt.engine.optimizers.muon import maps_of, orthogonal, weight_of
+from megagpt.engine.optimizers.rules import rule_of
 from megagpt.engine.segments import find_segments
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.mesh import single_process_mesh
+from megagpt.plan.optimizer_sizes import MOMENTS, state_bytes
 
 MODEL = ModelConfig(
     n_layers=2, d_model=24, d_head=5, n_heads=4, n_kv_heads=2, seq_len=8, vocab_size=50, activation="swiglu", d_ff=40
@@ -259,3 +262,15 @@ def test_decay_by_the_squared_rate_needs_decoupled_decay():
     with pytest.raises(UserError, match=r"optim\.weight_decay_times=lr_squared with optim\.optimizer=adam") as caught:
         OptimConfig(optimizer="adam", weight_decay_times="lr_squared")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_the_plan_knows_what_is_kept(name):
+    """All that the rules keep of a model that is not all embeddings, to 5 %: what the plan leaves out is small."""
+    model = dataclasses.replace(MODEL, d_model=64, n_kv_heads=None, d_ff=256)
+    named = parameters_of(model)
+    for optim in (OptimConfig(optimizer=name), OptimConfig(optimizer=name, ema_decay=0.9)):
+        kept = 4 * sum(len(rule_of(n, optim).moments) * n.parameter.numel() for n in named)
+        of_blocks = sum(n.parameter.numel() for n in named if n.name.startswith("blocks."))
+        everything = sum(n.parameter.numel() for n in named)
+        assert state_bytes(optim, everything, of_blocks) == pytest.approx(kept, abs=0.05 * 4 * everything)
