@@ -114,8 +114,8 @@ def test_a_bomb_of_blank_lines_passes_in_bounded_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("a.jsonl.gz", gzip.compress(GOOD_LINE * 1000)[:-20]),
-        ("a.jsonl.gz", gzip.compress(GOOD_LINE * 1000)[:-5] + b"12345"),
+        ("a.jsonl.gz", gzip.compress(GOOD_LINE * 1000, mtime=0)[:-20]),
+        ("a.jsonl.gz", gzip.compress(GOOD_LINE * 1000, mtime=0)[:-5] + b"12345"),
         ("a.jsonl.gz", GOOD_LINE),
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress(GOOD_LINE * 1000)[:-5]),
         ("a.txt.zst", GOOD_LINE),
