@@ -23,11 +23,7 @@ LEAST_SCALE = 1e-3  # of weights that are nearly zero: the paper's epsilon 2
 
 
 def adafactor(
-    segments: Segments,
-    parts: list[Segment],
-    state: Any,
-    statistics: dict[str, dict[str, Tensor]],
-    group: dict[str, Any],
+    segments: Segments, parts: list[Segment], state: Any, statistics: Statistics, group: dict[str, Any]
 ) -> None:
     """One step of the parameters that `parts` are segments of. Overwrites their gradients.
 

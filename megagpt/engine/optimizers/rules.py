@@ -48,7 +48,7 @@ def rule_of(named: Named, config: OptimConfig) -> Rule:
             return Rule("adafactor", (EXP_AVG, EXP_AVG_SQ, *average), is_matrix)
         case "lion":
             return Rule("lion", (EXP_AVG, *average), is_matrix)
-        case "muon" if is_matrix and _maps_hidden_to_hidden(named.name):
+        case "muon" if is_matrix and _is_linear_map(named):
             return Rule("muon", (EXP_AVG, *average), is_matrix)
         case _:
             return adam
@@ -68,6 +68,9 @@ def _whole(shape: tuple[int, ...]) -> Part:
     return Part(shape, dim=None, start=0, length=0)
 
 
-def _maps_hidden_to_hidden(name: str) -> bool:
-    """Whether a matrix is a linear map within a block: what Muon is for. A table of numbers (T5's buckets) is none."""
-    return name.startswith("blocks.") and ".buckets." not in name
+def _is_linear_map(named: Named) -> bool:
+    """Whether this is a linear map within a block, or several: what Muon is for.
+
+    A table of numbers (T5's buckets) is none, nor is a step of a butterfly, which only mixes pairs.
+    """
+    return named.name.startswith("blocks.") and ".buckets." not in named.name and min(named.part.shape[-2:]) > 2
