@@ -245,6 +245,22 @@ def test_rows_by_head_are_sorted_by_map_and_back():
     assert torch.equal(weight_of(maps, H, tuple(full.shape)), full)
 
 
+@pytest.mark.parametrize(("position", "no_map"), [("t5", "attention.buckets.weight"), ("transformer_xl", "no such")])
+def test_muon_is_for_linear_maps_alone(position, no_map):
+    """Not for embeddings, the head, gains, biases (some have two dims), and tables."""
+    named = parameters_of(dataclasses.replace(MODEL, position=position, n_kv_heads=None, tied_embeddings=False))
+    config = OptimConfig(optimizer="muon")
+    by_update = {u: {n.name for n in named if rule_of(n, config).update == u} for u in ("muon", "adam")}
+    maps = {
+        n.name for n in named if n.name.startswith("blocks.") and n.name.endswith(".weight") and "norm" not in n.name
+    }
+    assert by_update["muon"] == {name for name in maps if not name.endswith(no_map)}
+    assert by_update["adam"] == {n.name for n in named} - by_update["muon"]
+    for n in named:
+        is_table = n.name in ("embedding.tokens.weight", "head.tokens.weight") or n.name.endswith(no_map)
+        assert rule_of(n, config).decays == (n.name in by_update["muon"] or is_table), n.name
+
+
 def test_a_step_without_gradients_moves_nothing():
     """As stage 0 of ZeRO skips a step that is not finite."""
     for name in ("lion", "adafactor", "adafactor_unfactored", "muon"):
