@@ -61,7 +61,7 @@ TP_DP = Layout(tp=2, dp=2, micro_batch_size=4)
 
 CASES = [
     ("adam", TP_PP), ("lion", ZERO2), ("adafactor_unfactored", TP_ZERO3),
-    *((name, layout) for name in ("adafactor", "muon") for layout in (TP_PP, TP_ZERO3, ZERO2)), ("muon", TP_DP),
+    ("adafactor", TP_PP), ("adafactor", ZERO2), ("muon", TP_PP), ("muon", TP_ZERO3), ("muon", TP_DP),
 ]  # fmt: skip
 
 
@@ -165,6 +165,12 @@ def train_and_save(config: RunConfig, dp: int, run: Path, load: Path | None = No
     return losses
 
 
+def step_and_save(config: RunConfig, dp: int, run: Path) -> None:
+    engine = start_engine(config, dp)
+    engine.train_step(0, batches_of(config, 0, engine.mesh.data))
+    save(engine, run, 1)
+
+
 def differing(a: Path, b: Path) -> list[str]:
     with Reader(folders.find(a)) as ours, Reader(folders.find(b)) as theirs:
         return [f"{d.key} of {d.name}: {d.what}" for d in differing_tensors(ours, theirs)]
@@ -196,7 +202,7 @@ def test_files_hold_what_each_optimizer_keeps(tmp_path):
     kept = {}
     for name in ("adafactor", "muon"):
         layout = Layout(tp=2, zero_stage=1)
-        run_ranks(train_and_save, 2, spread_out(config_of(name), layout), 1, tmp_path / name)
+        run_ranks(step_and_save, 2, spread_out(config_of(name), layout), 1, tmp_path / name)
         with Reader(folders.find(tmp_path / name)) as reader:
             kept[name] = {key: {n: reader.shape(key, n) for n in names} for key, names in reader.index.items()}
             for key, name_ in ((k, n) for k, names in reader.index.items() if k != WEIGHT for n in names):
@@ -263,6 +269,6 @@ def load_averaged(config: RunConfig, dp: int, run: Path) -> bool:
 
 def test_an_average_may_begin_in_the_middle(tmp_path):
     layout = Layout(dp=2, zero_stage=1)
-    run_ranks(train_and_save, 2, spread_out(config_of("lion"), layout), 2, tmp_path)
+    run_ranks(step_and_save, 2, spread_out(config_of("lion"), layout), 2, tmp_path)
     averaging = config_of("lion", ema_decay=0.9)
     assert all(run_ranks(load_averaged, 2, spread_out(averaging, layout), 2, tmp_path))
