@@ -30,7 +30,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from megagpt.checkpoint import compare, folders, rewrite
-from megagpt.checkpoint.pieces import WEIGHT, Reader
+from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
 from megagpt.checkpoint.state import State, read_state
 from megagpt.checkpoint.whole import damage_of
 from megagpt.errors import UserError, run_cli
@@ -169,7 +169,7 @@ def _average(args: argparse.Namespace) -> None:
             raise UserError("one checkpoint has no mean with itself; give several, or a run and --last N")
     _require_whole(sources)
     with _progress("writing", _n_bytes(sources[0])) as tick:
-        rewrite.average(sources, args.out, tick)
+        rewrite.average(sources, args.out, tick, AVERAGE if args.weights == "ema" else WEIGHT)
     print(
         f"wrote {args.out}: the mean of {', '.join(map(str, sources))}; to evaluate, generate and export, not to train"
     )
@@ -316,6 +316,9 @@ def _parser() -> argparse.ArgumentParser:
     p = command("average", _average, "the mean of the weights of several checkpoints, in bounded memory")
     p.add_argument("checkpoints", metavar="CKPT", nargs="+", help=f"{load}; or with --last one RUN")
     p.add_argument("--last", type=int, metavar="N", help="the newest N of a run")
+    p.add_argument(
+        "--weights", choices=("last", "ema"), default="last", help="ema: of the moving averages that the run kept"
+    )
     p = command(
         "export", _export, "a folder for Hugging Face transformers, compared with its own model before it is done"
     )

@@ -42,7 +42,7 @@ def config_of(layout: Layout, model: ModelConfig = MODEL, **optim) -> RunConfig:
 
 def test_only_matrices_decay():
     model = GPT(MODEL, SINGLE)
-    optimizer, _ = build_optimizer(named_parameters(model), OptimConfig(weight_decay=0.1))
+    optimizer, _ = build_optimizer(named_parameters(model), RunConfig(model=MODEL, optim=OptimConfig(weight_decay=0.1)))
     names = {parameter: name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
