@@ -26,12 +26,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", required=True, help="run folder, RUN@best, RUN@STEP, or checkpoint folder")
     parser.add_argument("--load-fallback", action="store_true", help="where it is damaged, take the one before it")
+    parser.add_argument("--weights", choices=("last", "ema"), default="last", help="ema: their moving average")
     parser.add_argument("--data-path", help="prefix of an indexed dataset (default: those of the run)")
     parser.add_argument("--split", help="shares for train, validation, test (default: the run's)")
     parser.add_argument("--which", choices=SPLITS, default="validation", help="the share to read (default: validation)")
     parser.add_argument("--max-tokens", type=int, help="stop after so many tokens (default: read all)")
     a = parser.parse_args()
-    with open_trained(a.load, a.load_fallback) as trained:
+    with open_trained(a.load, a.load_fallback, a.weights) as trained:
         data, speaks = trained.config.data, trained.mesh.rank == 0
         prefixes = [a.data_path] if a.data_path else [prefix for _, prefix in parse_data_path(data.data_path)]
         for prefix in prefixes:

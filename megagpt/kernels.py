@@ -62,7 +62,7 @@ def attention_lacks(choice: str, position: str, dropout: float) -> str | None:
     if choice not in ("sdpa", "flex"):
         return None
     if dropout > 0:
-        return f"attention dropout of {dropout} (its masks would depend on the layout)"
+        return "attention dropout whose masks do not depend on the layout"
     if position in ("transformer_xl", "t5") or (choice == "sdpa" and position == "alibi"):
         return f"positions of the kind {position}"
     return None

@@ -5,19 +5,21 @@ The report is of logical tensors, by canonical name: each rank speaks for the pi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagpt.checkpoint.pieces import MOMENTS, WEIGHT
+from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.config import RunConfig
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.engine.engine import Engine, StepResult
 from megagpt.engine.masters import read
+from megagpt.engine.named import Named
 from megagpt.engine.start import quiet
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.mesh import build_mesh
@@ -49,18 +51,14 @@ def train_on_rank(config: RunConfig, dp: int) -> RankReport:
     Comm: collective over all ranks.
     """
     engine = start_engine(config, dp)
-    steps: list[StepResult] = []
-    gradients: list[Piece] = []
-    for step in range(config.train.train_steps):
-        steps.append(engine.train_step(step, batches_of(config, step, engine.mesh.data)))
-        if step == 0:
-            # Adam's first moment began at zero: it is the clipped gradient, but for a factor.
-            clipped = min(1.0, config.optim.clip / (steps[0].grad_norm + 1e-6)) if config.optim.clip else 1.0
-            factor = clipped * (1 - config.optim.beta1)
-            gradients = [piece._replace(values=piece.values / factor) for piece in pieces_of(engine, MOMENTS[0])]
+    gradients = gradients_as_stepped(engine)
+    steps = [engine.train_step(0, batches_of(config, 0, engine.mesh.data))]
+    clipped = min(1.0, config.optim.clip / (steps[0].grad_norm + 1e-6)) if config.optim.clip else 1.0
+    first = [piece._replace(values=piece.values / clipped) for piece in gradients()]
+    steps += [engine.train_step(s, batches_of(config, s, engine.mesh.data)) for s in range(1, config.train.train_steps)]
     weights = pieces_of(engine, WEIGHT)
     engine.close()
-    return RankReport(steps, gradients, weights)
+    return RankReport(steps, first, weights)
 
 
 def start_engine(config: RunConfig, dp: int) -> Engine:
@@ -80,14 +78,39 @@ def batches_of(config: RunConfig, step: int, data: Axis = SINGLE) -> Iterator[Mi
     return micro_batches(samples, config, positions, seq_len, dp_rank=data.rank, dp_size=data.size)
 
 
+def gradients_as_stepped(engine: Engine) -> Callable[[], list[Piece]]:
+    """Remember what the optimizer is given at the next step; call the result after it, for this rank's pieces.
+
+    Comm: of that call, collective over all ranks.
+    """
+    kept: dict[Tensor, Tensor] = {}
+
+    def keep(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        masters = [master for group in optimizer.param_groups for master in group["params"]]
+        kept.update({m: m.grad.detach().clone() for m in masters if m.grad is not None})
+
+    handle = engine.base_optimizer.register_step_pre_hook(keep)
+
+    def pieces() -> list[Piece]:
+        handle.remove()
+        whole = lambda s: s.named.part.unpadded(engine.segments.whole(s, kept[s.master]))  # noqa: E731
+        return _pieces(engine, lambda named: whole(engine.segments.of[named.name]))
+
+    return pieces
+
+
 def pieces_of(engine: Engine, key: str) -> list[Piece]:
-    """This rank's pieces of all weights (or a moment), unless another rank has the same.
+    """This rank's pieces of all weights (or of moments), unless another rank has the same.
 
     Comm: collective over all ranks.
     """
+    return _pieces(engine, lambda named: read(engine, named, key))
+
+
+def _pieces(engine: Engine, values_of: Callable[[Named], Tensor]) -> list[Piece]:
     mesh, pieces = engine.mesh, []
     for named in engine.parameters:
-        values = read(engine, named, key).cpu().clone()
+        values = values_of(named).cpu().clone()
         if named.owned and mesh.data.rank == 0 and (named.part.dim is not None or mesh.model.rank == 0):
             pieces.append(Piece(named.name, named.part.dim, mesh.model.rank, values))
     return pieces

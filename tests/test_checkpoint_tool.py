@@ -197,7 +197,8 @@ def test_reshape_and_average(tool, run: Path, tmp_path: Path):
 
 def test_export_and_import(tool, run: Path, tmp_path: Path):
     done = tool("export", run, "--out", tmp_path / "hf")
-    assert done.code == 0 and "logits of transformers' own model differ by" in done.out, done
+    assert done.code == 0 and "hf, a gpt2; logits of transformers' own model differ by" in done.out, done
+    tool("export", run, "--as", "bloom", "--out", tmp_path / "x").refused("cannot be a bloom of transformers")
     assert "note: without a tokenizer" in done.out
     done = tool("import", tmp_path / "hf", "--out", tmp_path / "back")
     assert done.code == 0 and f"train on: --load {tmp_path}/back --config {tmp_path}/back/config.yaml" in done.out, done
@@ -220,3 +221,38 @@ def test_a_mean_is_evaluated_but_not_trained_on(tool, run: Path, tmp_path: Path)
     np.testing.assert_array_equal(ours.detach().numpy(), ((both[0] + both[1]) / 2).astype(np.float32))
     with pytest.raises(UserError, match=r"is a mean of 2 \(run/step-000020, .*without the optimizer's moments"):
         check_resumable(RunConfig(model=MODEL), read_state(tmp_path / "mean"), tmp_path / "mean")
+
+
+def test_moving_averages_are_averaged_and_loaded_too(tool, run: Path, tmp_path: Path):
+    """--weights ema takes the average that a run kept; where it kept none, it says so."""
+    kept = tmp_path / "kept"
+    for step in (1, 2):
+        write_checkpoint(kept, step, {"weight": gpt2_tensors(seed=0), "ema": gpt2_tensors(seed=step)})
+    assert tool("average", kept, "--last", 2, "--weights", "ema", "--out", tmp_path / "mean").code == 0
+    assert read_state(tmp_path / "mean").origin == "mean of 2, ema (kept/step-000001, kept/step-000002)"
+    first, second, of_mean = GPT(MODEL, SINGLE), GPT(MODEL, SINGLE), GPT(MODEL, SINGLE)
+    load_weights(first, find(f"{kept}@1"), "ema")
+    load_weights(second, find(f"{kept}@2"), "ema")
+    load_weights(of_mean, find(tmp_path / "mean"))
+    for a, b, mean in zip(first.parameters(), second.parameters(), of_mean.parameters(), strict=True):
+        np.testing.assert_allclose(mean.detach(), (a.detach() + b.detach()) / 2, atol=1e-7)
+    assert first.embedding.positions is not None
+    np.testing.assert_array_equal(first.embedding.positions.detach(), gpt2_tensors(seed=1)["embedding.positions"])
+    refused = tool("average", run, "--last", 2, "--weights", "ema", "--out", tmp_path / "x")
+    refused.refused("step-000020 holds no ema, only weight, exp_avg, exp_avg_sq; choose among these")
+    with pytest.raises(UserError, match=r"step-000030 has no average of the weights: .* use --weights last"):
+        load_weights(first, find(run), "ema")
+
+
+def test_the_last_checkpoints_are_averaged_by_a_command_of_its_own(tool, run: Path, tmp_path: Path):
+    def averaged(*args: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "tools" / "average_checkpoints.py"), *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    done = averaged(run, "--last", 2)
+    assert done.returncode == 0, done.stderr
+    assert tool("average", run, "--last", 2, "--out", tmp_path / "same").code == 0
+    assert tool("diff", run / "mean-of-last-2", tmp_path / "same").code == 0
+    assert damage_of(run / "mean-of-last-2") == []
+    again = averaged(run, "--last", 2)
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "exists; give another --out" in again.stderr

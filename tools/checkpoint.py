@@ -7,7 +7,7 @@
   python tools/checkpoint.py diff runs/a@100 runs/b@100         what differs, and by how much; 0 equal, 1 not
   python tools/checkpoint.py reshape runs/a --files 1 --out one             the same in one file a kind, to share
   python tools/checkpoint.py average runs/a --last 5 --out mean             mean of the weights, to evaluate and export
-  python tools/checkpoint.py export runs/a --out hf                         for Hugging Face transformers
+  python tools/checkpoint.py export runs/a --out hf                         for Hugging Face transformers (--as mistral)
   python tools/checkpoint.py import hf --out runs/b                         from there; train on: --load runs/b
 
 A checkpoint is named as for --load: RUN (its latest one), RUN@latest, RUN@best, RUN@STEP, or its own folder.
@@ -30,7 +30,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from megagpt.checkpoint import compare, folders, rewrite
-from megagpt.checkpoint.pieces import WEIGHT, Reader
+from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
 from megagpt.checkpoint.state import State, read_state
 from megagpt.checkpoint.whole import damage_of
 from megagpt.errors import UserError, run_cli
@@ -169,7 +169,7 @@ def _average(args: argparse.Namespace) -> None:
             raise UserError("one checkpoint has no mean with itself; give several, or a run and --last N")
     _require_whole(sources)
     with _progress("writing", _n_bytes(sources[0])) as tick:
-        rewrite.average(sources, args.out, tick)
+        rewrite.average(sources, args.out, tick, AVERAGE if args.weights == "ema" else WEIGHT)
     print(
         f"wrote {args.out}: the mean of {', '.join(map(str, sources))}; to evaluate, generate and export, not to train"
     )
@@ -181,8 +181,11 @@ def _export(args: argparse.Namespace) -> None:
     print("loading torch and transformers ...", file=sys.stderr)
     from megagpt.hf_export import export  # seconds, which no other command should take
 
-    exported = export(source, args.out)
-    print(f"wrote {args.out}; logits of transformers' own model differ by {exported.worst:.1e} of the largest at most")
+    exported = export(source, args.out, args.architecture)
+    print(
+        f"wrote {args.out}, a {exported.architecture}; logits of transformers' own model differ by "
+        f"{exported.worst:.1e} of the largest at most"
+    )
     if exported.note:
         print(f"note: {exported.note}")
 
@@ -313,10 +316,16 @@ def _parser() -> argparse.ArgumentParser:
     p = command("average", _average, "the mean of the weights of several checkpoints, in bounded memory")
     p.add_argument("checkpoints", metavar="CKPT", nargs="+", help=f"{load}; or with --last one RUN")
     p.add_argument("--last", type=int, metavar="N", help="the newest N of a run")
+    p.add_argument(
+        "--weights", choices=("last", "ema"), default="last", help="ema: of the moving averages that the run kept"
+    )
     p = command(
         "export", _export, "a folder for Hugging Face transformers, compared with its own model before it is done"
     )
     p.add_argument("checkpoint", metavar="CKPT", help=load)
+    p.add_argument(
+        "--as", dest="architecture", metavar="NAME", help="its architecture there (model_type); default what fits"
+    )
     p = command("import", _import, "a run that begins with the weights of a Hugging Face folder (safetensors only)")
     p.add_argument("source", metavar="DIR", type=Path, help="folder with config.json and model.safetensors")
     for name in ("reshape", "average", "export", "import"):

@@ -3,7 +3,7 @@
     RUN/checkpoints/step-000100/SHA256SUMS     "<sha256>  <file>" of every other file: `sha256sum -c` checks it too
                                 state.json     what a checkpoint knows beside its tensors           (state.py)
                                 index.json     which piece of which logical tensor lies where        (pieces.py)
-                                weight-00003-of-00004.safetensors, exp_avg-…, exp_avg_sq-…           (pieces.py)
+                                weight-00003-of-00004.safetensors, and what the optimizer keeps      (pieces.py)
     RUN/checkpoints/latest                     the newest complete one, and the hash of its SHA256SUMS  (folders.py)
 
 whole.py holds these tables together, and names what is damaged. Offline, a chunk of a tensor in memory at a time:

@@ -28,7 +28,7 @@ from megagpt.errors import UserError
 
 NAME = "index.json"
 WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+AVERAGE = "ema"  # exponential moving average of the weights
 
 Box = tuple[slice, ...]
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")

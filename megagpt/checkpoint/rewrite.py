@@ -38,27 +38,32 @@ def reshape(source: Path, out: Path, n_files: int, tick: Tick = lambda n_bytes: 
         write_checkpoint(out, read_state(source), shapes, partial(read_chunks, reader), n_files, tick)
 
 
-def average(sources: Sequence[Path], out: Path, tick: Tick = lambda n_bytes: None) -> None:
+def average(sources: Sequence[Path], out: Path, tick: Tick = lambda n_bytes: None, key: str = WEIGHT) -> None:
     """Write the mean of the weights, summed in float64; the moments have no meaning for it and are left out.
 
+    key: what to take for the weights: "ema" for the average that the run kept of them.
     The rest of the state is that of the last source.
     Raises UserError where the sources are of different architectures, or files cannot be read or written.
     """
     last = read_state(sources[-1])
     names = ", ".join(f"{source.parent.parent.name}/{source.name}" for source in sources)
-    at = replace(last, origin=f"mean of {len(sources)} ({names})", validation_loss=None, counters={})
+    what = f"mean of {len(sources)}" + f", {key}" * (key != WEIGHT)
+    at = replace(last, origin=f"{what} ({names})", validation_loss=None, counters={})
     with ExitStack() as stack:
         readers = [stack.enter_context(Reader(source)) for source in sources]
-        shapes = {name: logical.shape for name, logical in readers[-1].index[WEIGHT].items()}
         for reader in readers:
-            theirs = {name: logical.shape for name, logical in reader.index[WEIGHT].items()}
+            if key not in reader.index:
+                raise UserError(f"{reader.folder} holds no {key}, only {', '.join(reader.index)}; choose among these")
+        shapes = {name: logical.shape for name, logical in readers[-1].index[key].items()}
+        for reader in readers:
+            theirs = {name: logical.shape for name, logical in reader.index[key].items()}
             for name in sorted(shapes.keys() | theirs.keys()):
                 if theirs.get(name) != shapes.get(name):
                     raise UserError(
                         f"{reader.folder} has {name} of shape {theirs.get(name)}, {sources[-1]} of {shapes.get(name)}; "
                         "only checkpoints of one architecture have a mean"
                     )
-        write_checkpoint(out, at, {WEIGHT: shapes}, partial(_mean, readers), 1, tick)
+        write_checkpoint(out, at, {WEIGHT: shapes}, partial(_mean, readers, key), 1, tick)
 
 
 def write_checkpoint(
@@ -121,7 +126,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _mean(readers: Sequence[Reader], key: str, name: str, rows: range) -> Iterator[np.ndarray]:
+def _mean(readers: Sequence[Reader], key: str, _: str, name: str, rows: range) -> Iterator[np.ndarray]:
     for start, shape in row_boxes(readers[0].shape(key, name), rows):
         total = np.zeros(shape, np.float64)
         for reader in readers:

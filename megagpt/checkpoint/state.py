@@ -77,7 +77,7 @@ def read_state(folder: Path) -> State:
 
 
 def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
-    """What a run that goes on must keep: the architecture, and what the order of the samples follows from.
+    """What a run that goes on must keep: the architecture, the optimizer, and what the samples' order follows from.
 
     Dropout, layout, precision, learning rate and the number of steps may change, and batches that are still to come.
     Weights that no sample was consumed for (imported ones) keep the architecture alone.
@@ -91,10 +91,12 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
     fixed = {f"model.{name}": value for name, value in model.items() if "dropout" not in name}
     if state.samples > 0:
         fixed["train.seed"] = config.train.seed
+    if state.step > 0:
+        fixed["optim.optimizer"] = config.optim.optimizer  # what it keeps of a weight
     for name, ours in fixed.items():
         section, key = name.split(".")
         theirs = state.config.get(section, {}).get(key)
-        if theirs != ours:
+        if json.dumps(theirs) != json.dumps(ours):  # a file gives tuples back as lists
             raise UserError(
                 f"{folder} was trained with {name}={theirs}, this run wants {ours}; "
                 f"take the settings of that run: --config {folder.parent.parent / 'config.yaml'}"

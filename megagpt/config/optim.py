@@ -20,7 +20,7 @@ class OptimConfig:
     """AdamW; Adam (decay within the gradient); Adafactor, or with whole second moments (PaLM); Lion; Muon, with AdamW
     for what is no matrix of a block."""
     lr: Annotated[float, arg(aliases=["--lr"])] = 2e-3
-    """Peak learning rate."""
+    """Peak learning rate; Adafactor takes it times the root mean square of a tensor's weights."""
     schedule: Annotated[Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"], arg(aliases=["--schedule"])] = (
         "cosine"
     )
@@ -43,13 +43,13 @@ class OptimConfig:
     decay_fraction: float = 0.1
     """Share of the run that wsd decays in."""
     beta1: float = 0.9
-    """Decay rate of the first moment (Adam, Lion), or momentum (Muon)."""
+    """Decay rate of the first moment (Adam, adafactor_unfactored, Lion), or momentum (Muon)."""
     beta2: float = 0.95
     """Decay rate of the second moment (Adam); of the momentum (Lion)."""
     beta2_power: float = 0.8
     """Adafactor: the second moment decays by 1 - step^-this."""
     eps: float = 1e-8
-    """Adam's epsilon."""
+    """Adam's epsilon; the least root of a second moment that Adafactor divides by."""
     weight_decay: Annotated[float, arg(aliases=["--weight-decay"])] = 0.1
     """Decay of weights, decoupled but for adam; none on biases and norms."""
     weight_decay_times: Literal["lr", "lr_squared"] = "lr"
@@ -71,6 +71,12 @@ class OptimConfig:
         for name in ("min_lr_fraction", "decay_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.{name}={value}", "must be between 0 and 1", "0.1 is usual")
+        require(
+            self.optimizer != "adam" or self.weight_decay_times == "lr",
+            f"optim.weight_decay_times={self.weight_decay_times} with optim.optimizer=adam",
+            "cannot work: its decay is part of the gradient",
+            "use adamw, or weight_decay_times lr",
+        )
         if self.ema_decay is not None:
             fraction("optim", self, "ema_decay")
 

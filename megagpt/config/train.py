@@ -32,7 +32,7 @@ class TrainConfig:
     batch_steps: str = ""
     """Sequences by step, such as 256@1,512@50001: from step 1, from step 50001; the last one is global_batch_size."""
     seq_len_start: int | None = None
-    """Tokens of a sequence at the first step, from which they grow to model.seq_len."""
+    """Tokens of a sequence at the first step, growing to model.seq_len; the rest of a sample is left out."""
     seq_len_warmup_steps: int | None = None
     """Steps within which they grow."""
     seq_len_increment: int = 8

@@ -19,19 +19,18 @@ import numpy as np
 import torch.distributed as dist
 
 from megagpt.checkpoint import folders, pieces, state
-from megagpt.checkpoint.pieces import MOMENTS, WEIGHT, Index, Logical, Piece, Reader
+from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Index, Logical, Piece, Reader
 from megagpt.checkpoint.state import State
 from megagpt.checkpoint.whole import write_tables
 from megagpt.config import CheckpointConfig
 from megagpt.engine.engine import Engine
-from megagpt.engine.masters import read, write, write_counters
+from megagpt.engine.masters import kept, read, write, write_counters
 from megagpt.engine.named import Named
+from megagpt.engine.optimizers.rules import place_of
 from megagpt.engine.restore import read_part
 from megagpt.errors import UserError
 from megagpt.parallel.agree import together
 from megagpt.parallel.mesh import Mesh
-
-KEYS = (WEIGHT, *MOMENTS)
 
 Held = dict[str, dict[str, np.ndarray]]
 """key -> canonical name -> this rank's piece, in host memory."""
@@ -75,12 +74,13 @@ class Saver:
         start = time.perf_counter()
         self.wait()
         if self._config.async_save:
-            held = {key: _copied(_share(self._engine, key)) for key in KEYS}
+            held = {key: _copied(_share(self._engine, key)) for key in kept(self._engine)}
             stopped_s = time.perf_counter() - start
             self._thread = Thread(target=self._run_in_background, args=(held, at, stopped_s), name="save")
             self._thread.start()
         else:
-            chunks = ({key: dict(_share(self._engine, key))} for key in KEYS)  # one key in memory at a time
+            # One key in memory at a time.
+            chunks = ({key: dict(_share(self._engine, key))} for key in kept(self._engine))
             self._outcome = self._write(chunks, at, None)
 
     @property
@@ -152,9 +152,13 @@ def load(engine: Engine, folder: Path) -> State:
         at = state.read_state(folder)
         state.check_resumable(engine.config, at, folder)
         with Reader(folder) as reader:
-            for key in (k for k in KEYS if k in reader.index or at.step > 0):  # imported weights begin without moments
-                for named in engine.parameters:
-                    write(engine, named, key, read_part(reader, key, named).to(engine.device))
+            for key, parameters in kept(engine).items():
+                # An average that was not kept begins with the weights, moments of imported ones with zeros.
+                source = WEIGHT if key == AVERAGE and key not in reader.index else key
+                if source in reader.index or at.step > 0:
+                    for named in parameters:
+                        values = read_part(reader, source, named.name, place_of(named, key))
+                        write(engine, named, key, values.to(engine.device))
         return at
 
     at = together(read_all)
@@ -183,14 +187,15 @@ def assign_writers(parameters: list[Named], mesh: Mesh) -> dict[str, int]:
 
 
 def _share(engine: Engine, key: str) -> Iterator[tuple[str, np.ndarray]]:
-    """This rank's pieces of all weights (or of a moment), by canonical name.
+    """This rank's pieces of all weights (or of what else is kept under a key), by canonical name.
 
     Comm: collective over the data axis, parameter by parameter.
     """
     mesh, writers = engine.mesh, assign_writers(engine.parameters, engine.mesh)
-    for named in engine.parameters:
+    for named in kept(engine)[key]:
         local = read(engine, named, key)  # a collective: every rank takes part, whoever keeps the result
-        mine = writers[named.name] == mesh.data.rank and (named.part.dim is not None or mesh.model.rank == 0)
+        is_shared_out = place_of(named, key).dim is not None
+        mine = writers[named.name] == mesh.data.rank and (is_shared_out or mesh.model.rank == 0)
         if named.owned and mine and local.numel() > 0:
             yield named.name, local.float().cpu().contiguous().numpy()
 
@@ -202,7 +207,7 @@ def _copied(share: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 def _write_share(held: Held, engine: Engine, folder: Path) -> Written:
     """Write this rank's files, one a key, and hash them as they can be read back."""
-    parts = {named.name: named.part for named in engine.parameters}
+    by_name = {named.name: named for named in engine.parameters}
     index: Index = {}
     hashes: dict[str, str] = {}
     for key, tensors in held.items():
@@ -213,7 +218,7 @@ def _write_share(held: Held, engine: Engine, folder: Path) -> Written:
                 raise UserError(
                     f"{key} of {name} holds a NaN or Inf: not saved; go on from the checkpoint before: --load"
                 )
-            part = parts[name]
+            part = place_of(by_name[name], key)
             start = tuple(part.start if d == part.dim else 0 for d in range(len(part.shape)))
             index[key][name] = Logical(part.shape, (Piece(file, start, values.shape),))
         if tensors:

@@ -23,7 +23,10 @@ from megagpt.data.loader import MicroBatch
 from megagpt.engine.finite import nan_to_gradient, watch_uncounted
 from megagpt.engine.masters import SKIPPED, create_moments, read_counters, write_counters
 from megagpt.engine.noise_scale import NoiseMeter
-from megagpt.engine.optim import build_optimizer
+from megagpt.engine.optim import build_optimizer, set_rate
+from megagpt.engine.optimizers.average import keep_average
+from megagpt.engine.optimizers.mesh_optimizer import MeshOptimizer
+from megagpt.engine.segments import find_segments
 from megagpt.engine.settings import deepspeed_settings
 from megagpt.engine.stages import GPTStage, build_module, global_grad_norm, loss_terms
 from megagpt.errors import UserError
@@ -57,7 +60,7 @@ class Engine:
         connect_deepspeed()
         _require_precision(config.train.precision)
         module, self.parameters = build_module(config, plan, mesh)
-        self.base_optimizer, self.optimizer_name = build_optimizer(self.parameters, config.optim)
+        self.base_optimizer, self.optimizer_name = build_optimizer(self.parameters, config)
         if plan.zero_stage == 0:
             self.base_optimizer.register_step_pre_hook(self._clip)
         self.module = module
@@ -77,7 +80,12 @@ class Engine:
             self.engine.enable_backward_allreduce = self.engine.pipeline_enable_backward_allreduce = False
         if plan.zero_stage > 0:
             watch_uncounted(self.optimizer, self.parameters, mesh)
+        self.segments = find_segments(self.parameters, self.optimizer, mesh, self.device)
+        if isinstance(self.base_optimizer, MeshOptimizer):
+            self.base_optimizer.bind(self.segments)
         create_moments(self)
+        if config.optim.ema_decay is not None:
+            keep_average(self.base_optimizer, config.optim.ema_decay)
         self._before = read_counters(self)
         self.noise = self._noise_meter() if config.log.noise_scale else None
         self._terms = loss_terms(config)
@@ -96,8 +104,7 @@ class Engine:
         """
         start = time.perf_counter()
         lr = self.schedule.learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr, self.config.optim)
         self._before = read_counters(self)
         self._set_batch(self.schedule.batch_size(step))
         self._set_seq_len(self.schedule.seq_len(step))

@@ -1,27 +1,23 @@
-"""fp32 weights and Adam moments by parameter, whichever ZeRO stage holds them: read, and written back.
+"""What a run has of each parameter, by key, whichever ZeRO stage holds it: read, and written back.
 
-Values are this rank's tensor-parallel part, without padding and unsharded over the data axis.
+"weight" is the fp32 weight; the optimizer's moments and statistics and the average have their own keys
+(optimizers/rules.py). Values are this rank's tensor-parallel part (`place_of`), without padding and unsharded over the
+data axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
-from torch import Tensor, nn
+from torch import Tensor
 
-from megagpt.checkpoint.pieces import MOMENTS, WEIGHT
+from megagpt.checkpoint.pieces import AVERAGE, WEIGHT
 from megagpt.engine.named import Named
+from megagpt.engine.optimizers.mesh_optimizer import MeshOptimizer
+from megagpt.engine.optimizers.rules import rule_of, statistic_shape
+from megagpt.engine.segments import Segment
 
 if TYPE_CHECKING:
     from megagpt.engine.engine import Engine
@@ -30,53 +26,59 @@ SKIPPED = "skipped_steps"
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's names
 
 
-def read(engine: Engine, named: Named, key: str) -> Tensor:
-    """The fp32 weight (key "weight") or a moment of one parameter.
+def kept(engine: Engine) -> dict[str, list[Named]]:
+    """The parameters that there is something of under each key, in the order of the model; weights first."""
+    found = {WEIGHT: engine.parameters}
+    for named in engine.parameters:
+        rule = rule_of(named, engine.config.optim)
+        for key in (*rule.moments, *rule.statistics):
+            found.setdefault(key, []).append(named)
+    return found
 
-    Comm: with ZeRO, an all-reduce or all-gather over the data axis: every rank of it must call this.
+
+def read(engine: Engine, named: Named, key: str) -> Tensor:
+    """What there is of one parameter under a key.
+
+    Comm: with ZeRO, an all-reduce over the data axis: every rank of it must call this.
     """
-    parameter = named.parameter
-    if not _sharded_by_zero(parameter):
-        full = parameter.detach() if key == WEIGHT else engine.base_optimizer.state[parameter][key]
-    elif key == WEIGHT:
-        full = safe_get_full_fp32_param(parameter)
-    else:
-        full = safe_get_full_optimizer_state(parameter, key)
-    assert full is not None, f"DeepSpeed keeps no {key} of {named.name}"
-    return named.part.unpadded(full.view(_local_shape(parameter))).contiguous()
+    if key in _statistics(engine):
+        return _statistics(engine)[key][named.name]
+    segment = engine.segments.of[named.name]
+    whole = engine.segments.whole(segment, _values(engine, segment, key).detach())
+    return named.part.unpadded(whole).contiguous()
 
 
 def write(engine: Engine, named: Named, key: str, value: Tensor) -> None:
-    """Set the fp32 weight (and the low-precision copy that the model computes with) or a moment. Comm: none."""
-    parameter = named.parameter
-    local = torch.zeros(_local_shape(parameter), dtype=torch.float32, device=value.device)
+    """Set what `read` gives (of a weight also the low-precision copy that the model computes with). Comm: none."""
+    if key in _statistics(engine):
+        _statistics(engine)[key][named.name].copy_(value)
+        return
+    segment = engine.segments.of[named.name]
+    local = torch.zeros(segment.shape, dtype=torch.float32, device=value.device)
     named.part.unpadded(local).copy_(value)
-    if hasattr(parameter, "ds_id"):
-        _write_zero_3(engine, parameter, key, local)
-    elif not _sharded_by_zero(parameter):
-        target = parameter.data if key == WEIGHT else engine.base_optimizer.state[parameter][key]
-        target.copy_(local)
-    elif key == WEIGHT:
-        safe_set_full_fp32_param(parameter, local)
-        parameter.data.copy_(local)
-    else:
-        safe_set_full_optimizer_state(parameter, local, key)
+    segment.of(_values(engine, segment, key).detach()).copy_(segment.cut(local))
+    if key == WEIGHT:
+        _refresh(named.parameter, segment, local)
 
 
 def create_moments(engine: Engine) -> None:
-    """Make the moments exist before the first step, as zeros.
+    """Make all that is kept exist before the first step: moments as zeros, the average as the weights.
 
-    So memory is taken at the start, a checkpoint can be loaded into them, and DeepSpeed's ZeRO 1 and 2, which connect
-    moments to parameters after the step of the first parameter group, find those of the other groups as well.
+    So memory is taken at the start, and a checkpoint has a place to be loaded into.
     """
-    for flat in _flat_masters(engine):
-        state = {key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS}
+    for master, segments in engine.segments.masters.items():
+        rule = rule_of(segments[0].named, engine.config.optim)
+        state: dict[str, Any] = {key: torch.zeros_like(master, dtype=torch.float32) for key in rule.moments}
+        if AVERAGE in state:
+            state[AVERAGE].copy_(master.detach())
         if "step" not in engine.base_optimizer.param_groups[0]:  # apex counts in the group, torch by tensor
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-        engine.base_optimizer.state[flat] = state
-    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:
-        link()
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+        engine.base_optimizer.state[master] = state
+        for key in rule.statistics:
+            tensors = _statistics(engine).setdefault(key, {})
+            for segment in segments:
+                shape = statistic_shape(key, segment.named.part.shape)
+                tensors[segment.named.name] = torch.zeros(shape, device=master.device)
 
 
 def read_counters(engine: Engine) -> dict[str, float]:
@@ -110,35 +112,20 @@ def _set_adam_step(engine: Engine, step: int) -> None:
             state["step"].fill_(step)
 
 
-def _flat_masters(engine: Engine) -> Iterator[Tensor]:
-    """The tensors that Adam steps on: flat shards with ZeRO, the parameters themselves without."""
-    shards = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 shows them to Adam one by one
-    if shards is not None:
-        yield from shards
-    else:
-        for group in engine.base_optimizer.param_groups:
-            yield from group["params"]
+def _statistics(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    return engine.base_optimizer.statistics if isinstance(engine.base_optimizer, MeshOptimizer) else {}
 
 
-def _sharded_by_zero(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+def _values(engine: Engine, segment: Segment, key: str) -> Tensor:
+    return segment.master if key == WEIGHT else engine.base_optimizer.state[segment.master][key]
 
 
-def _local_shape(parameter: nn.Parameter) -> torch.Size:
-    """Shape on this tensor-parallel rank; ZeRO-3 leaves an empty tensor and keeps the shape beside it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _write_zero_3(engine: Engine, parameter: nn.Parameter, key: str, local: Tensor) -> None:
-    # DeepSpeed's own setter narrows past the end where the data axis does not divide the size: pad, then slice.
-    shard = parameter.ds_tensor  # type: ignore[attr-defined]
-    padded = torch.zeros(shard.numel() * engine.mesh.data.size, dtype=torch.float32, device=local.device)
-    padded[: local.numel()].copy_(local.flatten())
-    mine = padded.narrow(0, shard.numel() * engine.mesh.data.rank, shard.numel())
-    if key == WEIGHT:
-        safe_set_local_fp32_param(parameter, mine)
-        shard.data.copy_(mine.view_as(shard))
-        if parameter.numel() == local.numel():  # a small one, which DeepSpeed keeps whole between steps
-            parameter.data.copy_(local)
-    else:
-        safe_set_local_optimizer_state(parameter, mine, key)
+def _refresh(parameter: Any, segment: Segment, local: Tensor) -> None:
+    """Set what the model computes with, beside the fp32 weight where there are two. local: with padding."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.data.copy_(local)
+        return
+    shard = parameter.ds_tensor  # ZeRO 3: this rank's equal share, the last one padded
+    shard.data.view(-1).narrow(0, 0, segment.length).copy_(segment.cut(local))
+    if parameter.numel() == local.numel():  # a small one, which DeepSpeed keeps whole between steps
+        parameter.data.copy_(local)

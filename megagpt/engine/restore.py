@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 
 from megagpt.checkpoint import folders, sums
-from megagpt.checkpoint.pieces import WEIGHT, Reader
+from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
 from megagpt.checkpoint.whole import read_tables
-from megagpt.engine.named import Named, named_parameters
+from megagpt.engine.named import named_parameters
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.parallel.agree import RankError, together
+from megagpt.parallel.parameter import Part
 
 
 def find_whole(
@@ -66,28 +67,34 @@ def damage_of(folder: Path, keys: Iterable[str] | None = None) -> list[str]:
     return sorted({finding for rank in ranks for finding in rank})
 
 
-def read_part(reader: Reader, key: str, named: Named) -> torch.Tensor:
+def read_part(reader: Reader, key: str, name: str, part: Part) -> torch.Tensor:
     """This rank's part of a logical tensor, fp32, without padding.
 
     Raises UserError where the checkpoint has none of that name and shape.
     """
-    part = named.part
-    if reader.shape(key, named.name) != part.shape:
+    if reader.shape(key, name) != part.shape:
         raise UserError(
-            f"{reader.folder}: {named.name} has shape {reader.shape(key, named.name)}, this model wants {part.shape}; "
+            f"{reader.folder}: {name} has shape {reader.shape(key, name)}, this model wants {part.shape}; "
             "it is of another architecture"
         )
     start, shape = [0] * len(part.shape), list(part.shape)
     if part.dim is not None:
         start[part.dim], shape[part.dim] = part.start, part.length
-    return torch.from_numpy(reader.read(key, named.name, tuple(start), tuple(shape)))
+    return torch.from_numpy(reader.read(key, name, tuple(start), tuple(shape)))
 
 
-def load_weights(model: GPT, folder: Path) -> None:
-    """Read the weights into a model that no engine holds (evaluation, generation). Comm: none."""
+def load_weights(model: GPT, folder: Path, key: str = WEIGHT) -> None:
+    """Read the weights into a model that no engine holds (evaluation, generation), or their average (key "ema").
+
+    Comm: none.  Raises UserError where the checkpoint has none.
+    """
     with Reader(folder) as reader:
+        if key == AVERAGE and key not in reader.index:
+            raise UserError(
+                f"{folder} has no average of the weights: its run had no --optim.ema-decay; use --weights last"
+            )
         for named in named_parameters(model):
-            named.part.unpadded(named.parameter.data).copy_(read_part(reader, WEIGHT, named))
+            named.part.unpadded(named.parameter.data).copy_(read_part(reader, key, named.name, named.part))
 
 
 def _first(path: str | Path, newest_will_do: bool) -> Path:

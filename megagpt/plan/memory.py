@@ -20,7 +20,9 @@ from dataclasses import dataclass
 
 from megagpt.config import ModelConfig, ParallelConfig, RunConfig
 from megagpt.kernels import Kernels, attention_runs
-from megagpt.plan.factorised_sizes import mlp_matrix_middle
+from megagpt.plan.factorised_sizes import mlp_kept_width
+from megagpt.plan.optimizer_sizes import state_bytes
+from megagpt.plan.sizes import layer_sizes
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # bf16 gradients accumulate in fp32
@@ -60,7 +62,7 @@ def estimate_memory(
     in_flight: micro-batches whose activations are kept at the peak (1F1B: pp - stage, at most all of them).
     """
     precision = config.train.precision
-    states = params_local * _optimizer_bytes(precision, zero_stage) // (dp if zero_stage >= 1 else 1)
+    states = _optimizer_bytes(config, zero_stage, n_blocks, params_local) // (dp if zero_stage >= 1 else 1)
     is_last = stage == config.parallel.pp - 1
     tokens = config.train.micro_batch_size * config.model.seq_len
     return Memory(
@@ -78,10 +80,11 @@ def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches:
     return min(parallel.pp - stage, micro_batches)
 
 
-def _optimizer_bytes(precision: str, zero_stage: int) -> int:
-    """Bytes a parameter: two fp32 moments, and an fp32 master if weights are narrower or ZeRO splits them."""
-    has_master = precision != "fp32" or zero_stage >= 1
-    return 8 + 4 * has_master
+def _optimizer_bytes(config: RunConfig, zero_stage: int, n_blocks: int, params_local: int) -> int:
+    """What the optimizer keeps, and an fp32 master if weights are narrower or ZeRO splits them; before it is split."""
+    has_master = config.train.precision != "fp32" or zero_stage >= 1
+    of_blocks = n_blocks * layer_sizes(config.model, config.parallel.tp)[1].params_local
+    return state_bytes(config.optim, params_local, of_blocks) + 4 * has_master * params_local
 
 
 def _logit_bytes(config: RunConfig) -> int:
@@ -122,7 +125,4 @@ def _attention_numbers(config: RunConfig) -> int:
 
 def _mlp_numbers(model: ModelConfig, tp: int) -> int:
     """Kept of a token in a block: the hidden before (twice with a gate) and after its activation, factors' middles."""
-    D, F, ups = model.d_model, model.ff_width, 2 if model.gated else 1
-    up = mlp_matrix_middle(model.mlp, D, F, model.mlp_rank, model.mlp_blocks, tp, "column")
-    down = mlp_matrix_middle(model.mlp, F, D, model.mlp_rank, model.mlp_blocks, tp, "row")
-    return (ups + 1) * F // tp + ups * up + down
+    return (3 if model.gated else 2) * model.ff_width // tp + mlp_kept_width(model, tp)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megagpt.checkpoint.pieces import MOMENTS, WEIGHT
 from megagpt.config import ModelConfig, RunConfig
 from megagpt.engine.engine import Engine
-from megagpt.engine.masters import read
+from megagpt.engine.masters import kept, read
 from megagpt.engine.stages import GPTStage
 from megagpt.model.gpt import Head
 from megagpt.parity import Layout, parity_config, spread_out
@@ -93,7 +92,7 @@ def layers_of(engine: Engine) -> dict[str, nn.Module]:
 
 def all_of(engine: Engine) -> list[Tensor]:
     """Everything that a step may change, of this rank: weights, moments, Adam's count, and what it computes with."""
-    held = [read(engine, named, key).clone() for key in (WEIGHT, *MOMENTS) for named in engine.parameters]
+    held = [read(engine, named, key).clone() for key, named_ones in kept(engine).items() for named in named_ones]
     held += [getattr(n.parameter, "ds_tensor", n.parameter).detach().clone() for n in engine.parameters]
     return held + [state["step"].clone() for state in engine.base_optimizer.state.values()]
 

@@ -19,13 +19,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint.pieces import MOMENTS, WEIGHT
+from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.checkpoint.state import State, check_resumable, read_state
 from megagpt.config import CheckpointConfig, ModelConfig, RunConfig
 from megagpt.engine import checkpoint
 from megagpt.engine.checkpoint import Saver, assign_writers
 from megagpt.engine.engine import Engine
-from megagpt.engine.masters import read_counters
+from megagpt.engine.masters import kept, read_counters
 from megagpt.engine.restore import damage_of, find_whole
 from megagpt.errors import UserError
 from megagpt.parallel.agree import RankError
@@ -84,7 +84,7 @@ def steps(engine: Engine, first: int, last: int) -> list:
 
 
 def tensors_of(engine: Engine) -> dict[str, list[Piece]]:
-    return {key: pieces_of(engine, key) for key in (WEIGHT, *MOMENTS)}
+    return {key: pieces_of(engine, key) for key in kept(engine)}
 
 
 def write_leg(config: RunConfig, dp: int, target: Path) -> Leg:
@@ -119,7 +119,7 @@ def together(legs: list[Leg]) -> tuple[Leg, dict[str, Tensor]]:
     for leg in legs:
         assert leg.losses == legs[0].losses
     tensors = {}
-    for key in (WEIGHT, *MOMENTS):
+    for key in legs[0].pieces:
         for name, value in merge([leg.pieces[key] for leg in legs]).items():
             tensors[name if key == WEIGHT else f"{name}.{key}"] = value
     return legs[0], tensors
@@ -384,9 +384,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered_or_taken(runs,
 
 
 def state_in_memory() -> State:
-    return State(
-        step=7, samples=56, tokens=56, lr=0.1, counters={}, config=dataclasses.asdict(config_of(Layout())), data={}
-    )
+    config = json.loads(json.dumps(dataclasses.asdict(config_of(Layout()))))
+    return State(step=7, samples=56, tokens=56 * MODEL.seq_len, lr=0.1, counters={}, config=config, data={})
 
 
 @pytest.mark.bad_input(48)

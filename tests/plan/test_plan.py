@@ -213,7 +213,7 @@ REFUSED = {
     "attention dropout": (
         attention(replace(SMALL, dropout_attention=0.1), "flex"),
         1,
-        "attention=flex, which has no attention dropout of 0.1",
+        "attention=flex, which has no attention dropout",
     ),
     "Monarch": (
         run(replace(SMALL, mlp="monarch", mlp_blocks=3), tp=2),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt import metrics_file
-from megagpt.checkpoint import folders, pieces
+from megagpt.checkpoint import folders
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import read_state
 
@@ -48,7 +48,7 @@ def contents_of(folder: Path) -> dict[str, str]:
     contents |= {name: str(getattr(state, name)) for name in ("step", "samples", "tokens", "skipped_steps", "data")}
     contents |= {"lr": state.lr.hex(), "validation_loss": (state.validation_loss or 0.0).hex()}
     with Reader(folder) as reader:
-        for key in (pieces.WEIGHT, *pieces.MOMENTS):
+        for key in reader.index:
             for name in reader.index[key]:
                 values = reader.read(key, name)
                 contents[f"{key} of {name} {values.shape}"] = hashlib.sha256(values.tobytes()).hexdigest()
