@@ -81,7 +81,7 @@ def _optim(optim: OptimConfig, of_steps: float, of_tokens: float) -> OptimConfig
         decay_steps=shrink(optim.decay_steps, of_steps),
         decay_tokens=shrink(optim.decay_tokens, of_tokens),
         eps=1e-6,  # or Adam would divide one layout's round-off by another's where a gradient is nothing but that
-        clip=0.3,
+        clip=0.2,
     )
 
 
