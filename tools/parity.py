@@ -2,6 +2,7 @@
 """One run, any layout: train the same steps in every layout, and show how far each lies from one process.
 
 python tools/parity.py --layouts "tp=2 pp=2, zero=3" --json parity.json
+python tools/parity.py --preset palm-540b --seq-len 40
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megagpt.cli import parse_run_config
 from megagpt.errors import UserError, run_cli
+from megagpt.presets.shrunken import shrunken
 
 DESCRIPTION = """Train 20 steps of a small GPT in every layout that fits on 1 to 8 processes (gloo, on the CPU), and
 compare losses, gradient norms, gradients of the first step and final weights with those of one process without ZeRO.
+With --preset the GPT is a published model, shrunken, with its recipe (megagpt/presets/shrunken.py).
 The figures are the largest differences: relative; of gradients, as a share of the tensor's largest element;
 of weights, as a share of the way that Adam can go in these steps. The bounds, with reasons: megagpt/parity.py."""
 
@@ -34,7 +38,7 @@ def main() -> int:
     options = _options().parse_args()
     os.environ["DS_ACCELERATOR"] = "cpu"  # read once, while DeepSpeed is imported
     parity: Any = importlib.import_module("megagpt.parity")  # after the flags: this takes seconds
-    config, bounds = parity.parity_config(precision=options.precision), parity.BOUNDS[options.precision]
+    config, bounds = _config(parity, options), parity.BOUNDS[options.precision]
     layouts = _matching(parity.all_layouts(options.max_processes, options.precision), options.layouts)
     print(f"{len(layouts)} layouts, {config.train.train_steps} steps each; reference: {parity.REFERENCE}")
     print(HEADER)
@@ -49,6 +53,19 @@ def main() -> int:
     if options.json:
         _write_json(options.json, config, bounds, rows)
     return 1 if bad else 0
+
+
+def _config(parity: Any, options: argparse.Namespace) -> Any:
+    """The run to be spread out."""
+    if options.preset is None:
+        if options.seq_len is not None:
+            raise UserError("--seq-len belongs to --preset; give both, or leave it out")
+        return parity.parity_config(precision=options.precision)
+    if options.preset == "tiny":
+        raise UserError("--preset tiny is no published model and has no vocabulary; leave --preset out")
+    preset = parse_run_config(["--preset", options.preset])
+    small = shrunken(preset, seq_len=options.seq_len or 24)
+    return dataclasses.replace(small, train=dataclasses.replace(small.train, precision=options.precision))
 
 
 def _print_row(layout: Any, difference: Any, seconds: float) -> None:
@@ -102,6 +119,8 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layouts", default="", help='only those with these words: "tp=2 pp=2", alternatives by comma: "tp=4, zero=3"'
     )
+    parser.add_argument("--preset", help="a published model, shrunken, in place of the small GPT-2")
+    parser.add_argument("--seq-len", type=int, help="tokens of a sequence of the preset (default 24)")
     parser.add_argument("--max-processes", type=int, default=8, help="only those with at most so many (default 8)")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the layouts; the reference is always in fp32"
