@@ -14,6 +14,7 @@ from megagpt.model.factorised_monarch import MonarchColumn, MonarchRow
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megagpt.parallel.parameter import NamedNormal
+from megagpt.plan.factorised_sizes import check_mlp
 
 
 def up_matrix(config: ModelConfig, axis: Axis, draw: NamedNormal, *, partial: bool = False) -> nn.Module:
@@ -22,7 +23,7 @@ def up_matrix(config: ModelConfig, axis: Axis, draw: NamedNormal, *, partial: bo
     Shapes, epilogue and bias are those of ColumnParallelLinear, whatever kind of matrix it is.
     partial: the block takes the sums over the axis, of attention and MLP at once; for dense matrices only.
     """
-    _require_dense(config, partial)
+    _require_fits(config, axis, partial)
     D, F, packs, bias = config.d_model, config.ff_width, 2 if config.gated else 1, config.bias_mlp
     if config.mlp == "low_rank":
         assert config.mlp_rank is not None
@@ -37,7 +38,7 @@ def up_matrix(config: ModelConfig, axis: Axis, draw: NamedNormal, *, partial: bo
 
 def down_matrix(config: ModelConfig, axis: Axis, draw: NamedNormal, *, partial: bool = False) -> nn.Module:
     """Back to the residual stream. Shapes, epilogue, bias are those of RowParallelLinear; partial: see `up_matrix`."""
-    _require_dense(config, partial)
+    _require_fits(config, axis, partial)
     D, F, bias = config.d_model, config.ff_width, config.bias_mlp
     if config.mlp == "low_rank":
         assert config.mlp_rank is not None
@@ -50,6 +51,7 @@ def down_matrix(config: ModelConfig, axis: Axis, draw: NamedNormal, *, partial: 
     return RowParallelLinear(F, D, axis, draw, bias=bias, partial=partial)
 
 
-def _require_dense(config: ModelConfig, partial: bool) -> None:
+def _require_fits(config: ModelConfig, axis: Axis, partial: bool) -> None:
+    check_mlp(config, axis.size)  # evaluation and generation take as many ranks as they are given, without a plan
     if partial and config.mlp != "dense":
         raise ValueError(f"got partial sums of {config.mlp} matrices, which take sums in between; wanted dense ones")

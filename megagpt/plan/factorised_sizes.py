@@ -77,6 +77,9 @@ def mlp_kept_width(model: ModelConfig, tp: int) -> int:
 
 def check_mlp(model: ModelConfig, tp: int) -> None:
     """Whether tp can share out a factorised MLP.  Raises UserError."""
+    if model.mlp != "dense":
+        choices = ", ".join(map(str, divisors(model.ff_width)))
+        require(model.ff_width % tp == 0, f"parallel.tp={tp}", f"must divide d_ff={model.ff_width}", f"try {choices}")
     if model.mlp == "monarch":
         assert model.mlp_blocks is not None
         choices = ", ".join(map(str, divisors(model.mlp_blocks)))

@@ -253,9 +253,13 @@ def test_settings_that_do_not_fit_are_one_line(changes, message):
     ("name", "tp", "message"),
     [
         ("monarch", 8, "parallel.tp=8 must divide mlp_blocks=4; try 1, 2, 4"),
+        ("low_rank", 5, "parallel.tp=5 must divide d_ff=48; try 1, 2, 3, 4, 6"),
         ("butterfly", 3, "parallel.tp=3 with model.mlp=butterfly of d_model=12 must be a power of two, at most 4"),
     ],
 )
 def test_a_tp_that_cannot_share_them_out_is_refused(name, tp, message):
     with pytest.raises(UserError, match=re.escape(message)):
         check_mlp(CASES[name], tp)
+    for make in (up_matrix, down_matrix):
+        with pytest.raises(UserError, match=re.escape(message)):
+            make(CASES[name], Axis(group=None, rank=0, size=tp), NamedNormal(0, "x"))
