@@ -19,12 +19,12 @@ import yaml
 from megagpt import metrics
 from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megagpt.data.loader import MicroBatch, micro_batches
-from megagpt.engine.optim import learning_rate
 from megagpt.kernels import Kernels
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.plan.plan import Plan, make_plan
 from megagpt.presets import preset_path
+from megagpt.schedule import Schedule
 
 Step = Callable[[int, Iterator[MicroBatch]], float | torch.Tensor]
 """Trains on a step's micro-batches; returns their mean loss."""
@@ -44,7 +44,9 @@ def train(preset: str, device: str, steps: int, batch: int, dropout: float, kern
         for step in range(steps):
             if step == warm_up:
                 start = _now(device)
-            losses.append(train_step(step, micro_batches(samples, config, step=step, dp_rank=0, dp_size=1)))
+            positions = range(step * batch, (step + 1) * batch)
+            batches = micro_batches(samples, config, positions, config.model.seq_len, dp_rank=0, dp_size=1)
+            losses.append(train_step(step, batches))
         time_s = _now(device) - start
     losses = [float(loss) for loss in losses]
     speed = metrics.tokens_per_s((steps - warm_up) * plan.batch_tokens, time_s)
@@ -118,7 +120,7 @@ def plain_loop(config: RunConfig, plan: Plan, device: str) -> Iterator[Step]:
     model.to(device, torch.bfloat16)
     weights = list(model.parameters())
     masters = [weight.detach().float().requires_grad_() for weight in weights]
-    optim = config.optim
+    optim, schedule = config.optim, Schedule(config)
     settings = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps, "fused": True}
     groups = [
         {"params": [m for m in masters if m.ndim >= 2], "weight_decay": optim.weight_decay},
@@ -135,7 +137,7 @@ def plain_loop(config: RunConfig, plan: Plan, device: str) -> Iterator[Step]:
             master.grad, weight.grad = weight.grad.float(), None
         torch.nn.utils.clip_grad_norm_(masters, optim.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, optim, config.train.train_steps)
+            group["lr"] = schedule.learning_rate(step)
         optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(weights, masters)

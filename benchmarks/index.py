@@ -109,13 +109,8 @@ def reading_us(seq_len: int, micro_batch_size: int) -> float:
         n_steps = len(samples) // batch
         start_s = time.perf_counter()
         for step in range(n_steps):
-            for _ in micro_batches(
-                samples,
-                config,
-                step=step,
-                dp_rank=0,
-                dp_size=1,
-            ):
+            positions = range(step * batch, (step + 1) * batch)
+            for _ in micro_batches(samples, config, positions, seq_len, dp_rank=0, dp_size=1):
                 pass
         return (time.perf_counter() - start_s) / (n_steps * 64) * 1e6
 

@@ -344,13 +344,9 @@ class _RandomTokens:
 
 
 def _batches(config: RunConfig, step: int, data: Axis = SINGLE):
-    return micro_batches(
-        _RandomTokens(config.model),
-        config,
-        step=step,
-        dp_rank=data.rank,
-        dp_size=data.size,
-    )
+    batch, seq_len = config.train.global_batch_size, config.model.seq_len
+    positions = range(step * batch, (step + 1) * batch)
+    return micro_batches(_RandomTokens(config.model), config, positions, seq_len, dp_rank=data.rank, dp_size=data.size)
 
 
 # From figures to what is read.

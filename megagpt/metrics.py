@@ -75,6 +75,6 @@ def bits_per_byte(loss: float, n_tokens: int, n_bytes: int) -> float:
     return loss * n_tokens / n_bytes / math.log(2)
 
 
-def time_left_s(steps_left: int, step_time_s: float) -> float:
-    """Seconds until the last step, at this speed."""
-    return steps_left * step_time_s
+def time_left_s(tokens_left: int, tokens_per_s: float) -> float:
+    """Seconds until the last token, at this speed."""
+    return tokens_left / tokens_per_s

@@ -1,8 +1,8 @@
 """metrics.jsonl, the record of a run: one JSON object a line, strict JSON (NaN and Inf are null).
 
 A training row has "step", "tokens", "loss", "lr", "grad_norm", "step_time_s" and, after the first step of a
-process, the rates; a validation row has "step", "tokens", "validation_loss", "perplexity", "bits_per_byte".
-"step" counts the steps done, from 1.
+process, the rates; with log.noise_scale "noise_scale_tokens". A validation row has "step", "tokens",
+"validation_loss", "perplexity", "bits_per_byte". "step" counts the steps done, from 1.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from megagpt.engine.optim import learning_rate
 from megagpt.parallel.local import run_ranks
 from megagpt.parity_rank import Piece, RankReport, train_on_rank
+from megagpt.schedule import Schedule
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -199,7 +199,7 @@ def compare(outcome: Outcome, reference: Outcome, config: RunConfig) -> Differen
     bounds = BOUNDS[config.train.precision]
     loss = _relative(outcome.losses, reference.losses)
     norm = _relative(outcome.grad_norms, reference.grad_norms)
-    reach = sum(learning_rate(step, config.optim, config.train.train_steps) for step in range(len(reference.losses)))
+    reach = sum(map(Schedule(config).learning_rate, range(len(reference.losses))))
     gradients = _distances(outcome.gradients, reference.gradients, lambda expected: float(expected.abs().max()))
     weights = _distances(outcome.weights, reference.weights, lambda _: reach)
     bad = [name for name, far in gradients.items() if not far <= bounds.gradient]

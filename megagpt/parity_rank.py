@@ -24,6 +24,7 @@ from megagpt.engine.start import quiet
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.mesh import build_mesh
 from megagpt.plan.plan import make_plan
+from megagpt.schedule import Schedule
 
 
 class Piece(NamedTuple):
@@ -72,13 +73,9 @@ def start_engine(config: RunConfig, dp: int) -> Engine:
 
 def batches_of(config: RunConfig, step: int, data: Axis = SINGLE) -> Iterator[MicroBatch]:
     """This rank's micro-batches of a step, of text that is a function of the sample's number alone."""
-    return micro_batches(
-        _Patterns(config.model.vocab, config.model.seq_len),
-        config,
-        step=step,
-        dp_rank=data.rank,
-        dp_size=data.size,
-    )
+    schedule, samples = Schedule(config), _Patterns(config.model.vocab, config.model.seq_len)
+    positions, seq_len = schedule.positions(step), schedule.seq_len(step)
+    return micro_batches(samples, config, positions, seq_len, dp_rank=data.rank, dp_size=data.size)
 
 
 def gradients_as_stepped(engine: Engine) -> Callable[[], list[Piece]]:

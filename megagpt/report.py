@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megagpt import metrics, metrics_file
 from megagpt.errors import UserError
+from megagpt.schedule import Schedule
 
 WINDOW_STEPS = 20
 PLAIN_INTERVAL_S = 2.0
@@ -47,17 +48,16 @@ class Reporter:
     """Reports one run, on the rank that is `enabled`; on the others every method returns at once.
 
     start_step is the number of steps done before, and `step` counts the steps done, from 1: the first call
-    is step(start_step + 1, ...). batch_tokens, flops_per_token (forward and backward) and n_processes are
-    those of the whole job; peak_flops is of one device, or None.
+    is step(start_step + 1, ...). schedule, flops_per_token (forward and backward, of whole sequences) and n_processes
+    are those of the whole job; peak_flops is of one device, or None.
     """
 
     def __init__(
         self,
         run_dir: Path,
         *,
-        train_steps: int,
+        schedule: Schedule,
         start_step: int,
-        batch_tokens: int,
         flops_per_token: float,
         peak_flops: float | None,
         n_processes: int,
@@ -74,10 +74,10 @@ class Reporter:
         self._enabled = enabled
         if not enabled:
             return
-        self._train_steps, self._start_step, self._log_interval = train_steps, start_step, log_interval
-        self._batch_tokens, self._flops_per_token = batch_tokens, flops_per_token
+        self._schedule, self._start_step, self._log_interval = schedule, start_step, log_interval
+        self._train_steps, self._flops_per_token = schedule.train_steps, flops_per_token
         self._peak_flops, self._n_processes = peak_flops, n_processes
-        self._step_times_s: deque[float] = deque(maxlen=WINDOW_STEPS)
+        self._measured: deque[tuple[int, float]] = deque(maxlen=WINDOW_STEPS)  # a step, and its time in seconds
         self._skipped = 0
         self._last_line_s = -math.inf
         self._console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
@@ -99,17 +99,20 @@ class Reporter:
         step_time_s: float,
         loss_scale: float | None = None,
         skipped: bool = False,
+        noise_scale_tokens: float | None = None,
     ) -> None:
         """One optimizer step is done; step_time_s is its own time, without validation or saving."""
         if not self._enabled:
             return
         if step > self._start_step + 1 and step_time_s > 0:  # the first one compiles and allocates; 0: left out
-            self._step_times_s.append(step_time_s)
+            self._measured.append((step, step_time_s))
         self._skipped += skipped
-        row = {"step": step, "tokens": step * self._batch_tokens, "loss": loss, "lr": lr}
+        row = {"step": step, "tokens": self._schedule.tokens_before(step), "loss": loss, "lr": lr}
         row |= {"grad_norm": grad_norm, "step_time_s": step_time_s, **self._rates()}
         if loss_scale is not None:
             row["loss_scale"] = loss_scale
+        if noise_scale_tokens is not None:
+            row["noise_scale_tokens"] = noise_scale_tokens
         if skipped:
             row["skipped"] = True
         self._record(row, prefix="train/")
@@ -120,7 +123,7 @@ class Reporter:
         if not self._enabled:
             return
         perplexity = metrics.perplexity(loss)
-        row = {"step": step, "tokens": step * self._batch_tokens, "validation_loss": loss}
+        row = {"step": step, "tokens": self._schedule.tokens_before(step), "validation_loss": loss}
         row |= {"perplexity": perplexity, "bits_per_byte": bits_per_byte}
         self._record(row, prefix="validation/")
         bits = "" if bits_per_byte is None else f" | {bits_per_byte:.3f} bits per byte"
@@ -163,11 +166,18 @@ class Reporter:
         self.close()
 
     def _rates(self) -> dict[str, float]:
-        """Speed over the window; empty until a step after the first is in it."""
-        if not self._step_times_s:
+        """Speed over the window; empty until a step after the first is in it.
+
+        FLOPs of a token are known for whole sequences: while any was shorter, there is no figure that has them in it.
+        """
+        if not self._measured:
             return {}
-        step_time_s = sum(self._step_times_s) / len(self._step_times_s)
-        tokens_per_s = metrics.tokens_per_s(self._batch_tokens, step_time_s)
+        schedule, steps = self._schedule, [step - 1 for step, _ in self._measured]
+        lengths = [schedule.seq_len(step) for step in steps]
+        tokens = sum(schedule.batch_size(step) * length for step, length in zip(steps, lengths, strict=True))
+        tokens_per_s = metrics.tokens_per_s(tokens, sum(time_s for _, time_s in self._measured))
+        if min(lengths) < schedule.phases[-1].seq_len:
+            return {"tokens_per_s": tokens_per_s}
         flops = metrics.model_flops_per_s(tokens_per_s, self._flops_per_token)
         rates = {"tokens_per_s": tokens_per_s, "tflops_per_process": flops / self._n_processes / 1e12}
         if self._peak_flops:
@@ -215,9 +225,8 @@ class Reporter:
     def _words(self, row: metrics_file.Row) -> list[str]:
         """What a line says, the more important first: a narrow terminal cuts the end off."""
         words = [f"{row['step']}/{self._train_steps}", f"loss {row['loss']:.4f}"]
-        if self._step_times_s:
-            step_time_s = sum(self._step_times_s) / len(self._step_times_s)
-            left_s = metrics.time_left_s(self._train_steps - row["step"], step_time_s)
+        if "tokens_per_s" in row:
+            left_s = metrics.time_left_s(self._schedule.total_tokens - row["tokens"], row["tokens_per_s"])
             words += [f"{_clock(left_s)} left", f"{_short(row['tokens_per_s'])} tokens/s"]
         words += [f"lr {row['lr']:.2e}", f"grad norm {row['grad_norm']:.3g}"]
         if "tflops_per_process" in row:
@@ -225,6 +234,8 @@ class Reporter:
             words.append(f"{row['tflops_per_process']:.3g} TFLOP/s{each}")
         if "mfu" in row:
             words.append(f"MFU {row['mfu']:.1%}")
+        if "noise_scale_tokens" in row:
+            words.append(f"noise scale {_short(row['noise_scale_tokens'])} tokens")
         if "loss_scale" in row:
             words.append(f"loss scale {row['loss_scale']:g}")
         if self._skipped:

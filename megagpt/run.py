@@ -25,6 +25,7 @@ from megagpt.errors import UserError
 from megagpt.parallel.agree import together
 from megagpt.parallel.mesh import Mesh
 from megagpt.plan.plan import Plan
+from megagpt.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def _check_resumable(config: RunConfig, folder: Path) -> bool:
 
 
 def _find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
-    batch = config.train.global_batch_size
-    counts = (config.train.train_steps * batch, config.log.eval_steps * batch, 0)
+    n_train = Schedule(config).samples_before(config.train.train_steps)
+    counts = (n_train, config.log.eval_steps * config.train.global_batch_size, 0)
     train_samples, valid_samples, _ = build_splits(
         config.data.data_path, config.data.split, config.model.seq_len, config.train.seed, counts
     )

@@ -39,6 +39,7 @@ from megagpt.plan.table import config_table, plan_table
 from megagpt.plot import plot_runs
 from megagpt.report import Reporter, kernel_table
 from megagpt.run import Run, find_run
+from megagpt.schedule import Schedule
 from megagpt.watch.judge import Limits
 from megagpt.watch.watch import Watch
 
@@ -119,19 +120,26 @@ def _due(step: int, interval: int | None) -> bool:
 
 def _parts(run: Run, engine: Engine, report: Reporter, resumed: State | None) -> Parts:
     notes = FaultNotes(run.folder, run.train_samples, run.tokenizer, writes=run.mesh.rank == 0)
-    guard = Guard(engine, notes, report.message, partial(_training_batches, run))
+    guard = Guard(engine, notes, report.message, partial(_training_batches, run, engine.schedule))
     if resumed and run.resume_from:
-        guard.go_on_from(resumed, run.resume_from)
+        _go_on_from(engine, guard, resumed, run.resume_from)
     if guard.left_out:
         report.message(f"steps that are left out: {', '.join(map(str, guard.left_out))}")
     return Parts(run, engine, guard, Saver(engine, run.folder, run.config.checkpoint, run.resume_from), report)
+
+
+def _go_on_from(engine: Engine, guard: Guard, state: State, folder: Path) -> None:
+    """Take over what a checkpoint knows beside its tensors."""
+    guard.go_on_from(state, folder)
+    if engine.noise:
+        engine.noise.go_on_from(state.noise_scale)
 
 
 def _go_back(parts: Parts, folder: Path) -> int:
     """Be as the run was when it saved this checkpoint; returns the steps that were done by then."""
     whole = find_whole(folder, True, parts.report.message)
     state = checkpoint.load(parts.engine, whole)
-    parts.guard.go_on_from(state, whole)
+    _go_on_from(parts.engine, parts.guard, state, whole)
     parts.report.go_back(state.step)
     return state.step
 
@@ -141,7 +149,14 @@ def _report_step(parts: Parts, step: int, result: StepResult, notes: list[str]) 
         parts.report.message(f"step {step} | {note}")
     loss_scale = result.loss_scale if parts.run.config.train.precision == "fp16" else None
     parts.report.step(
-        step, result.loss, result.lr, result.grad_norm, result.step_time_s, loss_scale, skipped=result.skipped
+        step,
+        result.loss,
+        result.lr,
+        result.grad_norm,
+        result.step_time_s,
+        loss_scale,
+        skipped=result.skipped,
+        noise_scale_tokens=result.noise_scale_tokens,
     )
 
 
@@ -151,9 +166,8 @@ def _start_report(run: Run, engine: Engine, resumed: State | None) -> Reporter:
     device = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
     report = Reporter(
         run.folder,
-        train_steps=config.train.train_steps,
+        schedule=engine.schedule,
         start_step=resumed.step if resumed else 0,
-        batch_tokens=plan.batch_tokens,
         flops_per_token=plan.flops_per_token,
         peak_flops=metrics.peak_flops(device, config.train.precision),
         n_processes=plan.world_size,
@@ -181,18 +195,13 @@ def _start_report(run: Run, engine: Engine, resumed: State | None) -> Reporter:
     return report
 
 
-def _training_batches(run: Run, step: int) -> Iterator[MicroBatch]:
-    return _batches(run, run.train_samples, 0 if run.config.debug.overfit_one_batch else step)
+def _training_batches(run: Run, schedule: Schedule, step: int) -> Iterator[MicroBatch]:
+    return _batches(run, run.train_samples, schedule.positions(step), schedule.seq_len(step))
 
 
-def _batches(run: Run, samples: Samples, step: int) -> Iterator[MicroBatch]:
-    return micro_batches(
-        samples,
-        run.config,
-        step=step,
-        dp_rank=run.mesh.data.rank,
-        dp_size=run.mesh.data.size,
-    )
+def _batches(run: Run, samples: Samples, positions: range, seq_len: int) -> Iterator[MicroBatch]:
+    data = run.mesh.data
+    return micro_batches(samples, run.config, positions, seq_len, dp_rank=data.rank, dp_size=data.size)
 
 
 def _validate(parts: Parts, step: int) -> float | None:
@@ -201,22 +210,22 @@ def _validate(parts: Parts, step: int) -> float | None:
     if samples is None:
         return None
     eval_steps, bits = run.config.log.eval_steps, None
-    batches = (batch for number in range(eval_steps) for batch in _batches(run, samples, number))
+    positions = range(eval_steps * run.config.train.global_batch_size)
+    batches = _batches(run, samples, positions, run.config.model.seq_len)
     loss = parts.engine.evaluate(batches, eval_steps * run.plan.micro_batches)
     if run.tokenizer is not None and run.mesh.rank == 0:
-        labels = np.concatenate([samples[i][1:] for i in range(eval_steps * run.config.train.global_batch_size)])
+        labels = np.concatenate([samples[i][1:] for i in positions])
         bits = metrics.bits_per_byte(loss, len(labels), int(run.tokenizer.token_bytes()[labels].sum()))
     parts.report.validation(step, loss, bits)
     return loss
 
 
 def _state(parts: Parts, step: int, lr: float, validation_loss: float | None) -> State:
-    config, plan = parts.run.config, parts.run.plan
-    samples = step * config.train.global_batch_size
+    config, plan, schedule = parts.run.config, parts.run.plan, parts.engine.schedule
     return State(
         step=step,
-        samples=samples,
-        tokens=samples * config.model.seq_len,
+        samples=schedule.samples_before(step),
+        tokens=schedule.tokens_before(step),
         lr=lr,
         counters=read_counters(parts.engine),
         config=dataclasses.asdict(config),
@@ -224,5 +233,6 @@ def _state(parts: Parts, step: int, lr: float, validation_loss: float | None) ->
         layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp, "zero_stage": plan.zero_stage},
         skipped_steps=parts.guard.left_out,
         guard=parts.guard.state,
+        noise_scale=parts.engine.noise.state if parts.engine.noise else {},
         validation_loss=validation_loss,
     )

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 # A module imports from lower layers and from itself. Within a layer of LAYERS, modules may know each other...
 LAYERS = (
-    {"errors", "kernels", "config", "config_file", "cli", "metrics", "metrics_file", "presets"},
+    {"errors", "kernels", "config", "config_file", "cli", "metrics", "metrics_file", "presets", "schedule"},
     {"plan", "checkpoint"},
     {"ops", "parallel", "data"},
     {"watch"},
@@ -27,6 +27,7 @@ LAYERS = (
         "trained",
         "evaluate",
         "generate",
+        "factorised_run",
         "hf_export",
         "hf_import",
         "report",

@@ -36,9 +36,7 @@ def test_mfu_of_llm_foundry(row):
 )
 def test_training_days_of_narayanan_2021(parameters, tokens, devices, tflops, days):
     """Efficient Large-Scale Language Model Training on GPU Clusters, section 5.1: 8 FLOPs with recompute."""
-    batch_tokens = 1536 * 2048
-    step_time_s = 8 * parameters * batch_tokens / (devices * tflops * 1e12)
-    left = metrics.time_left_s(round(tokens / batch_tokens), step_time_s)
+    left = metrics.time_left_s(round(tokens), devices * tflops * 1e12 / (8 * parameters))
     assert left / 86400 == pytest.approx(days, abs=0.5)
 
 

@@ -14,8 +14,10 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megagpt import metrics_file
+from megagpt.config import ModelConfig, RunConfig, TrainConfig
 from megagpt.errors import UserError
 from megagpt.report import Reporter
+from megagpt.schedule import Schedule
 
 
 class Terminal(io.StringIO):
@@ -25,9 +27,7 @@ class Terminal(io.StringIO):
 
 def reporter(run_dir: Path, out: io.StringIO | None = None, **changes) -> Reporter:
     settings = {
-        "train_steps": 10,
         "start_step": 0,
-        "batch_tokens": 1000,
         "flops_per_token": 6e6,
         "peak_flops": None,
         "n_processes": 4,
@@ -35,6 +35,8 @@ def reporter(run_dir: Path, out: io.StringIO | None = None, **changes) -> Report
         "wandb_project": None,
         "config": {"model": {"n_layers": 4}},
     } | changes
+    train = {"train_steps": settings.pop("train_steps", 10), "global_batch_size": 8, **settings.pop("train", {})}
+    settings["schedule"] = Schedule(RunConfig(model=ModelConfig(seq_len=125), train=TrainConfig(**train)))
     out = out or io.StringIO()
     width = settings.pop("width", 200)
     return Reporter(run_dir, console=Console(file=out, force_terminal=out.isatty(), width=width), **settings)

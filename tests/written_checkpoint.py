@@ -83,7 +83,7 @@ def write_checkpoint(
 
 def state_of(step: int = 1, **changed: Any) -> State:
     """The state of a small run after a step."""
-    config = asdict(RunConfig(model=MODEL))
+    config = json.loads(json.dumps(asdict(RunConfig(model=MODEL))))  # as it comes back from a file: tuples as lists
     fields: dict[str, Any] = {
         "step": step, "samples": 8 * step, "tokens": 64 * step, "lr": 0.1 / (step + 1),
         "counters": {"skipped_steps": 0}, "config": config, "data": {"data_path": ["a"]},

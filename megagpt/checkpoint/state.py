@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from megagpt.checkpoint.durable import require_regular
 from megagpt.config import RunConfig
 from megagpt.errors import UserError
+from megagpt.schedule import Schedule
 
 NAME = "state.json"
 FORMAT = 2
@@ -23,9 +24,9 @@ class State:
 
     step: steps done. samples, tokens: consumed by them. lr: of the last step. counters: what the engine counts, the
     loss scale included. skipped_steps: those whose batch is left out (faults). guard: what the next step is judged by
-    (engine/guard.py). config: the whole configuration, schedule included. data: its identity. layout: of the run that
-    wrote this, to be shown. validation_loss: at this step, None where it was not measured. origin: how it came to be,
-    where not by training ("mean of …").
+    (engine/guard.py). noise_scale: its averages, where it is measured. config: the whole configuration, schedule
+    included. data: its identity. layout: of the run that wrote this, to be shown. validation_loss: at this step, None
+    where it was not measured. origin: how it came to be, where not by training ("mean of …").
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -40,6 +41,7 @@ class State:
     layout: dict[str, int] = field(default_factory=dict)
     skipped_steps: list[int] = field(default_factory=list)
     guard: dict[str, Any] = field(default_factory=dict)
+    noise_scale: dict[str, float] = field(default_factory=dict)
     validation_loss: float | None = None
     origin: str = ""
 
@@ -77,28 +79,43 @@ def read_state(folder: Path) -> State:
 def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
     """What a run that goes on must keep: the architecture, the optimizer, and what the samples' order follows from.
 
-    Dropout, layout, precision, learning rate and the number of steps may change. Weights that no sample was consumed
-    for (imported ones) keep the architecture alone.
+    Dropout, layout, precision, learning rate and the number of steps may change, and batches that are still to come.
+    Weights that no sample was consumed for (imported ones) keep the architecture alone.
     """
     if state.origin and state.step > 0:
         raise UserError(
             f"{folder} is a {state.origin}: weights without the optimizer's moments, to evaluate, generate and export; "
             "to go on training, load one that a run saved"
         )
-    fixed = {f"model.{name}": value for name, value in asdict(config.model).items() if "dropout" not in name}
+    model = json.loads(json.dumps(asdict(config.model)))  # as it comes back from a file: tuples as lists
+    fixed = {f"model.{name}": value for name, value in model.items() if "dropout" not in name}
     if state.samples > 0:
-        fixed["train.global_batch_size"] = config.train.global_batch_size
         fixed["train.seed"] = config.train.seed
     if state.step > 0:
         fixed["optim.optimizer"] = config.optim.optimizer  # what it keeps of a weight
     for name, ours in fixed.items():
         section, key = name.split(".")
         theirs = state.config.get(section, {}).get(key)
-        if json.dumps(theirs) != json.dumps(ours):  # a file gives tuples back as lists
+        if theirs != ours:
             raise UserError(
                 f"{folder} was trained with {name}={theirs}, this run wants {ours}; "
                 f"take the settings of that run: --config {folder.parent.parent / 'config.yaml'}"
             )
+    if state.samples > 0:
+        _check_position(config, state, folder)
+
+
+def _check_position(config: RunConfig, state: State, folder: Path) -> None:
+    """The next step must read on where that run stopped: no sample twice, and none left out."""
+    schedule = Schedule(config)
+    ours = schedule.samples_before(state.step), schedule.tokens_before(state.step)
+    if ours != (state.samples, state.tokens):
+        was, now = state.config.get("train", {}).get("global_batch_size"), config.train.global_batch_size
+        raise UserError(
+            f"{folder} has read {state.samples:,} samples, {state.tokens:,} tokens in {state.step:,} steps, this run "
+            f"would have read {ours[0]:,} samples, {ours[1]:,} tokens; keep train.global_batch_size, its ramp and that "
+            f"of seq_len, or change the batch from here on: --train.batch-steps {was}@1,{now}@{state.step + 1}"
+        )
 
 
 def _no_number(name: str) -> float:

@@ -18,7 +18,7 @@ from megagpt.config.run import (
     RunConfig,
     skipped_steps,
 )
-from megagpt.config.train import TrainConfig
+from megagpt.config.train import TrainConfig, batch_sizes
 
 __all__ = [
     "SECTIONS",
@@ -32,6 +32,7 @@ __all__ = [
     "ParallelConfig",
     "RunConfig",
     "TrainConfig",
+    "batch_sizes",
     "divisors",
     "require",
     "skipped_steps",

@@ -130,6 +130,31 @@ class ModelConfig:
         for text in self.attention:
             Pattern.parse(text).require_fits(self.seq_len)
         self._check_position()
+        self._check_mlp()
+
+    def _check_mlp(self) -> None:
+        low_rank, monarch = self.mlp == "low_rank", self.mlp == "monarch"
+        widths = f"d_model={self.d_model}, d_ff={self.ff_width}"
+        shared = [n for n in divisors(self.d_model) if self.ff_width % n == 0]
+        for name, value, wanted in (("mlp_rank", self.mlp_rank, low_rank), ("mlp_blocks", self.mlp_blocks, monarch)):
+            kind = "low_rank" if name == "mlp_rank" else "monarch"
+            got, example = f"model.mlp={self.mlp} with model.{name}={value}", f"give {name}, such as 8"
+            require(
+                value is None or wanted, got, f"says what only {kind} has", f"set model.mlp={kind}, or leave it out"
+            )
+            require(value is not None or not wanted, got, f"needs {name}", example)
+        require(
+            (self.mlp_rank or 1) <= min(self.d_model, self.ff_width),
+            f"model.mlp_rank={self.mlp_rank}",
+            f"must be at most the smaller of {widths}",
+            f"at {self.d_model * self.ff_width // (self.d_model + self.ff_width)} it has the parameters of dense",
+        )
+        require(
+            self.mlp_blocks is None or (self.d_model % self.mlp_blocks == 0 and self.ff_width % self.mlp_blocks == 0),
+            f"model.mlp_blocks={self.mlp_blocks}",
+            f"must divide {widths}",
+            f"try {', '.join(map(str, shared))}",
+        )
 
     def _check_position(self) -> None:
         turned = self.rotary_width

@@ -67,6 +67,7 @@ class OptimConfig:
         positive("optim", self, "lr", "eps", "decay_steps", "warmup_tokens", "decay_tokens", "beta2_power")
         fraction("optim", self, "beta1", "beta2", "label_smoothing")
         not_negative("optim", self, "weight_decay", "clip", "z_loss", "warmup_steps", "warmup_from", "hold_steps")
+        self._check_schedule()
         for name in ("min_lr_fraction", "decay_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.{name}={value}", "must be between 0 and 1", "0.1 is usual")
@@ -78,3 +79,28 @@ class OptimConfig:
         )
         if self.ema_decay is not None:
             fraction("optim", self, "ema_decay")
+
+    def _check_schedule(self) -> None:
+        """What would be ignored, or leave nothing to decay in."""
+        steps, tokens = self.decay_steps, self.decay_tokens
+        ends = f"optim.decay_steps={steps}, decay_tokens={tokens}"
+        require(None in (steps, tokens), ends, "both end the decay", "give one of them")
+        no_end = self.schedule in ("constant", "inverse_sqrt")
+        got = f"optim.schedule={self.schedule} with {ends}"
+        require(not no_end or steps is tokens is None, got, "would not look at that end", "drop it, or decay by a line")
+        warm = self.warmup_tokens
+        require(
+            warm is None or tokens is None or warm < tokens,
+            f"optim.warmup_tokens={warm}",
+            f"is not below decay_tokens={tokens}",
+            "shorten the warm-up",
+        )
+        starts = self.warmup_steps + self.hold_steps > 0 or warm is not None
+        require(
+            self.schedule != "inverse_sqrt" or starts,
+            "optim.schedule=inverse_sqrt without warm-up",
+            "has no step to begin at",
+            "give --optim.hold-steps (PaLM: 10000) or --warmup-steps",
+        )
+        got = f"optim.warmup_from={self.warmup_from}"
+        require(self.warmup_from <= self.lr, got, f"is above lr={self.lr}", "a warm-up rises; lower it")

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from megagpt.config.checks import positive, require
+from megagpt.config.checks import MAX_INT, positive, require
 from megagpt.kernels import Kernels
+
+MAX_INCREMENTS = 10_000  # of a batch or a sequence length: each is a row of the schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +56,59 @@ class TrainConfig:
             *("batch_ramp_increment", "seq_len_start", "seq_len_warmup_steps", "seq_len_increment"),
         )
         Kernels.parse(self.kernels)  # raises
+        self._check_ramps()
         require(
             0 <= self.seed < 2**32,
             f"train.seed={self.seed}",
             "must be between 0 and 2^32 - 1",
             "1234 is the default",
         )
+
+    def _check_ramps(self) -> None:
+        """What batch ramp, batch steps and sequence length warm-up need to be whole."""
+        size, start = self.global_batch_size, self.batch_ramp_start
+        ramp = [self.batch_ramp_start, self.batch_ramp_tokens]
+        got = f"train.batch_ramp_start={start}, batch_ramp_tokens={self.batch_ramp_tokens}"
+        is_whole = None not in ramp or (ramp == [None, None] and self.batch_ramp_increment is None)
+        require(is_whole, got, "belong together", "give both, or none of the batch_ramp settings")
+        if start is not None:
+            increment = self.batch_ramp_increment or start
+            require(
+                start < size, f"train.batch_ramp_start={start}", f"is not below global_batch_size={size}", "lower it"
+            )
+            above = start + -(-(size - start) // increment) * increment
+            require(
+                above == size,
+                f"train.batch_ramp_increment={increment} from {start}",
+                f"does not reach global_batch_size={size}",
+                f"use --global-batch-size {above}, or another increment",
+            )
+            n = (size - start) // increment
+            most = "use a larger increment"
+            require(n <= MAX_INCREMENTS, f"train.batch_ramp_increment={increment}", f"makes {n:,} of them", most)
+            require(not self.batch_steps, got, "cannot go with batch_steps", "give one of them")
+        if self.batch_steps:
+            last = list(batch_sizes(self.batch_steps).values())[-1]
+            got = f"train.batch_steps={self.batch_steps!r}"
+            require(last == size, got, f"must end with global_batch_size={size}", f"use --global-batch-size {last}")
+        require(
+            (self.seq_len_start is None) == (self.seq_len_warmup_steps is None),
+            f"train.seq_len_start={self.seq_len_start}, seq_len_warmup_steps={self.seq_len_warmup_steps}",
+            "belong together",
+            "give both, or none",
+        )
+
+
+def batch_sizes(text: str) -> dict[int, int]:
+    """Sequences by the first step, counted from 1, that has so many: "256@1,512@50001".  Raises UserError."""
+    found: dict[int, int] = {}
+    example = "write 256@1,512@50001: growing sizes, the first from step 1 on"
+    for part in text.split(","):
+        size, _, step = (word.strip() for word in part.partition("@"))
+        ok = size.isdecimal() and step.isdecimal() and 1 <= int(size) <= MAX_INT and 1 <= int(step) <= MAX_INT
+        require(ok, f"train.batch_steps={text!r}", f"has {part!r}, which is no SIZE@STEP", example)
+        ok = not found or (int(step) > max(found) and int(size) > found[max(found)])
+        require(ok, f"train.batch_steps={text!r}", f"does not grow at {part!r}", example)
+        found[int(step)] = int(size)
+    require(1 in found, f"train.batch_steps={text!r}", "does not say what step 1 has", example)
+    return found

@@ -55,7 +55,7 @@ def retry_under_watch(engine: Engine, step: int, batches: Iterable[MicroBatch]) 
     None where no module did: only in what was added up over micro-batches and ranks.
     Comm: as a step, and one all-gather of short objects.
     """
-    with _Watch(engine) as watch:
+    with _Watch(engine, step) as watch:
         result = engine.retry_step(step, batches)
     found: list[Sighting | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, watch.first)
@@ -85,8 +85,8 @@ class _Watch:
     Every layer is given the positions of its samples; by them a value is told to be of which micro-batch and sample.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, step: int) -> None:
+        self._engine, self._first_sample = engine, engine.schedule.positions(step).start
         self._handles: list[Any] = []
         self._now: Tensor | None = None  # the samples of the layer that is being computed; None: recomputation
         self._seen: list[Tensor] = []  # the samples of each micro-batch so far
@@ -149,8 +149,8 @@ class _Watch:
             return
         rows = ~finite.flatten(1).all(1).cpu() if finite.dim() > 1 and len(finite) == len(samples_B) else slice(None)
         samples = samples_B if "parameter" in what else samples_B[rows]
-        config, dp = self._engine.config.train, self._engine.mesh.data.size
-        micro_batch = int(samples_B[0]) % config.global_batch_size // (config.micro_batch_size * dp)
+        chunk = self._engine.config.train.micro_batch_size * self._engine.mesh.data.size
+        micro_batch = (int(samples_B[0]) - self._first_sample) // chunk
         seen = _sighting(self._engine, name, what, value, micro_batch, samples.tolist(), layer, self._looks)
         if self.first is None or seen.came_at < self.first.came_at:
             self.first = seen

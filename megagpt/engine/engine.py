@@ -22,15 +22,18 @@ from megagpt.config import RunConfig
 from megagpt.data.loader import MicroBatch
 from megagpt.engine.finite import nan_to_gradient, watch_uncounted
 from megagpt.engine.masters import SKIPPED, create_moments, read_counters, write_counters
-from megagpt.engine.optim import build_optimizer, learning_rate, set_rate
+from megagpt.engine.noise_scale import NoiseMeter
+from megagpt.engine.optim import build_optimizer, set_rate
 from megagpt.engine.optimizers.average import keep_average
 from megagpt.engine.optimizers.mesh_optimizer import MeshOptimizer
 from megagpt.engine.segments import find_segments
 from megagpt.engine.settings import deepspeed_settings
-from megagpt.engine.stages import build_module, global_grad_norm
+from megagpt.engine.stages import GPTStage, build_module, global_grad_norm, loss_terms
 from megagpt.errors import UserError
+from megagpt.model.loss import PLAIN, LossTerms
 from megagpt.parallel.mesh import Mesh
 from megagpt.plan.plan import Plan
+from megagpt.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,14 @@ class StepResult:
     loss_scale: float
     skipped: bool
     step_time_s: float
+    noise_scale_tokens: float | None = None
 
 
 class Engine:
     """The model, its optimizer and DeepSpeed, spread over the mesh."""
 
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
-        self.config, self.plan, self.mesh = config, plan, mesh
+        self.config, self.plan, self.mesh, self.schedule = config, plan, mesh, Schedule(config)
         connect_deepspeed()
         _require_precision(config.train.precision)
         module, self.parameters = build_module(config, plan, mesh)
@@ -83,6 +87,9 @@ class Engine:
         if config.optim.ema_decay is not None:
             keep_average(self.base_optimizer, config.optim.ema_decay)
         self._before = read_counters(self)
+        self.noise = self._noise_meter() if config.log.noise_scale else None
+        self._terms = loss_terms(config)
+        self._seq_len = config.model.seq_len  # of the last micro-batches
 
     @property
     def device(self) -> torch.device:
@@ -96,9 +103,14 @@ class Engine:
         Comm: the step's own (pipeline sends, gradient reductions), and one all-reduce of the loss.
         """
         start = time.perf_counter()
-        lr = self._learning_rate(step)
+        lr = self.schedule.learning_rate(step)
         set_rate(self.optimizer, lr, self.config.optim)
         self._before = read_counters(self)
+        self._set_batch(self.schedule.batch_size(step))
+        self._set_seq_len(self.schedule.seq_len(step))
+        scale = self._loss_scale() / self.engine.gradient_accumulation_steps()
+        if self.noise:
+            self.noise.begin()
         if self.has_stages:
             loss = self.engine.train_batch(self._as_pipeline_data(batches))
         else:
@@ -106,13 +118,18 @@ class Engine:
         skipped = self.engine.skipped_steps > self._before[SKIPPED]
         if skipped:
             write_counters(self, step + 1, read_counters(self))  # apex counts a step without gradients as one
+        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if self.noise and not skipped:
+            sequences = self.config.train.micro_batch_size, self.schedule.batch_size(step)
+            self.noise.measure(grad_norm, scale, *(n * self.schedule.seq_len(step) for n in sequences))
         return StepResult(
             loss=float(loss),
-            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            grad_norm=grad_norm,
             lr=lr,
             loss_scale=self._loss_scale(),
             skipped=skipped,
             step_time_s=time.perf_counter() - start,
+            noise_scale_tokens=self.noise.scale.tokens if self.noise else None,
         )
 
     def retry_step(self, step: int, batches: Iterable[MicroBatch]) -> StepResult:
@@ -126,11 +143,12 @@ class Engine:
     def skip_step(self, step: int) -> StepResult:
         """Leave a step out: what is counted goes on by one, and nothing else moves. Comm: none."""
         self.engine.skipped_steps += 1
-        lr, scale = self._learning_rate(step), self._loss_scale()
+        lr, scale = self.schedule.learning_rate(step), self._loss_scale()
         return StepResult(math.nan, math.nan, lr, scale, skipped=True, step_time_s=0.0)
 
     def evaluate(self, batches: Iterable[MicroBatch], n_micro_batches: int) -> float:
-        """Mean loss, in nats per token, over this rank's n_micro_batches and all data-parallel ranks."""
+        """Mean loss, in nats per token, over this rank's n_micro_batches of whole sequences and all data ranks."""
+        self._set_seq_len(self.config.model.seq_len)
         if self.has_stages:
             data = self._as_pipeline_data(batches)
             return float(self.engine.eval_batch(data, num_micro_batches=n_micro_batches))
@@ -138,7 +156,7 @@ class Engine:
         total = torch.zeros((), device=self.device)
         with torch.no_grad():
             for batch in batches:
-                total += self._loss(batch).float()
+                total += self._loss(batch, PLAIN).float()
         self.engine.train()
         return float(self._mean_over_data(total / n_micro_batches))
 
@@ -149,23 +167,35 @@ class Engine:
     def _accumulate(self, batches: Iterable[MicroBatch]) -> Tensor:
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            loss = self._loss(batch)
+            loss = self._loss(batch, self._terms)
             self.engine.backward(loss)
             self.engine.step()
             total += loss.detach().float()
-        return self._mean_over_data(total / self.plan.micro_batches)
+        return self._mean_over_data(total / self.engine.gradient_accumulation_steps())
 
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(step, self.config.optim, self.config.train.train_steps)
+    def _noise_meter(self) -> NoiseMeter:
+        tied = self.module.get_tied_weights_and_groups() if isinstance(self.module, GPTStage) else []
+        return NoiseMeter(self.parameters, self.mesh, tied)
+
+    def _set_batch(self, size: int) -> None:
+        """Tell DeepSpeed how many sequences the next step has, over all processes."""
+        self.engine.set_train_batch_size(size)
+        self.engine.micro_steps = 0  # it looks for the end of a step by the remainder of this: of the old size else
+
+    def _set_seq_len(self, seq_len: int) -> None:
+        """Let pipeline stages tell each other the shape of activations anew, where it is another one."""
+        if self.has_stages and seq_len != self._seq_len:
+            self.engine.reset_activation_shape()
+        self._seq_len = seq_len
 
     def _loss_scale(self) -> float:
         return float(getattr(self.optimizer, "cur_scale", None) or getattr(self.optimizer, "loss_scale", 1.0))
 
-    def _loss(self, batch: MicroBatch) -> Tensor:
+    def _loss(self, batch: MicroBatch, terms: LossTerms) -> Tensor:
         tokens_BT, labels_BT, ids_B = (
             t.to(self.device) for t in (batch.tokens_BT, batch.labels_BT, batch.sample_ids_B)
         )
-        return nan_to_gradient(self.engine(tokens_BT, ids_B, labels_BT))
+        return nan_to_gradient(self.engine(tokens_BT, ids_B, labels_BT, terms))
 
     def _mean_over_data(self, value: Tensor) -> Tensor:
         if self.mesh.data.size > 1:

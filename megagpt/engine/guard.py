@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megagpt.checkpoint.folders import step_of
 from megagpt.checkpoint.state import State
 from megagpt.config import skipped_steps
-from megagpt.data.loader import MicroBatch, positions_of
+from megagpt.data.loader import MicroBatch
 from megagpt.engine import spikes
 from megagpt.engine.blame import Sighting, retry_under_watch, weight_not_finite
 from megagpt.engine.engine import Engine, StepResult
@@ -95,7 +95,7 @@ class Guard:
         given_up = back_to is not None and len(self._rewinds) >= self._faults.max_rewinds
         told = {"kind": "spike", "outcome": f"back to {back_to}" if back_to and not given_up else "trained on"}
         told |= {"loss": result.loss, "grad_norm": result.grad_norm, **asdict(found)}
-        place = self._notes.write(step + 1, told, positions_of(self._config, step))
+        place = self._notes.write(step + 1, told, self._engine.schedule.positions(step))
         line = f"step {step + 1}: {_describe(found)}; its text: {place}"
         if given_up:
             raise RankError(
@@ -121,7 +121,7 @@ class Guard:
         again, first = retry_under_watch(self._engine, step, self._batches(step))
         again = replace(again, step_time_s=result.step_time_s + again.step_time_s)
         told = {"loss": result.loss, "grad_norm": result.grad_norm}
-        positions = positions_of(self._config, step)
+        positions = self._engine.schedule.positions(step)
         if not again.skipped:
             told |= {"kind": "machine", "outcome": "done again", "again": {"loss": again.loss, "norm": again.grad_norm}}
             place = self._notes.write(step + 1, told, positions)

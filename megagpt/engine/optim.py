@@ -1,9 +1,8 @@
-"""The optimizer over groups of parameters that are stepped alike, and its learning rate as a function of the step."""
+"""The optimizer, over groups of parameters that are stepped alike."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from typing import Any
 
 import torch
@@ -12,19 +11,6 @@ from megagpt.config import OptimConfig, RunConfig
 from megagpt.engine.named import Named
 from megagpt.engine.optimizers.mesh_optimizer import MeshOptimizer
 from megagpt.engine.optimizers.rules import Rule, rule_of
-
-
-def learning_rate(step: int, config: OptimConfig, train_steps: int) -> float:
-    """Learning rate of step `step` (the first is 0): linear warm-up, then a cosine down to a fraction of the peak.
-
-    Source: Loshchilov & Hutter 2017 (cosine); Radford et al. 2018 (with warm-up).
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    decay_steps = config.decay_steps or train_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, decay_steps - config.warmup_steps))
-    floor = config.lr * config.min_lr_fraction
-    return floor + (config.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def build_optimizer(parameters: list[Named], run: RunConfig) -> tuple[torch.optim.Optimizer, str]:

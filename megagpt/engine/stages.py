@@ -15,6 +15,7 @@ from megagpt.engine.finite import counts, nan_to_gradient
 from megagpt.engine.named import Named, named_parameters
 from megagpt.kernels import Kernels
 from megagpt.model.gpt import GPT, Head, layer_list
+from megagpt.model.loss import PLAIN, LossTerms
 from megagpt.parallel.mesh import Mesh
 from megagpt.plan.plan import Plan
 
@@ -29,7 +30,7 @@ class GPTStage(PipelineModule):
     """
 
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
-        self.plan_bounds = list(plan.bounds)
+        self.plan_bounds, self.terms = list(plan.bounds), loss_terms(config)
         kernels = Kernels.parse(config.train.kernels)
         layers = layer_list(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
         self.names = [layer.name for layer in layers]
@@ -52,7 +53,8 @@ class GPTStage(PipelineModule):
     def _loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         head = self.forward_funcs[-1]
         assert isinstance(head, Head)
-        return nan_to_gradient(head.loss(logits_BTV, labels_BT))
+        terms = self.terms if head.training else PLAIN
+        return nan_to_gradient(head.loss(logits_BTV, labels_BT, terms))
 
     def canonical_layers(self) -> list[tuple[str, nn.Module]]:
         """This stage's layers under the names that the whole model has."""
@@ -67,6 +69,11 @@ class GPTStage(PipelineModule):
                 full_name = f"{TIED}.weight" if is_copy else f"{layer_name}.{name}"
                 found.append(Named(full_name, parameter, owned=not is_copy))
         return found
+
+
+def loss_terms(config: RunConfig) -> LossTerms:
+    """What this run's training adds to the loss."""
+    return LossTerms(config.optim.label_smoothing, config.optim.z_loss)
 
 
 def build_module(config: RunConfig, plan: Plan, mesh: Mesh) -> tuple[GPT | GPTStage, list[Named]]:

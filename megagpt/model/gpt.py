@@ -17,7 +17,7 @@ from megagpt.model.attention import attention_ops
 from megagpt.model.block import Block
 from megagpt.model.dropout import EMBEDDING_SITE, Dropout
 from megagpt.model.init import Init
-from megagpt.model.loss import vocab_parallel_cross_entropy
+from megagpt.model.loss import PLAIN, LossTerms, vocab_parallel_cross_entropy
 from megagpt.model.norm import Norm
 from megagpt.model.position import Sinusoids
 from megagpt.parallel.axis import Axis
@@ -85,14 +85,23 @@ class Head(nn.Module):
         logits_BTV = vocab_parallel_logits(x_BTD, self.tokens.weight, self.axis)
         return logits_BTV if self.bias is None else logits_BTV + self.bias
 
-    def loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, terms: LossTerms = PLAIN) -> Tensor:
         """Mean cross-entropy in nats per token: a scalar, equal on every rank of the model axis.
 
+        terms: what moves the gradient beside it, and is not in the value, so that the losses of all runs compare.
         The backward pass writes the gradient over the logits, which nothing else needs by then.
         """
         part = part_of(self.tokens.weight)
         loss_BT = vocab_parallel_cross_entropy(
-            logits_BTV, labels_BT, part, self.axis, in_place=True, kernels=self.kernels
+            logits_BTV,
+            labels_BT,
+            part,
+            self.axis,
+            label_smoothing=terms.label_smoothing,
+            z_loss=terms.z_loss,
+            plain_value=True,
+            in_place=True,
+            kernels=self.kernels,
         )
         return loss_BT.mean()
 
@@ -145,11 +154,17 @@ class GPT(nn.Module):
         tied = self.embedding.tokens if config.tied_embeddings else None
         self.head = Head(config, axis, seed, kernels, tokens=tied)
 
-    def forward(self, tokens_BT: Tensor, sample_ids_B: Tensor | None = None, labels_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        sample_ids_B: Tensor | None = None,
+        labels_BT: Tensor | None = None,
+        terms: LossTerms = PLAIN,
+    ) -> Tensor:
         if sample_ids_B is None:  # only dropout looks at them
             sample_ids_B = torch.zeros(len(tokens_BT), dtype=torch.int64, device=tokens_BT.device)
         x = self.embedding((tokens_BT, sample_ids_B))
         for block in self.blocks:
             x = block(x)
         logits_BTV = self.head(x)
-        return logits_BTV if labels_BT is None else self.head.loss(logits_BTV, labels_BT)
+        return logits_BTV if labels_BT is None else self.head.loss(logits_BTV, labels_BT, terms)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,6 +14,17 @@ from megagpt.parallel.collectives import all_reduce
 from megagpt.parallel.parameter import Part
 
 
+@dataclass(frozen=True)
+class LossTerms:
+    """What training adds to the negative log-likelihood: in its gradient, and not in the loss that is shown."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+PLAIN = LossTerms()
+
+
 def vocab_parallel_cross_entropy(
     logits_BTV: Tensor,
     labels_BT: Tensor,
@@ -20,6 +33,7 @@ def vocab_parallel_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    plain_value: bool = False,
     in_place: bool = False,
     expected_grad: float | None = None,
     kernels: str = "auto",
@@ -27,7 +41,7 @@ def vocab_parallel_cross_entropy(
     """Loss of each label, in float32 (float64 for float64 logits); by default the negative log-likelihood.
 
     part: which rows of the output matrix the columns are (`part_of(weight)`); further columns are padding.
-    in_place, expected_grad: as in ops/cross_entropy.py; over several ranks nothing is gained by the latter.
+    plain_value, in_place, expected_grad: as in ops/cross_entropy.py; over several ranks nothing is gained by the last.
     Shapes: logits_BTV (this rank's columns, padded), labels_BT int64 global ids → loss_BT, equal on all ranks.
     Comm: forward two all-reduces over the axis, of N and of 3N floats for N tokens; backward none.
     Source: Shoeybi et al. 2019, section 3 (fused output and loss); see ops/cross_entropy.py for the rest.
@@ -40,6 +54,7 @@ def vocab_parallel_cross_entropy(
         vocab=part.shape[0],
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        plain_value=plain_value,
         combine=None if axis.size == 1 else lambda statistics: _of_all_ranks(statistics, axis),
         in_place=in_place,
         expected_grad=expected_grad,

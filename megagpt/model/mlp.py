@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
 from megagpt.kernels import AUTO, Kernels
+from megagpt.model.factorised import down_matrix, up_matrix
 from megagpt.model.init import Init
 from megagpt.ops.activation import Kind, activation
 from megagpt.parallel.axis import Axis
-from megagpt.parallel.linear import ColumnParallelLinear, Epilogue, RowParallelLinear
+from megagpt.parallel.linear import Epilogue
 
 GATES: dict[str, Kind] = {"swiglu": "silu", "geglu": "gelu"}  # what a gated unit does to its gate
 
@@ -17,7 +18,8 @@ GATES: dict[str, Kind] = {"swiglu": "silu", "geglu": "gelu"}  # what a gated uni
 class MLP(nn.Module):
     """W₂ f(W₁ x + b₁) + b₂, or with a gate W₂ (f(W₁ x + b₁) ⊙ (W₃ x + b₃)) + b₂ (Shazeer 2020).
 
-    Shapes: x_BTD → y_BTD.  Comm: those of its column- and row-parallel layers; none where it is to be `partial`.
+    Shapes: x_BTD → y_BTD.  Comm: those of its column- and row-parallel matrices (factorised.py); none where it is to be
+    `partial`.
     """
 
     def __init__(
@@ -33,10 +35,8 @@ class MLP(nn.Module):
         super().__init__()
         self.kind: Kind = GATES.get(config.activation, config.activation)  # pyright: ignore[reportAttributeAccessIssue]
         self.gated, self.kernels = config.gated, kernels["activation"]
-        D, F, bias = config.d_model, config.ff_width, config.bias_mlp
-        packs = 2 if self.gated else 1
-        self.up = ColumnParallelLinear(D, F, axis, init.matrix(f"{name}.up"), packs=packs, bias=bias, copied=partial)
-        self.down = RowParallelLinear(F, D, axis, init.residual(f"{name}.down"), bias=bias, partial=partial)
+        self.up = up_matrix(config, axis, init.matrix(f"{name}.up"), partial=partial)
+        self.down = down_matrix(config, axis, init.residual(f"{name}.down"), partial=partial)
 
     def forward(self, x_BTD: Tensor, epilogue: Epilogue | None = None) -> Tensor:
         return self.down(self.up(x_BTD, epilogue=self._activate), epilogue)

@@ -60,6 +60,7 @@ def cross_entropy(
     vocab: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    plain_value: bool = False,
     combine: Callable[[Statistics], Statistics] | None = None,
     in_place: bool = False,
     expected_grad: float | None = None,
@@ -69,6 +70,7 @@ def cross_entropy(
 
     n_valid: columns in use (default: all); further ones are padding, of any content, and get gradient 0.
     first: the id that column 0 stands for.  vocab: size of the whole vocabulary (default: n_valid).
+    plain_value: return the negative log-likelihood alone; the gradient is that of the whole loss all the same.
     combine: merges this rank's statistics with those of the ranks that hold the rest; None: there is no rest.
     in_place: the backward pass writes the gradient over the logits (a copy, where these have gaps) and runs only once.
     expected_grad: with in_place, what each token's gradient is going to be, e.g. 1/N for a mean. The kernel then writes
@@ -88,13 +90,14 @@ def cross_entropy(
     if vocab is None and combine is not None:
         raise ValueError("cross_entropy: got combine without vocab, wanted the size of the whole vocabulary")
     loss = _Loss(first, n_valid, n_valid if vocab is None else vocab, label_smoothing, z_loss)
+    shown = loss._replace(label_smoothing=0.0, z_loss=0.0) if plain_value else loss
     kernel = runs_kernel("cross_entropy", logits_NV, kernels)
     differentiated = torch.is_grad_enabled() and logits_NV.requires_grad
     logits_NV = logits_NV.contiguous() if in_place else logits_NV
     one_pass = in_place and kernel and combine is None and differentiated
     if one_pass and expected_grad is not None:
-        return _CrossEntropyInOnePass.apply(logits_NV, labels_N, loss, expected_grad)  # type: ignore[return-value]
-    return _CrossEntropy.apply(logits_NV, labels_N, loss, combine, in_place, kernel)  # type: ignore[return-value]
+        return _CrossEntropyInOnePass.apply(logits_NV, labels_N, loss, shown, expected_grad)  # type: ignore[return-value]
+    return _CrossEntropy.apply(logits_NV, labels_N, loss, shown, combine, in_place, kernel)  # type: ignore[return-value]
 
 
 def _check(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float, expected_grad: float | None) -> None:
@@ -120,7 +123,9 @@ class _CrossEntropy(torch.autograd.Function):
     """Statistics forward, the gradient backward; the ranks' collectives sit between."""
 
     @staticmethod
-    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, loss: _Loss, combine, in_place: bool, kernel: bool) -> Tensor:
+    def forward(
+        ctx, logits_NV: Tensor, labels_N: Tensor, loss: _Loss, shown: _Loss, combine, in_place: bool, kernel: bool
+    ) -> Tensor:
         if kernel:
             op = torch.ops.megagpt.cross_entropy
             statistics = Statistics(*op(logits_NV, labels_N, loss.first, loss.n_valid))
@@ -130,7 +135,7 @@ class _CrossEntropy(torch.autograd.Function):
             statistics = combine(statistics)
         ctx.save_for_backward(logits_NV, labels_N, statistics.top, statistics.total)
         ctx.loss, ctx.in_place, ctx.kernel, ctx.overwritten = loss, in_place, kernel, False
-        return _loss(statistics, loss)
+        return _loss(statistics, shown)
 
     @staticmethod
     @once_differentiable
@@ -150,20 +155,20 @@ class _CrossEntropy(torch.autograd.Function):
         else:
             d_logits_NV = logits_NV.clone(memory_format=torch.contiguous_format)
             _write_gradient(d_logits_NV, *given)
-        return d_logits_NV, None, None, None, None, None
+        return d_logits_NV, None, None, None, None, None, None
 
 
 class _CrossEntropyInOnePass(torch.autograd.Function):
     """Statistics and at once the gradient, for the upstream gradient that is expected; backward corrects it."""
 
     @staticmethod
-    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, loss: _Loss, expected_grad: float) -> Tensor:
+    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, loss: _Loss, shown: _Loss, expected_grad: float) -> Tensor:
         op = torch.ops.megagpt.cross_entropy_with_gradient_
         statistics = Statistics(*op(logits_NV.detach(), labels_N, expected_grad, *loss))
         torch.autograd.graph.increment_version(logits_NV)  # who else kept the logits for a gradient gets an error
         ctx.save_for_backward(logits_NV)
         ctx.n_valid, ctx.expected_grad, ctx.overwritten = loss.n_valid, expected_grad, False
-        return _loss(statistics, loss)
+        return _loss(statistics, shown)
 
     @staticmethod
     @once_differentiable
@@ -174,7 +179,7 @@ class _CrossEntropyInOnePass(torch.autograd.Function):
         ctx.overwritten = True
         torch.ops.megagpt.cross_entropy_rescale_(gradient_NV.detach(), grads[0], ctx.expected_grad, ctx.n_valid)
         torch.autograd.graph.increment_version(gradient_NV)
-        return gradient_NV.detach(), None, None, None
+        return gradient_NV.detach(), None, None, None, None
 
 
 def _loss(statistics: Statistics, loss: _Loss) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from megagpt.config import RunConfig, divisors, require
+from megagpt.config.train import MAX_INCREMENTS
 from megagpt.errors import UserError
+from megagpt.schedule import Schedule
 
 
 def check_world(config: RunConfig, world_size: int) -> int:
@@ -36,8 +40,21 @@ def check_precision(config: RunConfig) -> None:
         )
 
 
+def check_lengths(config: RunConfig) -> None:
+    """Whether the sequence length warm-up leads to model.seq_len."""
+    start, whole, increment = config.train.seq_len_start, config.model.seq_len, config.train.seq_len_increment
+    got = f"train.seq_len_start={start}"
+    require(start is None or start < whole, got, f"is not below model.seq_len={whole}", "lower it")
+    n = 0 if start is None else (whole - start) // increment
+    got = f"train.seq_len_increment={increment}"
+    require(n <= MAX_INCREMENTS, got, f"makes {n:,} of them", "use a larger increment")
+
+
 def check_batch(config: RunConfig, dp: int) -> int:
-    """The number of micro-batches (gradient accumulation steps): global batch / (micro-batch * dp)."""
+    """The micro-batches (gradient accumulation steps) of the whole batch: global batch / (micro-batch * dp).
+
+    Every batch of a ramp must divide too, so that its sizes are those of the run on any layout.
+    """
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     unit = micro * dp
     below, above = batch // unit * unit, (batch // unit + 1) * unit
@@ -49,7 +66,37 @@ def check_batch(config: RunConfig, dp: int) -> int:
         f"is not a multiple of micro_batch_size * dp = {unit}",
         f"use --global-batch-size {nearest}" + (f", or --micro-batch-size {micros[-1]}" if micros else ""),
     )
+    _check_ramp(config, dp)
     return batch // unit
+
+
+def check_noise_scale(config: RunConfig) -> None:
+    """Whether a step has gradients of two batch sizes: the noise scale is told by their difference."""
+    train = config.train
+    require(
+        not config.log.noise_scale or train.micro_batch_size < train.global_batch_size,
+        f"log.noise_scale with micro_batch_size={train.micro_batch_size}",
+        f"compares with the whole batch, of train.global_batch_size={train.global_batch_size}",
+        "use a smaller --micro-batch-size or a larger --global-batch-size",
+    )
+
+
+def _check_ramp(config: RunConfig, dp: int) -> None:
+    train, sizes = config.train, [phase.batch_size for phase in Schedule(config).phases]
+    unit = train.micro_batch_size * dp
+    bad = next((size for size in sizes if size % unit), None)
+    if bad is None:
+        return
+    common = math.gcd(*sizes)
+    micros = [m for m in divisors(common // dp) if m < train.micro_batch_size] if common % dp == 0 else []
+    ramp = f"batch_steps={train.batch_steps!r}"
+    if train.batch_ramp_start is not None:
+        ramp = f"batch_ramp_start={train.batch_ramp_start}, batch_ramp_increment={train.batch_ramp_increment}"
+    raise UserError(
+        f"train.{ramp} makes batches of {bad}, with micro_batch_size={train.micro_batch_size}, dp={dp} no multiple of "
+        f"micro_batch_size * dp = {unit}; use sizes that are"
+        + (f", or --micro-batch-size {micros[-1]}" if micros else "")
+    )
 
 
 def _other_layouts(config: RunConfig, world_size: int) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megagpt.config import RunConfig
-from megagpt.plan.checks import check_batch, check_model, check_precision, check_world
+from megagpt.plan.checks import check_batch, check_lengths, check_model, check_noise_scale, check_precision, check_world
 from megagpt.plan.memory import Memory, estimate_memory, micro_batches_in_flight
 from megagpt.plan.partition import stage_bounds
 from megagpt.plan.sizes import LayerSize, layer_sizes, tied_copy, vocab_local
@@ -72,8 +72,10 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     """
     check_model(config)
     check_precision(config)
+    check_lengths(config)
     dp = check_world(config, world_size)
     micro_batches = check_batch(config, dp)
+    check_noise_scale(config)
     model, parallel = config.model, config.parallel
     layers = layer_sizes(model, parallel.tp)
     bounds = stage_bounds(parallel.partition, layers, parallel.pp)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from megagpt.config import SECTIONS, RunConfig
 from megagpt.plan.plan import Plan, Stage
+from megagpt.schedule import Schedule
 
 
 def config_table(config: RunConfig) -> Table:
@@ -65,7 +66,10 @@ def _facts(config: RunConfig, plan: Plan) -> list[tuple[str, str]]:
     factors = f"{train.micro_batch_size} (micro-batch) * {plan.micro_batches} * {plan.dp} (dp)"
     work = f"{_flop(plan.flops_per_token)} a token, {_flop(plan.flops_per_token * plan.batch_tokens)} a step"
     rows = f"{model.vocab:,} tokens, padded to {plan.vocab_padded:,}: {plan.vocab_local:,} rows a rank"
-    tokens = train.train_steps * plan.batch_tokens
+    schedule = Schedule(config)
+    if len(schedule.phases) > 1:
+        batch += f" (from {schedule.batch_size(0):,} of {schedule.seq_len(0):,} at the first)"
+    tokens = schedule.total_tokens
     run = f"{train.train_steps:,} steps, {_count(tokens)} tokens ({tokens / plan.params:.3g} a parameter)"
     facts = [
         ("layout", layout),

@@ -210,6 +210,16 @@ def test_what_a_run_that_goes_on_must_keep():
             UserError, match=f"trained with {name}, this run wants .*; take .*--config runs/a/config.yaml"
         ):
             check_resumable(changed, state_of(), folder)  # 48: another architecture
+    # The batch may be another one from here on, not before: each sample is read once.
+    at = state_of(7, samples=7 * 8, tokens=7 * 8 * MODEL.seq_len)
+    check_resumable(replace(config, train=TrainConfig(batch_steps="8@1,12@8", global_batch_size=12)), at, folder)
+    for settings in ({"batch_steps": "8@1,12@7"}, {}):
+        train = TrainConfig(global_batch_size=12, **settings)
+        with pytest.raises(UserError, match=r"read 56 samples, .* would have read \d+ samples.*batch-steps 8@1,12@8"):
+            check_resumable(replace(config, train=train), at, folder)
+    shorter = TrainConfig(seq_len_start=4, seq_len_warmup_steps=3)
+    with pytest.raises(UserError, match=r"read 56 samples, .* tokens .* would have read 56 samples"):
+        check_resumable(replace(config, train=shorter), at, folder)
     # Imported weights have seen no sample: any order of samples may follow.
     imported = state_of(0, samples=0, origin="import of hf/")
     check_resumable(seeded, imported, folder)

@@ -29,13 +29,15 @@ def run(micro, vocab_size=100_000):
     )
 
 
+def read(samples, step, micro, dp_rank=0, dp_size=1, seq_len=16, **config):
+    positions = range(step * GLOBAL, (step + 1) * GLOBAL)
+    return micro_batches(samples, run(micro, **config), positions, seq_len, dp_rank=dp_rank, dp_size=dp_size)
+
+
 def ids(samples, step, micro, dp):
     """[dp_rank][micro-batch] -> sample ids."""
     return [
-        [
-            batch.sample_ids_B.tolist()
-            for batch in micro_batches(samples, run(micro), step=step, dp_rank=rank, dp_size=dp)
-        ]
+        [batch.sample_ids_B.tolist() for batch in read(samples, step, micro, dp_rank=rank, dp_size=dp)]
         for rank in range(dp)
     ]
 
@@ -55,12 +57,12 @@ def test_a_step_reads_the_same_samples_in_every_layout(samples, micro, dp):
 
 
 def test_contents_are_the_samples_and_do_not_depend_on_what_was_read_before(samples):
-    def read(step):
-        return list(micro_batches(samples, run(3), step=step, dp_rank=1, dp_size=2))
+    def once(step):
+        return list(read(samples, step, 3, dp_rank=1, dp_size=2))
 
-    first = read(2)
-    read(0)
-    for batch, again in zip(first, read(2), strict=True):
+    first = once(2)
+    once(0)
+    for batch, again in zip(first, once(2), strict=True):
         assert batch.tokens_BT.dtype == batch.labels_BT.dtype == batch.sample_ids_B.dtype == torch.int64
         assert batch.tokens_BT.shape == batch.labels_BT.shape == (3, 16)
         assert batch.tokens_BT.is_contiguous() and batch.labels_BT.is_contiguous()
@@ -72,17 +74,25 @@ def test_contents_are_the_samples_and_do_not_depend_on_what_was_read_before(samp
 
 @pytest.mark.parametrize("step", [-1, 1000])
 def test_a_step_beyond_the_samples_is_told_at_the_call(samples, step):
-    with pytest.raises(UserError, match=f"step {step} reads samples"):
-        micro_batches(samples, run(1), step=step, dp_rank=0, dp_size=1)
+    with pytest.raises(UserError, match=f"a step reads samples {step * GLOBAL} to "):
+        read(samples, step, 1)
 
 
 def test_a_batch_that_does_not_divide_is_told_at_the_call(samples):
-    with pytest.raises(UserError, match=r"global_batch_size=24 must be a multiple .*5 \* 2 = 10; try 30"):
-        micro_batches(samples, run(5), step=0, dp_rank=0, dp_size=2)
+    with pytest.raises(UserError, match=r"batch of 24 sequences must be a multiple .*5 \* 2 = 10; try 30"):
+        read(samples, 0, 5, dp_size=2)
+
+
+def test_a_shorter_sequence_is_the_beginning_of_the_sample(samples):
+    for batch in read(samples, 1, 3, seq_len=5):
+        assert batch.tokens_BT.shape == batch.labels_BT.shape == (3, 5)
+        for row, i in enumerate(batch.sample_ids_B.tolist()):
+            assert batch.tokens_BT[row].tolist() == samples[i][:5].tolist()
+            assert batch.labels_BT[row].tolist() == samples[i][1:6].tolist()
 
 
 def test_a_token_beyond_the_vocabulary_is_told_with_its_samples(samples):
     largest = max(int(samples[i].max()) for i in range(GLOBAL))
-    assert len(list(micro_batches(samples, run(4, largest + 1), step=0, dp_rank=0, dp_size=1))) == GLOBAL // 4
+    assert len(list(read(samples, 0, 4, vocab_size=largest + 1))) == GLOBAL // 4
     with pytest.raises(UserError, match=f"hold token {largest}, the vocabulary has {largest}; .*another tokenizer"):
-        list(micro_batches(samples, run(4, largest), step=0, dp_rank=0, dp_size=1))
+        list(read(samples, 0, 4, vocab_size=largest))

@@ -65,7 +65,7 @@ def planted(engine: Engine, plant: Plant) -> Iterator[None]:
         assert isinstance(head, Head)
         right = head.loss
         # Infinite with a gradient as it was.
-        head.loss = lambda logits_BTV, labels_BT: right(logits_BTV, labels_BT) + spoil(torch.zeros(()))
+        head.loss = lambda *args: right(*args) + spoil(torch.zeros(()))
         yield
         head.loss = right
     elif plant.what == "gradient":

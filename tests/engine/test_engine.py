@@ -16,7 +16,7 @@ from megagpt.config import ModelConfig, OptimConfig, RunConfig
 from megagpt.engine.checks import check_ranks
 from megagpt.engine.masters import write
 from megagpt.engine.named import named_parameters
-from megagpt.engine.optim import build_optimizer, learning_rate
+from megagpt.engine.optim import build_optimizer
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.model.hf import from_hf_gpt2, hf_config
@@ -25,6 +25,7 @@ from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.local import run_ranks
 from megagpt.parity import Layout, merge, parity_config, spread_out
 from megagpt.parity_rank import batches_of, pieces_of, start_engine
+from megagpt.schedule import Schedule
 
 MODEL = ModelConfig(n_layers=4, d_model=32, n_heads=4, seq_len=16, vocab_size=211)
 STEPS = 5
@@ -37,25 +38,6 @@ def config_of(layout: Layout, model: ModelConfig = MODEL, **optim) -> RunConfig:
         optim=dataclasses.replace(config.optim, warmup_steps=2, **optim),
         train=dataclasses.replace(config.train, train_steps=STEPS),
     )
-
-
-@pytest.mark.parametrize(("warmup", "decay"), [(0, None), (1, None), (5, None), (5, 20), (30, 40)])
-def test_learning_rate_is_torchs_schedule(warmup, decay):
-    config = OptimConfig(lr=0.3, warmup_steps=warmup, decay_steps=decay, min_lr_fraction=0.1)
-    end, train_steps = decay or 50, 50
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.3)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=end - warmup, eta_min=0.03)
-    scheduler: torch.optim.lr_scheduler.LRScheduler = cosine
-    if warmup:
-        rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=max(1, warmup - 1))
-        scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
-    for step in range(end + 1):
-        assert learning_rate(step, config, train_steps) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), (
-            step
-        )
-        optimizer.step()
-        scheduler.step()
-    assert learning_rate(10 * end, config, train_steps) == pytest.approx(0.03)
 
 
 def test_only_matrices_decay():
@@ -102,7 +84,7 @@ def theirs() -> tuple[dict[str, Tensor], Trained]:
         loss.backward()
         grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip).item())
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, optim, STEPS)
+            group["lr"] = Schedule(config).learning_rate(step)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -145,7 +127,7 @@ def test_trains_as_transformers_and_torch_do(theirs, layout):
     weights = merge([pieces for _, _, pieces in ranks])
     assert weights.keys() == expected.weights.keys()
     # Adam divides small gradients by small numbers: what counts is the share of the way that it can go.
-    reach = sum(learning_rate(step, config_of(layout).optim, STEPS) for step in range(STEPS))
+    reach = sum(map(Schedule(config_of(layout)).learning_rate, range(STEPS)))
     for name, value in expected.weights.items():
         assert (weights[name] - value).abs().max().item() < 1e-4 * reach, name
 

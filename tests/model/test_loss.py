@@ -191,6 +191,21 @@ def test_an_expected_gradient_is_written_ahead(dtype):
         torch.autograd.grad(nll.mean(), logits)
 
 
+@pytest.mark.parametrize("way", [{}, {"in_place": True}, {"in_place": True, "expected_grad": 1.0}], ids=str)
+def test_a_plain_value_has_the_gradient_of_the_whole(way):
+    leaf, labels = torch.randn(2, 3, 8, requires_grad=True), torch.randint(0, 5, (2, 3))
+    part, _ = part_on(SINGLE, 5)
+    terms = {"label_smoothing": 0.2, "z_loss": 0.1}
+    whole = vocab_parallel_cross_entropy(leaf, labels, part, SINGLE, **terms)
+    (wanted,) = torch.autograd.grad(whole.sum(), leaf)
+    plain = vocab_parallel_cross_entropy(leaf, labels, part, SINGLE)
+    assert (whole - plain).abs().min() > 1e-3
+    logits = leaf.clone()
+    shown = vocab_parallel_cross_entropy(logits, labels, part, SINGLE, plain_value=True, **terms, **way)
+    assert_close(shown, plain)
+    assert_close(torch.autograd.grad(shown.sum(), logits)[0], wanted)
+
+
 @needs_kernels
 def test_without_gradients_the_logits_are_left_alone():
     logits, labels = torch.randn(3, 4, 8, requires_grad=True), torch.randint(0, 5, (3, 4))

@@ -99,6 +99,11 @@ def test_flops_by_hand():
     assert make_plan(run(gpt2), 1).flops_per_token == 6 * matmul_params + 12 * 12 * 768 * 1024
 
 
+def ramp(*, micro=1, batch=16, **train) -> RunConfig:
+    config = run(micro=micro, batch=batch)
+    return replace(config, train=replace(config.train, **train))
+
+
 def test_batch_arithmetic():
     plan = make_plan(run(tp=2, pp=3, micro=2, batch=48), world_size=24)
     assert (plan.dp, plan.micro_batches, plan.batch_tokens) == (4, 6, 48 * 32)
@@ -149,6 +154,18 @@ REFUSED = {
         "=16 with micro_batch_size=3, dp=1 is not a multiple of micro_batch_size * dp = 3",
     ),
     "batch, remedy": (run(micro=3), 1, "use --global-batch-size 15 or 18, or --micro-batch-size 2"),
+    "batch of a ramp": (
+        ramp(micro=4, batch=16, batch_steps="4@1,8@5,16@9"),
+        2,
+        "batch_steps='4@1,8@5,16@9' makes batches of 4, with micro_batch_size=4, dp=2 no multiple of "
+        "micro_batch_size * dp = 8; use sizes that are, or --micro-batch-size 2",
+    ),
+    "increment": (
+        ramp(micro=2, batch=16, batch_ramp_start=8, batch_ramp_tokens=99_999, batch_ramp_increment=1),
+        2,
+        "batch_ramp_start=8, batch_ramp_increment=1 makes batches of 9",
+    ),
+    "length": (ramp(seq_len_start=32, seq_len_warmup_steps=5), 1, "seq_len_start=32 is not below model.seq_len=32"),
     "small batch": (run(micro=4), 8, "use --global-batch-size 32, or --micro-batch-size 2"),
     "vocabulary": (
         run(replace(SMALL, vocab_size=None)),

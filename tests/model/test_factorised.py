@@ -1,0 +1,235 @@
+"""Factorised MLP matrices against dense ones, on one process and over the model axis."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from megagpt.config import ModelConfig
+from megagpt.errors import UserError
+from megagpt.model.factorised import down_matrix, up_matrix
+from megagpt.model.init import Init
+from megagpt.parallel.axis import SINGLE, Axis
+from megagpt.parallel.local import run_ranks
+from megagpt.parallel.mesh import build_mesh
+from megagpt.parallel.parameter import NamedNormal, part_of
+from megagpt.parity import REFERENCE, Layout, compare, parity_config, require_lively, run_layout
+from megagpt.plan.factorised_sizes import check_mlp, mlp_matrix_flops, mlp_matrix_params
+from tests.logical import Parts, assemble, gradient_parts
+from tests.model.plain_factorised import butterfly_dense, monarch_dense
+from tests.tolerances import assert_close, assert_equal
+
+# d_model is no power of two; d_ff fills neither whole butterflies nor, with 40, whole groups of their units.
+BASE = ModelConfig(n_layers=1, d_model=12, n_heads=4, d_ff=48, seq_len=8, vocab_size=32)
+CASES = {
+    "dense": BASE,
+    "low_rank": replace(BASE, mlp="low_rank", mlp_rank=5),
+    "low_rank, gated": replace(BASE, mlp="low_rank", mlp_rank=5, activation="swiglu"),
+    "monarch": replace(BASE, mlp="monarch", mlp_blocks=4),
+    "monarch, gated": replace(BASE, mlp="monarch", mlp_blocks=4, activation="swiglu", bias_mlp=False),
+    "monarch of rank 3": replace(BASE, mlp="monarch", mlp_blocks=2),
+    "butterfly": replace(BASE, mlp="butterfly"),
+    "butterfly, uneven": replace(BASE, mlp="butterfly", d_model=20, d_ff=40),
+    "butterfly, gated, uneven": replace(BASE, mlp="butterfly", d_ff=40, activation="swiglu", bias_mlp=False),
+}
+
+
+def dense_of(kind: str, parameters: dict[str, Tensor], config: ModelConfig, direction: str) -> Tensor:
+    """The logical matrix (O, I), packs below each other; parameters: the logical ones."""
+    if kind == "dense":
+        weight = parameters["weight"]
+        return weight.reshape(-1, weight.shape[-1])
+    packs = config.gated and direction == "up"
+    one_by_one = [{n: p[i] for n, p in parameters.items()} for i in range(2)] if packs else [parameters]
+    return torch.cat([_one_dense(kind, one, config, direction) for one in one_by_one])
+
+
+def _one_dense(kind: str, parameters: dict[str, Tensor], config: ModelConfig, direction: str) -> Tensor:
+    if kind == "low_rank":
+        return parameters["second"] @ parameters["first"]
+    if kind == "monarch":
+        return monarch_dense(parameters["first"], parameters["second"])
+    up = butterfly_dense(parameters["twiddle"], config.d_model, config.ff_width)
+    return up if direction == "up" else up.T
+
+
+def built(config: ModelConfig, direction: str, axis: Axis) -> nn.Module:
+    make = {"up": up_matrix, "down": down_matrix}[direction]
+    layer = make(config, axis, NamedNormal(3, direction, 0.5)).double()
+    if getattr(layer, "bias", None) is not None:
+        nn.init.constant_(layer.bias, 0.3)  # pyright: ignore[reportArgumentType]
+    return layer
+
+
+def run_layers(x: dict[str, Tensor], dy: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Parts]]:
+    """On each rank, for every case: output, input gradient and parameter gradients."""
+    axis = build_mesh("cpu", pp=1, dp=1, tp=torch.distributed.get_world_size()).model
+    return {key: run_layer(key, x[key], dy[key], axis) for key in x}
+
+
+def run_layer(key: str, x: Tensor, dy: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Parts]:
+    name, direction = key.split("/")
+    config = CASES[name]
+    layer = built(config, direction, axis)
+    if direction == "up":
+        dy = torch.cat([pack.chunk(axis.size, -1)[axis.rank] for pack in dy.chunk(1 + config.gated, -1)], -1)
+    else:
+        x = x.chunk(axis.size, -1)[axis.rank]
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    assert x.grad is not None
+    return y.detach(), x.grad, gradient_parts(layer.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]]:
+    """By case: x, dy, and what the matrix written out gives: y, input gradient, gradients of the parameters."""
+    found = {}
+    for name, config in CASES.items():
+        for direction in ("up", "down"):
+            widths = [config.d_model, config.ff_width * (1 + (config.gated and direction == "up"))]
+            n_inputs, n_outputs = widths if direction == "up" else (config.ff_width, config.d_model)
+            x, dy = (torch.randn(3, 5, n, dtype=torch.float64) for n in (n_inputs, n_outputs))
+            layer = built(config, direction, SINGLE)
+            parameters = {n: p.detach().clone().requires_grad_() for n, p in layer.named_parameters()}
+            x_plain = x.clone().requires_grad_()
+            y = x_plain @ dense_of(config.mlp, parameters, config, direction).T
+            if "bias" in parameters:
+                y = y + parameters["bias"].flatten()
+            y.backward(dy)
+            gradients = {n: p.grad for n, p in parameters.items()}
+            found[f"{name}/{direction}"] = (x, dy, y.detach(), x_plain.grad, gradients)
+    return found
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_matrices_equal_dense_ones_whatever_tp_is(expected, tp):
+    """Outputs and every gradient in float64; replicated factors' gradients bitwise equal on all ranks."""
+    allowed = [key for key in expected if CASES[key.split("/")[0]].mlp_blocks != 2 or tp <= 2]
+    x, dy = ({key: expected[key][i] for key in allowed} for i in (0, 1))
+    ranks = run_ranks(run_layers, tp, x, dy)
+    for key in allowed:
+        _, _, y_plain, x_grad_plain, gradients = expected[key]
+        outputs, x_grads, parts = zip(*(rank[key] for rank in ranks), strict=True)
+        if key.endswith("/up"):
+            packs = 1 + CASES[key.split("/")[0]].gated
+            y = torch.cat([torch.cat([o.chunk(packs, -1)[p] for o in outputs], -1) for p in range(packs)], -1)
+            x_grad, same = x_grads[0], x_grads
+        else:
+            y, x_grad, same = outputs[0], torch.cat(x_grads, -1), outputs
+        for other in same:
+            assert_equal(other, same[0], f"{key}: ranks")
+        assert_close(y, y_plain, f"{key}: output")
+        assert_close(x_grad, x_grad_plain, f"{key}: input gradient")
+        whole = assemble(parts)
+        assert whole.keys() == gradients.keys()
+        for n, gradient in whole.items():
+            assert_close(gradient, gradients[n], f"{key}: gradient of {n}")
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("direction", "parallel"), [("up", "column"), ("down", "row")])
+def test_parameters_and_flops_are_those_of_the_formula(name, direction, parallel):
+    config = CASES[name]
+    sizes = (config.d_model, config.ff_width) if direction == "up" else (config.ff_width, config.d_model)
+    packs = 1 + (config.gated and direction == "up")
+    of_kind = (config.mlp, *sizes, config.mlp_rank, config.mlp_blocks)
+    for tp in (1, 2):
+        layer = built(config, direction, Axis(group=None, rank=tp - 1, size=tp))
+        kept = [p for n, p in layer.named_parameters() if n != "bias"]
+        logical, local = mlp_matrix_params(*of_kind, tp, parallel)  # pyright: ignore[reportArgumentType]
+        assert sum(math.prod(part_of(p).shape) for p in kept) == packs * logical
+        assert sum(p.numel() for p in kept) == packs * local
+    layer = built(config, direction, SINGLE)
+    counted = [flops_counted(layer, torch.randn(n, sizes[0], dtype=torch.float64)) for n in (3, 10)]
+    of_token = mlp_matrix_flops(*of_kind, parallel)  # pyright: ignore[reportArgumentType]
+    assert counted[1] - counted[0] == 7 * packs * of_token  # what butterflies' levels take, no token multiplies
+
+
+def flops_counted(layer: nn.Module, x: Tensor) -> int:
+    """Of its matrix products, by torch's own count."""
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    return counter.get_total_flops()
+
+
+WIDE = ModelConfig(n_layers=1, d_model=192, n_heads=4, seq_len=8, vocab_size=32)
+WIDE_CASES = {
+    "low_rank": replace(WIDE, mlp="low_rank", mlp_rank=32),
+    "monarch": replace(WIDE, mlp="monarch", mlp_blocks=8),
+    "monarch, gated": replace(WIDE, mlp="monarch", mlp_blocks=4, activation="geglu"),
+    "butterfly": replace(WIDE, mlp="butterfly"),
+    "butterfly, uneven": replace(WIDE, mlp="butterfly", d_model=160, d_ff=400),
+}
+
+
+@pytest.mark.parametrize("init", ["gpt2", "fan_in"])
+@pytest.mark.parametrize("name", WIDE_CASES)
+def test_outputs_begin_with_the_variance_of_dense_ones(name, init):
+    config = replace(WIDE_CASES[name], init=init, bias_mlp=False)
+    for make, width, draw in ((up_matrix, config.d_model, Init.matrix), (down_matrix, config.ff_width, Init.residual)):
+        x = torch.randn(4000, width)
+        drawn = [draw(Init(config, seed), "blocks.0.mlp") for seed in range(4)]
+        ours, dense = (
+            torch.stack([make(replace(config, **changes), SINGLE, one)(x) for one in drawn]).var().item()
+            for changes in ({}, {"mlp": "dense", "mlp_rank": None, "mlp_blocks": None})
+        )
+        assert ours == pytest.approx(dense, rel=0.12), make  # 4 draws of some thousand numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("low_rank", Layout(tp=2, pp=2, zero_stage=1, micro_batch_size=2)),
+        ("monarch, gated", Layout(tp=2, dp=2, zero_stage=3, micro_batch_size=4, recompute=True)),
+        ("butterfly, uneven", Layout(tp=2, pp=2, micro_batch_size=4)),
+    ],
+)
+def test_layouts_agree_in_training(name, layout):
+    """Losses, clipped gradient norms and weights: the parity walk on a model whose MLPs are factorised."""
+    case = CASES[name]
+    model = ModelConfig(
+        n_layers=2, d_model=32, d_ff=80, n_heads=4, seq_len=24, vocab_size=211, dropout_residual=0.1,
+        mlp=case.mlp, mlp_rank=case.mlp_rank, mlp_blocks=case.mlp_blocks, activation=case.activation,
+    )  # fmt: skip
+    config = parity_config(model)
+    reference = run_layout(config, REFERENCE)
+    require_lively(reference, config)
+    difference = compare(run_layout(config, layout), reference, config)
+    assert difference.ok, difference
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp": "monarch"}, "model.mlp_blocks=None needs mlp_blocks"),
+        ({"mlp": "low_rank"}, "model.mlp_rank=None needs mlp_rank"),
+        ({"mlp_rank": 3}, "model.mlp=dense with model.mlp_rank=3 says what only low_rank has"),
+        ({"mlp": "butterfly", "mlp_blocks": 4}, "says what only monarch has"),
+        ({"mlp": "monarch", "mlp_blocks": 5}, "model.mlp_blocks=5 must divide d_model=12, d_ff=48; try 1, 2, 3, 4, 6"),
+        ({"mlp": "low_rank", "mlp_rank": 13}, "model.mlp_rank=13 must be at most the smaller of d_model=12, d_ff=48"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(changes, message):
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
+        replace(BASE, **changes)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "message"),
+    [
+        ("monarch", 8, "parallel.tp=8 must divide mlp_blocks=4; try 1, 2, 4"),
+        ("butterfly", 3, "parallel.tp=3 with model.mlp=butterfly of d_model=12 must be a power of two, at most 4"),
+    ],
+)
+def test_a_tp_that_cannot_share_them_out_is_refused(name, tp, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_mlp(CASES[name], tp)
