@@ -1,6 +1,6 @@
 """Dense against factorised MLPs at equal compute: loss against FLOPs, and the compute multiplier of each kind.
 
-    python -m benchmarks.factorised_study                              minutes on two cores
+    python -m benchmarks.factorised_study                              some 15 minutes on two cores
     python -m benchmarks.factorised_study --kinds dense monarch:4 --widths 256 512 --budgets 1e15 4e15 --json a.json
 
 For each kind, width and budget a small GPT reads bytes of Python's standard library until the budget is spent: every
@@ -39,7 +39,7 @@ from megagpt.parallel.axis import SINGLE
 from megagpt.plan.sizes import layer_sizes
 
 DENSE = "dense"
-BATCH, SEQ_LEN = 16, 64
+BATCH, SEQ_LEN = 8, 64
 VALIDATION_BATCHES = 16
 TEXT_BYTES = 24_000_000
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito's
@@ -191,7 +191,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--budgets", nargs="+", type=float, default=[2e10, 8e10, 3.2e11], metavar="FLOPS", help="of a run"
     )
-    parser.add_argument("--lrs", nargs="+", type=float, default=[4e-3], help="learning rates; the best one counts")
+    parser.add_argument(
+        "--lrs", nargs="+", type=float, default=[3e-3, 1e-2], help="learning rates; the best one counts"
+    )
     parser.add_argument("--n-layers", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--plot", type=Path, help="draw the curves here")

@@ -46,7 +46,7 @@ from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.engine.engine import Engine
 from megagpt.errors import run_cli
 from megagpt.model.gpt import GPT
-from megagpt.model.hf import hf_config, to_hf_gpt2
+from megagpt.model.hf import hf_config, to_hf
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.local import run_ranks, warm_up
 from megagpt.parallel.mesh import build_mesh
@@ -272,7 +272,7 @@ class Peer:
         theirs = GPT2Config(**hf_config(config.model), attn_implementation="sdpa")  # type: ignore[call-arg]
         self.model: Any = GPT2LMHeadModel(theirs)
         self.model.loss_type = "ForCausalLM"  # it would guess this, and warn
-        self.model.load_state_dict(to_hf_gpt2(_first_weights(config), config.model), strict=False)
+        self.model.load_state_dict(to_hf(_first_weights(config), config.model), strict=False)
         self.model.train()
         if how == "bf16 weights":
             self.masters = [p.detach().clone().requires_grad_() for p in self.model.parameters()]

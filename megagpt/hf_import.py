@@ -19,10 +19,10 @@ from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
 from megagpt.checkpoint.state import State
 from megagpt.cli import to_yaml
-from megagpt.config import DataConfig, RunConfig
+from megagpt.config import DataConfig, ModelConfig, RunConfig
 from megagpt.data.tokenizer import tokenizer_of_run
 from megagpt.errors import UserError
-from megagpt.model.hf import config_from_hf, lazy_from_hf_gpt2
+from megagpt.model.hf import config_from_hf, lazy_from_hf
 
 _WHOLE, _SHARDS = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -35,9 +35,9 @@ def import_model(source: Path, out: Path) -> Path:
     Raises UserError, and leaves nothing, where files are missing or pickles, the architecture or a tensor is not one
     that we know, a value is NaN or Inf, or `out` exists.
     """
-    model = _model_config(source / "config.json")
+    architecture, model = _model_config(source / "config.json")
     places = _places(source)
-    lazy = lazy_from_hf_gpt2(places, lambda name: _read(places[name], name), model)
+    lazy = lazy_from_hf(places, lambda name: _read(places[name], name), model, architecture)
 
     def rows_of(key: str, name: str, rows: range) -> Iterable[np.ndarray]:
         yield lazy[name].get().numpy()[rows.start : rows.stop]
@@ -61,16 +61,13 @@ def import_model(source: Path, out: Path) -> Path:
     return folders.folder_of(out, 0)
 
 
-def _model_config(path: Path) -> Any:
+def _model_config(path: Path) -> tuple[str, ModelConfig]:
+    """The model_type, and our configuration."""
     theirs = _read_json(path)
     try:
-        return config_from_hf(theirs)
+        return str(theirs.get("model_type")), config_from_hf(theirs)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except TypeError as error:  # a number that is a text
-        raise UserError(
-            f"{path}: a value is of another type than it should be ({error}); fetch the model again"
-        ) from None
 
 
 def _places(source: Path) -> dict[str, Path]:

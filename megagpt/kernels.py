@@ -62,7 +62,18 @@ def attention_lacks(choice: str, position: str, dropout: float) -> str | None:
     if choice not in ("sdpa", "flex"):
         return None
     if dropout > 0:
-        return f"attention dropout of {dropout} (its masks would depend on the layout)"
+        return "attention dropout whose masks do not depend on the layout"
     if position in ("transformer_xl", "t5") or (choice == "sdpa" and position == "alibi"):
         return f"positions of the kind {position}"
     return None
+
+
+def attention_runs(choice: str, position: str, dropping: bool) -> str:
+    """Which attention runs, "sdpa", "flex", "softmax" or "reference", for a choice (`kernels["attention"]`).
+
+    auto: scaled_dot_product_attention, which keeps no probabilities, where it serves. It has no biases of scores, and
+    its dropout masks depend on the layout.
+    """
+    if choice != "auto":
+        return choice
+    return "softmax" if dropping or attention_lacks("sdpa", position, 0.0) else "sdpa"

@@ -197,7 +197,8 @@ def test_reshape_and_average(tool, run: Path, tmp_path: Path):
 
 def test_export_and_import(tool, run: Path, tmp_path: Path):
     done = tool("export", run, "--out", tmp_path / "hf")
-    assert done.code == 0 and "logits of transformers' own model differ by" in done.out, done
+    assert done.code == 0 and "hf, a gpt2; logits of transformers' own model differ by" in done.out, done
+    tool("export", run, "--as", "bloom", "--out", tmp_path / "x").refused("cannot be a bloom of transformers")
     assert "note: without a tokenizer" in done.out
     done = tool("import", tmp_path / "hf", "--out", tmp_path / "back")
     assert done.code == 0 and f"train on: --load {tmp_path}/back --config {tmp_path}/back/config.yaml" in done.out, done

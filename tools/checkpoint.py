@@ -7,7 +7,7 @@
   python tools/checkpoint.py diff runs/a@100 runs/b@100         what differs, and by how much; 0 equal, 1 not
   python tools/checkpoint.py reshape runs/a --files 1 --out one             the same in one file a kind, to share
   python tools/checkpoint.py average runs/a --last 5 --out mean             mean of the weights, to evaluate and export
-  python tools/checkpoint.py export runs/a --out hf                         for Hugging Face transformers
+  python tools/checkpoint.py export runs/a --out hf                         for Hugging Face transformers (--as mistral)
   python tools/checkpoint.py import hf --out runs/b                         from there; train on: --load runs/b
 
 A checkpoint is named as for --load: RUN (its latest one), RUN@latest, RUN@best, RUN@STEP, or its own folder.
@@ -181,8 +181,11 @@ def _export(args: argparse.Namespace) -> None:
     print("loading torch and transformers ...", file=sys.stderr)
     from megagpt.hf_export import export  # seconds, which no other command should take
 
-    exported = export(source, args.out)
-    print(f"wrote {args.out}; logits of transformers' own model differ by {exported.worst:.1e} of the largest at most")
+    exported = export(source, args.out, args.architecture)
+    print(
+        f"wrote {args.out}, a {exported.architecture}; logits of transformers' own model differ by "
+        f"{exported.worst:.1e} of the largest at most"
+    )
     if exported.note:
         print(f"note: {exported.note}")
 
@@ -320,6 +323,9 @@ def _parser() -> argparse.ArgumentParser:
         "export", _export, "a folder for Hugging Face transformers, compared with its own model before it is done"
     )
     p.add_argument("checkpoint", metavar="CKPT", help=load)
+    p.add_argument(
+        "--as", dest="architecture", metavar="NAME", help="its architecture there (model_type); default what fits"
+    )
     p = command("import", _import, "a run that begins with the weights of a Hugging Face folder (safetensors only)")
     p.add_argument("source", metavar="DIR", type=Path, help="folder with config.json and model.safetensors")
     for name in ("reshape", "average", "export", "import"):

@@ -129,6 +129,12 @@ class ModelConfig:
         require(len(self.attention) > 0, "model.attention", "is empty", "use dense")
         for text in self.attention:
             Pattern.parse(text).require_fits(self.seq_len)
+        require(
+            self.norm_position == "pre" or self.block == "sequential",
+            f"model.norm_position=post with model.block={self.block}",
+            "has no sum to normalise after attention: a parallel block adds attention and MLP at once",
+            "use block=sequential, or norm_position=pre",
+        )
         self._check_position()
         self._check_mlp()
 
@@ -163,6 +169,12 @@ class ModelConfig:
             f"model.position=rotary with heads of width {self.head_width}, rotary_fraction={self.rotary_fraction}",
             f"must turn pairs of numbers within a head, not {turned} of {self.head_width}",
             "set d_head to an even number, rotary_fraction to at most 1",
+        )
+        require(
+            self.position != "t5" or (self.t5_buckets > 1 and self.t5_max_distance > self.t5_buckets // 2),
+            f"model.t5_buckets={self.t5_buckets} with model.t5_max_distance={self.t5_max_distance}",
+            "leave nothing to the buckets beyond the first half, which holds one distance each",
+            f"use 2 buckets or more, and a distance above {self.t5_buckets // 2}",
         )
 
     @property

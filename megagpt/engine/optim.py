@@ -1,4 +1,4 @@
-"""The optimizer, over groups of parameters that are stepped alike."""
+"""The optimizer over groups of parameters that are stepped alike."""
 
 from __future__ import annotations
 

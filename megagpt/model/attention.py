@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from megagpt.config import ModelConfig
-from megagpt.kernels import AUTO, Kernels, attention_lacks
+from megagpt.kernels import AUTO, Kernels, attention_lacks, attention_runs
 from megagpt.model.dropout import Dropout, block_site
 from megagpt.model.init import Init
 from megagpt.model.masks import Masks
@@ -103,9 +103,15 @@ class Attention(nn.Module):
         return x_BTGXK if self.rotary is None else self.rotary(x_BTGXK, n_rotated)
 
     def _sdpa(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
+        n_heads, n_kv_heads, T, device = q_BHTK.shape[1], k_BGTK.shape[1], q_BHTK.shape[2], q_BHTK.device
         dense = self.masks.pattern.kind == "dense"
-        mask = None if dense else self.masks.dense(q_BHTK.shape[2], q_BHTK.device)
-        grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
+        mask = None if dense else self.masks.dense(T, device)
+        grouped = n_heads != n_kv_heads
+        # On CUDA only the flash kernel knows groups; it takes no mask, and 16 bits alone. Elsewhere torch would say
+        # nothing and hold all scores.
+        if grouped and not (dense and (device.type == "cpu" or q_BHTK.dtype in (torch.float16, torch.bfloat16))):
+            k_BGTK, v_BGTK = (x.repeat_interleave(n_heads // n_kv_heads, dim=1) for x in (k_BGTK, v_BGTK))
+            grouped = False
         return F.scaled_dot_product_attention(
             q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=dense, enable_gqa=grouped
         )
@@ -149,17 +155,6 @@ class Attention(nn.Module):
         if self.buckets is not None:  # scaled here, in the one rounding of the sum
             return torch.add(self.buckets(q_BHTK.shape[2]), scores_BHTT, alpha=scale), 1.0
         return scores_BHTT, scale
-
-
-def attention_runs(choice: str, position: str, dropping: bool) -> str:
-    """Which attention runs, "sdpa", "flex", "softmax" or "reference", for a choice (`kernels["attention"]`).
-
-    auto: scaled_dot_product_attention, which keeps no probabilities, where it serves. It has no biases of scores, and
-    its dropout masks depend on the layout.
-    """
-    if choice != "auto":
-        return choice
-    return "softmax" if dropping or attention_lacks("sdpa", position, 0.0) else "sdpa"
 
 
 def attention_ops(config: ModelConfig, kernels: Kernels) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
-from megagpt.config import RunConfig, divisors, require
+from megagpt.config import ModelConfig, RunConfig, divisors, require
 from megagpt.config.train import MAX_INCREMENTS
 from megagpt.errors import UserError
+from megagpt.kernels import Kernels, attention_lacks
+from megagpt.plan.factorised_sizes import check_mlp
 from megagpt.schedule import Schedule
 
 
@@ -29,6 +31,31 @@ def check_model(config: RunConfig) -> None:
     for name, size in (("n_heads", model.n_heads), ("d_ff", model.ff_width)):
         choices = ", ".join(map(str, divisors(size)))
         require(size % tp == 0, f"parallel.tp={tp}", f"must divide {name}={size}", f"try {choices}")
+    choices = ", ".join(str(n) for n in divisors(model.n_heads) if _shares_kv_heads(model, n))
+    require(
+        _shares_kv_heads(model, tp),
+        f"parallel.tp={tp} with model.n_kv_heads={model.kv_heads}",
+        "must divide it, or be a multiple of it",
+        f"try {choices}",
+    )
+    check_mlp(model, tp)
+
+
+def _shares_kv_heads(model: ModelConfig, tp: int) -> bool:
+    """Whether each rank gets whole heads of keys and values, or each such head a whole number of ranks."""
+    return model.kv_heads % tp == 0 or tp % model.kv_heads == 0
+
+
+def check_attention(config: RunConfig) -> None:
+    """An attention that is asked for by name must have what the model's positions and dropout need of it."""
+    choice, model = Kernels.parse(config.train.kernels)["attention"], config.model
+    lacks = attention_lacks(choice, model.position, model.dropout_attention)
+    require(
+        lacks is None,
+        f"train.kernels={config.train.kernels}",
+        f"asks for attention={choice}, which has no {lacks}",
+        "use attention=auto, or attention=softmax",
+    )
 
 
 def check_precision(config: RunConfig) -> None:
@@ -106,7 +133,7 @@ def _other_layouts(config: RunConfig, world_size: int) -> str:
         (tp, pp)
         for tp in divisors(world_size)
         for pp in divisors(world_size // tp)
-        if model.n_heads % tp == 0 and model.ff_width % tp == 0 and pp <= model.n_layers
+        if model.n_heads % tp == 0 and model.ff_width % tp == 0 and _shares_kv_heads(model, tp) and pp <= model.n_layers
     ]
     near = sorted(fitting, key=lambda layout: abs(layout[0] - parallel.tp) + abs(layout[1] - parallel.pp))
     return "".join(f", or --tp {tp} --pp {pp}" for tp, pp in near[:2])

@@ -54,6 +54,27 @@ def mlp_matrix_flops(
     return 2 * n_inputs * n_outputs
 
 
+def mlp_kept_width(model: ModelConfig, tp: int) -> int:
+    """Numbers of a token that the backward pass of a block's MLP keeps beside those of a dense one, on one rank.
+
+    Those between the factors; and the copies that are made where widths do not fill a butterfly evenly.
+    """
+    D, F = model.d_model, model.ff_width
+    n_matrices = 3 if model.gated else 2
+    if model.mlp == "low_rank":
+        assert model.mlp_rank is not None
+        return n_matrices * model.mlp_rank
+    if model.mlp == "monarch":
+        assert model.mlp_blocks is not None
+        return n_matrices * monarch_grid(D, F, model.mlp_blocks).middle // tp
+    if model.mlp == "butterfly":
+        shape = Butterfly(D, F)
+        slots, padded = shape.stacks * shape.high * shape.kept_hidden, shape.kept_residual * shape.high
+        copies = (slots if slots != F else 0) // tp + (padded if padded != D else 0)
+        return n_matrices * shape.middle // tp + copies
+    return 0
+
+
 def check_mlp(model: ModelConfig, tp: int) -> None:
     """Whether tp can share out a factorised MLP.  Raises UserError."""
     if model.mlp == "monarch":
@@ -79,9 +100,14 @@ class Grid:
     rank: int
 
     @property
+    def middle(self) -> int:
+        """Numbers between the two factors."""
+        return self.n_down * self.n_across * self.rank
+
+    @property
     def params(self) -> int:
         """Of a block's two factors (rank, width) and (height, rank), for all blocks."""
-        return self.n_down * self.n_across * self.rank * (self.height + self.width)
+        return self.middle * (self.height + self.width)
 
 
 def monarch_grid(n_inputs: int, n_outputs: int, blocks: int) -> Grid:
@@ -142,9 +168,14 @@ class Butterfly:
         return 2 * self.stacks * self.size * self.levels
 
     @property
+    def middle(self) -> int:
+        """Numbers between the two factors that the levels are multiplied into."""
+        return self.stacks * self.high * self.kept_residual
+
+    @property
     def grid_numbers(self) -> int:
-        """Numbers of the two factors that the levels are multiplied into, as far as they are used."""
-        return self.stacks * self.high * self.kept_residual * (self.high + self.kept_hidden)
+        """Numbers of these two factors, as far as they are used."""
+        return self.middle * (self.high + self.kept_hidden)
 
 
 def _butterfly(n_inputs: int, n_outputs: int, parallel: Parallel) -> Butterfly:

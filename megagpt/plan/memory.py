@@ -4,19 +4,23 @@ Parameters, gradients, optimizer: Rajbhandari et al. 2020 (ZeRO), section 3.
 Activations: Korthikanti et al. 2022, section 4. Their 34 s b h bytes a layer in 16 bits are here
 w (4 D + 4 I/t + 2 F/t) a token (3 F/t with a gate), 32 D with I = D, F = 4 D, t = 1, w = 2; the other 2 are the
 masks of residual dropout, which megagpt recomputes and does not store. Their 5 a s² b, the attention probabilities
-before and after dropout and a mask, are 2 w H T/t a token, and only with attention dropout (1 w H T/t with ALiBi
-alone): flash attention keeps no probabilities.
-Not counted: the framework itself, communication and all-gather buffers, fragmentation, the data.
+before and after dropout and a mask, are 2 w H T/t a token, and only with attention dropout (1 w H T/t with ALiBi or
+relative positions alone): flash attention keeps no probabilities. Shared keys make 2 I/t + 2 J/t of 4 I/t, a block
+with one norm 2 D of 4 D, with two beside each other 3 D.
+Not counted: the framework itself, communication and all-gather buffers, fragmentation, the data, masks of patterns, and
+what a butterfly's levels are multiplied into.
 
-Letters: D d_model, I n_heads * d_head, F d_ff, H n_heads, T seq_len, t tensor parallel size, w bytes of one
-number of the precision.
+Letters: D d_model, I n_heads * d_head, J n_kv_heads * d_head, F d_ff, H n_heads, T seq_len, t tensor parallel size,
+w bytes of one number of the precision.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megagpt.config import ParallelConfig, RunConfig
+from megagpt.config import ModelConfig, ParallelConfig, RunConfig
+from megagpt.kernels import Kernels, attention_runs
+from megagpt.plan.factorised_sizes import mlp_kept_width
 from megagpt.plan.optimizer_sizes import state_bytes
 from megagpt.plan.sizes import layer_sizes
 
@@ -91,12 +95,9 @@ def _logit_bytes(config: RunConfig) -> int:
 def _activation_bytes_per_token(config: RunConfig, n_blocks: int, in_flight: int, is_last: bool) -> int:
     model, tp = config.model, config.parallel.tp
     width = WEIGHT_BYTES[config.train.precision]
-    D, F, I = model.d_model, model.ff_width, model.n_heads * model.head_width  # noqa: E741
-    # Inputs of 2 norms and 2 column-parallel layers; q, k, v, attention output; the MLP's hidden twice.
-    block = 4 * D + (4 * I + (3 if model.gated else 2) * F) // tp
-    # Attention in plain steps: probabilities, and once more after dropout.
-    kept_probabilities = (model.dropout_attention > 0) + (model.dropout_attention > 0 or model.position == "alibi")
-    block += kept_probabilities * model.n_heads * model.seq_len // tp
+    D = model.d_model
+    streams = {"sequential": 4, "parallel": 2, "parallel_two_norms": 3}[model.block]
+    block = streams * D + _attention_numbers(config) + _mlp_numbers(model, tp)
     if config.parallel.recompute:
         kept, at_once = n_blocks * D, block  # each block's input, and the block that is being recomputed
     else:
@@ -106,3 +107,22 @@ def _activation_bytes_per_token(config: RunConfig, n_blocks: int, in_flight: int
     else:
         kept += D  # the output that was sent on
     return width * (kept * in_flight + at_once)
+
+
+def _attention_numbers(config: RunConfig) -> int:
+    """Kept of a token in a block: q, k, v and the output; probabilities where they are stored."""
+    model, tp = config.model, config.parallel.tp
+    I = model.n_heads * model.head_width // tp  # noqa: E741
+    J = max(model.kv_heads // tp, 1) * model.head_width
+    choice, dropping = Kernels.parse(config.train.kernels)["attention"], model.dropout_attention > 0
+    in_steps = attention_runs(choice, model.position, dropping) in ("softmax", "reference")
+    kept = 2 * I + 2 * J + (in_steps + dropping) * model.n_heads * model.seq_len // tp
+    if model.position == "transformer_xl":
+        # The query twice, with two biases; the positions before and after their projection, once a micro-batch.
+        kept += 2 * I + model.d_model // config.train.micro_batch_size
+    return kept
+
+
+def _mlp_numbers(model: ModelConfig, tp: int) -> int:
+    """Kept of a token in a block: the hidden before (twice with a gate) and after its activation, factors' middles."""
+    return (3 if model.gated else 2) * model.ff_width // tp + mlp_kept_width(model, tp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -46,29 +47,67 @@ def _counts(partition: str, layers: Sequence[LayerSize], pp: int) -> list[int]:
 def balance(weights: Sequence[int], pp: int, first: int = 0, last: int = 0) -> list[int]:
     """Sizes of contiguous groups, each at least 1, that minimise the largest group's weight.
 
-    first and last are weights added to the first and the last group. Of equal solutions, one with a small sum
-    of squares is taken: 7 blocks over 3 stages become 2, 2, 3 and not 1, 3, 3.
+    first and last are weights added to the first and the last group. Of equal solutions, one with the least sum of
+    squares is taken: 7 blocks over 3 stages become 2, 2, 3 and not 1, 3, 3.
     """
     n = len(weights)
-    total = list(accumulate(weights, initial=0))
+    sums = [0, *accumulate(weights[1:], initial=first + weights[0])]  # of the first i blocks, and `first`
+    sums[n] += last
+    most = _lightest_heaviest(sums, pp)
+    furthest = _ends(sums, pp, most)  # ends of the groups, each as far as it may reach …
+    backward = [sums[n] - total for total in reversed(sums)]
+    nearest = [n - end for end in reversed(_ends(backward, pp, most))]  # … and as near as the others behind allow
+    squares, cuts = {0: 0}, []
+    for low, high in zip(nearest[1:], furthest[1:], strict=True):
+        starts = _best_starts(sums, squares, low, high, most)
+        cuts.append(starts)
+        squares = {end: squares[start] + (sums[end] - sums[start]) ** 2 for end, start in starts.items()}
+    counts, end = [], n
+    for starts in reversed(cuts):
+        counts.append(end - starts[end])
+        end = starts[end]
+    return counts[::-1]
 
-    def group(start: int, end: int) -> int:
-        return total[end] - total[start] + (first if start == 0 else 0) + (last if end == n else 0)
 
-    # best[end]: (largest weight, sum of squares, cuts) of the first `end` blocks split into `stages` groups.
-    best = {end: (group(0, end), group(0, end) ** 2, [end]) for end in range(1, n - pp + 2)}
-    for stages in range(2, pp + 1):
-        best = {
-            end: min(
-                (max(most, weight), squares + weight**2, [*cuts, end])
-                for start, (most, squares, cuts) in best.items()
-                if start < end
-                for weight in [group(start, end)]
-            )
-            for end in range(stages, n - pp + stages + 1)
-        }
-    cuts = best[n][2]
-    return [end - start for start, end in zip([0, *cuts[:-1]], cuts, strict=True)]
+def _lightest_heaviest(sums: Sequence[int], pp: int) -> int:
+    """The least weight that pp groups need not exceed, by bisection."""
+    n = len(sums) - 1
+    low, high = -(-sums[n] // pp), sums[n]
+    while low < high:
+        middle = (low + high) // 2
+        if _ends(sums, pp, middle)[-1] == n:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _ends(sums: Sequence[int], pp: int, most: int) -> list[int]:
+    """pp + 1 block numbers at which groups end that take as many blocks as they may, and leave one for each other."""
+    ends, n = [0], len(sums) - 1
+    for others in reversed(range(pp)):
+        ends.append(min(bisect_right(sums, sums[ends[-1]] + most) - 1, n - others))
+    return ends
+
+
+def _best_starts(sums: Sequence[int], squares: dict[int, int], low: int, high: int, most: int) -> dict[int, int]:
+    """For each end in low … high, where a group of at most `most` begins that makes the least sum of squares.
+
+    squares: that of the groups before, by where they end. A later end never wants an earlier start, so that halving
+    the ends halves the starts to look at (Yao 1980's quadrangle inequality holds for squares).
+    """
+    found: dict[int, int] = {}
+    open_ranges = [(low, high, min(squares), max(squares))]
+    while open_ranges:
+        low, high, first, last = open_ranges.pop()
+        if low > high:
+            continue
+        end = (low + high) // 2
+        reach = bisect_left(sums, sums[end] - most)
+        starts = range(max(first, reach), min(last, end - 1) + 1)
+        found[end] = best = min(starts, key=lambda start: squares[start] + (sums[end] - sums[start]) ** 2)
+        open_ranges += [(low, end - 1, first, best), (end + 1, high, best, last)]
+    return found
 
 
 def _explicit(partition: str, n_blocks: int, pp: int) -> list[int]:

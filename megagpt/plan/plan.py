@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megagpt.config import RunConfig
-from megagpt.plan.checks import check_batch, check_lengths, check_model, check_noise_scale, check_precision, check_world
+from megagpt.plan.checks import (
+    check_attention,
+    check_batch,
+    check_lengths,
+    check_model,
+    check_noise_scale,
+    check_precision,
+    check_world,
+)
 from megagpt.plan.memory import Memory, estimate_memory, micro_batches_in_flight
 from megagpt.plan.partition import stage_bounds
 from megagpt.plan.sizes import LayerSize, layer_sizes, tied_copy, vocab_local
@@ -71,6 +79,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     Raises: UserError, one line with a remedy, where the configuration and the world size do not fit together.
     """
     check_model(config)
+    check_attention(config)
     check_precision(config)
     check_lengths(config)
     dp = check_world(config, world_size)
@@ -109,11 +118,12 @@ def zero_stage_in_use(config: RunConfig, dp: int) -> int:
 
 
 def model_flops_per_token(layers: tuple[LayerSize, ...]) -> int:
-    """FLOPs of forward and backward for one token: 6 N + 12 L I T.
+    """FLOPs of forward and backward for one token: 6 N + 12 L I T where all layers are dense.
 
     N: elements of the matrices that multiply each token: the output matrix counts, the look-ups do not.
-    L I T: layers × inner width × context. Attention counts in full, as is usual, though a causal one needs
-    half of it (6 N + 6 L I T). Recomputing does not count. Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    L I T: layers × inner width × context, or what `attention_flops_per_token` says for other attention. It counts in
+    full, as is usual, though a causal one needs half of it (6 N + 6 L I T). Recomputing does not count.
+    Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     return 3 * sum(layer.flops_per_token for layer in layers)
 

@@ -385,7 +385,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered_or_taken(runs,
 
 def state_in_memory() -> State:
     config = json.loads(json.dumps(dataclasses.asdict(config_of(Layout()))))
-    return State(step=7, samples=56, tokens=56, lr=0.1, counters={}, config=config, data={})
+    return State(step=7, samples=56, tokens=56 * MODEL.seq_len, lr=0.1, counters={}, config=config, data={})
 
 
 @pytest.mark.bad_input(48)

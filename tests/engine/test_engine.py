@@ -19,7 +19,7 @@ from megagpt.engine.named import named_parameters
 from megagpt.engine.optim import build_optimizer
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
-from megagpt.model.hf import from_hf_gpt2, hf_config
+from megagpt.model.hf import from_hf, hf_config
 from megagpt.parallel.agree import RankError
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.local import run_ranks
@@ -93,7 +93,7 @@ def theirs() -> tuple[dict[str, Tensor], Trained]:
 
 
 def logical(model) -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in from_hf_gpt2(model.state_dict(), MODEL).items()}
+    return {name: t.clone() for name, t in from_hf(model.state_dict(), MODEL).items()}
 
 
 def train_from(config: RunConfig, dp: int, weights: dict[str, Tensor]):

@@ -20,7 +20,7 @@ from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh
 from megagpt.parallel.parameter import NamedNormal, part_of
 from megagpt.parity import REFERENCE, Layout, compare, parity_config, require_lively, run_layout
-from megagpt.plan.factorised_sizes import check_mlp, mlp_matrix_flops, mlp_matrix_params
+from megagpt.plan.factorised_sizes import check_mlp, mlp_kept_width, mlp_matrix_flops, mlp_matrix_params
 from tests.logical import Parts, assemble, gradient_parts
 from tests.model.plain_factorised import butterfly_dense, monarch_dense
 from tests.tolerances import assert_close, assert_equal
@@ -151,6 +151,32 @@ def test_parameters_and_flops_are_those_of_the_formula(name, direction, parallel
     counted = [flops_counted(layer, torch.randn(n, sizes[0], dtype=torch.float64)) for n in (3, 10)]
     of_token = mlp_matrix_flops(*of_kind, parallel)  # pyright: ignore[reportArgumentType]
     assert counted[1] - counted[0] == 7 * packs * of_token  # what butterflies' levels take, no token multiplies
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_backward_pass_keeps_is_that_of_the_formula(name):
+    """Beside the parameters, the input and the output: counted by storage, at two numbers of tokens."""
+    config = replace(CASES[name], bias_mlp=False)
+    kept = 0
+    for direction, width in (("up", config.d_model), ("down", config.ff_width)):
+        layer = built(config, direction, SINGLE)
+        kept += (kept_bytes(layer, width, 9) - kept_bytes(layer, width, 2)) // 7
+    assert kept == 8 * mlp_kept_width(config, 1)
+
+
+def kept_bytes(layer: nn.Module, width: int, n_tokens: int) -> int:
+    """In storages that the input, the output and the parameters do not have."""
+    x = torch.randn(n_tokens, width, dtype=torch.float64, requires_grad=True)
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    theirs = {t.untyped_storage().data_ptr() for t in (x, y, *layer.parameters())}
+    return sum(n_bytes for pointer, n_bytes in storages.items() if pointer not in theirs)
 
 
 def flops_counted(layer: nn.Module, x: Tensor) -> int:

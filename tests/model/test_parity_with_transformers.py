@@ -1,14 +1,18 @@
-"""Logits, loss and every gradient of transformers' GPT-2, from the same weights, on every kind of layout."""
+"""Logits, loss and every gradient of transformers' own models, from the same weights, on every kind of layout.
+
+All architectures go through one start of ranks per layout, which costs more than the models do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
@@ -16,27 +20,35 @@ from megagpt.data.loader import MicroBatch
 from megagpt.engine.engine import Engine
 from megagpt.engine.stages import GPTStage
 from megagpt.model.gpt import GPT, Embedding, Head, layer_list
-from megagpt.model.hf import from_hf_gpt2, hf_config, load_logical
+from megagpt.model.hf import from_hf, load_logical
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.local import run_ranks
-from megagpt.parallel.mesh import build_mesh
+from megagpt.parallel.mesh import Mesh, build_mesh
 from megagpt.parallel.parameter import Part, part_of
 from megagpt.plan.plan import make_plan
 from tests.logical import Parts, assemble, gradient_parts
+from tests.model.hf_cases import CASES, Case, state_of, theirs
 from tests.tolerances import TOLERANCES, assert_close
 
-# A vocabulary that no axis divides, and a sequence shorter than the context.
-TIED = ModelConfig(n_layers=2, d_model=32, n_heads=4, seq_len=16, vocab_size=211)
-UNTIED = replace(TIED, tied_embeddings=False, d_ff=48, activation="gelu", norm_eps=1e-3)
-T = 11
+T = 11  # shorter than the context, longer than the window
+EXACT = ("gpt2", "gpt2 untied", "gpt1")  # the others compute a softmax or angles in fp32, whatever the weights are
+SDPA = ("gpt2", "neox", "llama", "mistral", "falcon new", "bigcode")
+ENGINE = ("gpt2", "gptj", "bloom", "mistral")
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Tokens, and for each the next one."""
+class Work:
+    """A model with weights, and what it is to compute: tokens, and for each the next one.
 
+    Weights and gradients travel as safetensors: on the way to a rank and back, each tensor would take a file
+    descriptor, and all architectures have more tensors than a message may have of these.
+    """
+
+    config: ModelConfig
+    weights: bytes
     tokens_BT: Tensor  # noqa: N815
     labels_BT: Tensor  # noqa: N815
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -45,92 +57,98 @@ class Result:
 
     loss: Tensor | None
     logits_BTV: Tensor | None  # noqa: N815
-    grads: Parts
+    parts: dict[str, Part]
+    grads: bytes
+
+    @staticmethod
+    def of(loss: Tensor | None, logits_BTV: Tensor | None, grads: Parts) -> Result:
+        packed = save({name: grad.contiguous() for name, (_, grad) in grads.items()})
+        return Result(loss, logits_BTV, {name: part for name, (part, _) in grads.items()}, packed)
 
 
 @dataclass(frozen=True)
 class Reference:
     """What transformers computes; weights and gradients are logical tensors under our names."""
 
-    weights: dict[str, Tensor]
+    work: Work
     loss: Tensor
     logits_BTV: Tensor  # noqa: N815
     grads: dict[str, Tensor]
 
 
-def random_batch() -> Batch:
-    tokens_BT = torch.randint(0, TIED.vocab, (3, T + 1))
-    return Batch(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous())
-
-
-def transformers_gpt2(config: ModelConfig, batch: Batch, dtype: torch.dtype, attention: str = "eager") -> Reference:
-    import transformers  # only in the parent: two seconds in every rank otherwise
-
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf_config(config), attn_implementation=attention))
-    model.eval().to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and gains too must matter
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    output = model(input_ids=batch.tokens_BT)
-    loss = F.cross_entropy(output.logits.flatten(0, 1), batch.labels_BT.flatten())
+def reference_of(case: Case, dtype: torch.dtype = torch.float32, attention: str = "eager") -> Reference:
+    model, config = theirs(case, attn_implementation=attention).to(dtype), case.config
+    tokens_BT = torch.randint(0, config.vocab, (3, T + 1))
+    inputs_BT, labels_BT = tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()
+    logits_BTV = model(input_ids=inputs_BT).logits
+    loss = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten())
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(grads) == len(list(model.parameters()))
-    return Reference(from_hf_gpt2(weights, config), loss.detach(), output.logits.detach(), from_hf_gpt2(grads, config))
+    weights, grads = (from_hf(named, config, case.architecture) for named in (state_of(model), grads))
+    return Reference(
+        Work(config, save(weights), inputs_BT, labels_BT, dtype), loss.detach(), logits_BTV.detach(), grads
+    )
 
 
-def compare(results: list[Result], reference: Reference, dtype: torch.dtype) -> None:
+def compare(results: list[Result], reference: Reference, case: str) -> None:
     """Every process's results against the reference."""
+    dtype = reference.work.dtype
     losses = [r.loss for r in results if r.loss is not None]
     assert losses
     for loss in losses:
-        assert_close(loss, reference.loss, "loss", dtype)
+        assert_close(loss, reference.loss, f"{case}: loss", dtype)
     columns = [r.logits_BTV for r in results if r.logits_BTV is not None]
     if columns:
-        assert_close(torch.cat(columns, dim=-1), reference.logits_BTV, "logits", dtype)
-    grads = assemble(r.grads for r in results)
+        assert_close(torch.cat(columns, dim=-1), reference.logits_BTV, f"{case}: logits", dtype)
+    unpacked = [(r.parts, load(r.grads)) for r in results]
+    grads = assemble({name: (parts[name], grad) for name, grad in grads.items()} for parts, grads in unpacked)
     assert grads.keys() == reference.grads.keys()
     for name, expected in reference.grads.items():
-        assert_close(grads[name], expected, f"gradient of {name}", dtype)
+        assert_close(grads[name], expected, f"{case}: gradient of {name}", dtype)
 
 
 def whole_columns(logits_BTV: Tensor, part: Part) -> Tensor:
     return logits_BTV.detach()[..., : part.length].clone()
 
 
-def whole_model(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, axis: Axis = SINGLE) -> Result:
+def whole_model(work: Work, axis: Axis = SINGLE) -> Result:
     """One stage: the GPT module."""
-    model = GPT(config, axis, seed=1).to(weights["head.norm.weight"].dtype)
-    load_logical(model.named_parameters(), weights)
-    logits_BTV = model(batch.tokens_BT)
-    loss = model(batch.tokens_BT, labels_BT=batch.labels_BT)
+    model = GPT(work.config, axis, seed=1).to(work.dtype)
+    load_logical(model.named_parameters(), load(work.weights))
+    logits_BTV = model(work.tokens_BT)
+    loss = model(work.tokens_BT, labels_BT=work.labels_BT)
     loss.backward()
     columns = whole_columns(logits_BTV, part_of(model.head.tokens.weight))
-    return Result(loss.detach(), columns, gradient_parts(model.named_parameters()))
+    return Result.of(loss.detach(), columns, gradient_parts(model.named_parameters()))
 
 
-def tensor_parallel(config: ModelConfig, weights: dict[str, Tensor], batch: Batch) -> Result:
+def tensor_parallel(works: Mapping[str, Work]) -> dict[str, Result]:
     """All ranks on the model axis."""
     axis = build_mesh("cpu", pp=1, dp=1, tp=dist.get_world_size()).model
-    return whole_model(config, weights, batch, axis)
+    return {name: whole_model(work, axis) for name, work in works.items()}
 
 
-def stages_by_hand(config: ModelConfig, weights: dict[str, Tensor], batch: Batch) -> Result:
-    """Two pipeline stages of the layer list; activations and gradients are sent here, without an engine."""
+def stages_by_hand(works: Mapping[str, Work]) -> dict[str, Result]:
+    """Two pipeline stages of the layer list."""
     mesh = build_mesh("cpu", pp=2, dp=1, tp=dist.get_world_size() // 2)
-    pipe = mesh.pipe
+    return {name: one_stage(work, mesh) for name, work in works.items()}
+
+
+def one_stage(work: Work, mesh: Mesh) -> Result:
+    """This rank's stage; activations and gradients are sent here, without an engine."""
+    pipe, config = mesh.pipe, work.config
     layers = layer_list(config, mesh.model, seed=1)
     half = len(layers) // 2
     mine = layers[:half] if pipe.rank == 0 else layers[half:]
-    modules = [layer.kind(*layer.arguments).to(weights["head.norm.weight"].dtype) for layer in mine]
+    modules = [layer.kind(*layer.arguments).to(work.dtype) for layer in mine]
     parameters = stage_parameters([layer.name for layer in mine], modules, config)
-    load_logical(parameters, weights, whole_model=False)
-    ids_B = torch.zeros(len(batch.tokens_BT), dtype=torch.int64)
-    x_BTD = torch.empty(*batch.tokens_BT.shape, config.d_model, dtype=weights["head.norm.weight"].dtype)
+    load_logical(parameters, load(work.weights), whole_model=False)
+    ids_B = torch.zeros(len(work.tokens_BT), dtype=torch.int64)
+    x_BTD = torch.empty(*work.tokens_BT.shape, config.d_model, dtype=work.dtype)
     loss = columns = None
     if pipe.rank == 0:
-        x = (batch.tokens_BT, ids_B)
+        x = (work.tokens_BT, ids_B)
         for module in modules:
             x = module(x)
         dist.send(x[0].detach(), group=pipe.group, group_dst=1)
@@ -144,7 +162,7 @@ def stages_by_hand(config: ModelConfig, weights: dict[str, Tensor], batch: Batch
         head = modules[-1]
         assert isinstance(head, Head)
         columns = whole_columns(x, part_of(head.tokens.weight))
-        loss = head.loss(x, batch.labels_BT)
+        loss = head.loss(x, work.labels_BT)
         loss.backward()
         dist.send(x_BTD.grad, group=pipe.group, group_dst=0)
         loss = loss.detach()
@@ -155,7 +173,7 @@ def stages_by_hand(config: ModelConfig, weights: dict[str, Tensor], batch: Batch
     grads = gradient_parts(parameters)
     if config.tied_embeddings and pipe.rank == 1:
         del grads["embedding.tokens.weight"]  # the first stage reports the sum
-    return Result(loss, columns, grads)
+    return Result.of(loss, columns, grads)
 
 
 def stage_parameters(names: list[str], modules: list[nn.Module], config: ModelConfig) -> list[tuple[str, nn.Parameter]]:
@@ -168,11 +186,11 @@ def stage_parameters(names: list[str], modules: list[nn.Module], config: ModelCo
     return found
 
 
-def stages_by_engine(config: ModelConfig, weights: dict[str, Tensor], batch: Batch) -> Result:
+def stages_by_engine(work: Work) -> Result:
     """Two pipeline stages in DeepSpeed's engine, one micro-batch a sample; gradients as the optimizer sees them."""
-    tp, samples = dist.get_world_size() // 2, len(batch.tokens_BT)
+    tp, samples = dist.get_world_size() // 2, len(work.tokens_BT)
     run = RunConfig(
-        model=config,
+        model=work.config,
         parallel=ParallelConfig(tp=tp, pp=2, zero_stage=0),
         optim=OptimConfig(clip=0.0),
         train=TrainConfig(micro_batch_size=1, global_batch_size=samples),
@@ -182,55 +200,75 @@ def stages_by_engine(config: ModelConfig, weights: dict[str, Tensor], batch: Bat
     stage = engine.module
     assert isinstance(stage, GPTStage)
     named = stage.canonical_parameters()
-    load_logical([(n.name, n.parameter) for n in named], weights, whole_model=False)
+    load_logical([(n.name, n.parameter) for n in named], load(work.weights), whole_model=False)
     grads: Parts = {}
 
     def look(*_) -> None:
-        grads.update(gradient_parts((n.name, n.parameter) for n in named if n.owned))
+        now = gradient_parts((n.name, n.parameter) for n in named if n.owned)
+        grads.update({name: (part, grad.clone()) for name, (part, grad) in now.items()})
 
     engine.base_optimizer.register_step_pre_hook(look)
     ids_B = torch.arange(samples)
     rows = [slice(i, i + 1) for i in range(samples)]
-    step = engine.train_step(0, [MicroBatch(batch.tokens_BT[r], batch.labels_BT[r], ids_B[r]) for r in rows])
-    return Result(torch.tensor(step.loss), None, {name: (part, grad.clone()) for name, (part, grad) in grads.items()})
+    step = engine.train_step(0, [MicroBatch(work.tokens_BT[r], work.labels_BT[r], ids_B[r]) for r in rows])
+    return Result.of(torch.tensor(step.loss), None, grads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
-def test_one_process(config, attention, dtype):
-    batch = random_batch()
-    reference = transformers_gpt2(config, batch, dtype, attention)
-    compare([whole_model(config, reference.weights, batch)], reference, dtype)
+@pytest.mark.parametrize("name", CASES)
+def test_one_process(name):
+    reference = reference_of(CASES[name])
+    compare([whole_model(reference.work)], reference, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", SDPA)
+def test_one_process_against_fused_attention(name):
+    reference = reference_of(CASES[name], attention="sdpa")
+    compare([whole_model(reference.work)], reference, name)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_one_process_in_float64(name):
+    reference = reference_of(CASES[name], torch.float64)
+    compare([whole_model(reference.work)], reference, name)
+
+
 @pytest.mark.parametrize(
     ("function", "n_ranks"),
     [(tensor_parallel, 2), (tensor_parallel, 4), (stages_by_hand, 2), (stages_by_hand, 4)],
     ids=["tp2", "tp4", "pp2", "tp2-pp2"],
 )
-def test_several_processes(function: Callable[..., Result], n_ranks, config, dtype):
-    batch = random_batch()
-    reference = transformers_gpt2(config, batch, dtype)
-    compare(run_ranks(function, n_ranks, config, reference.weights, batch), reference, dtype)
+def test_several_processes(function: Callable[..., dict[str, Result]], n_ranks):
+    fits = n_ranks if function is tensor_parallel else n_ranks // 2
+    references = {
+        (name, dtype): reference_of(case, dtype)
+        for name, case in CASES.items()
+        if case.config.n_heads % fits == 0
+        for dtype in ((torch.float32, torch.float64) if name in EXACT else (torch.float32,))
+    }
+    ranks = run_ranks(function, n_ranks, {key: reference.work for key, reference in references.items()})
+    for key, reference in references.items():
+        compare([results[key] for results in ranks], reference, f"{key[0]}, {key[1]}")
 
 
-@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
-@pytest.mark.parametrize("n_ranks", [2, 4], ids=["pp2", "tp2-pp2"])
-def test_pipeline_engine(n_ranks, config):
-    batch = random_batch()
-    reference = transformers_gpt2(config, batch, torch.float32)
-    compare(run_ranks(stages_by_engine, n_ranks, config, reference.weights, batch), reference, torch.float32)
+@pytest.mark.parametrize("name", ENGINE)
+def test_pipeline_engine(name):
+    reference = reference_of(CASES[name])
+    compare(run_ranks(stages_by_engine, 4, reference.work), reference, name)
 
 
 def test_loss_is_that_of_transformers_own_labels():
-    import transformers
-
-    tokens_BT = torch.randint(0, TIED.vocab, (2, T))
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf_config(TIED))).eval()
-    ours = GPT(TIED, SINGLE)
-    load_logical(ours.named_parameters(), from_hf_gpt2(theirs.state_dict(), TIED))
+    config = CASES["gpt2"].config
+    tokens_BT = torch.randint(0, config.vocab, (2, T))
+    model = theirs(CASES["gpt2"])
+    ours = GPT(config, SINGLE)
+    load_logical(ours.named_parameters(), from_hf(state_of(model), config))
     loss = ours(tokens_BT[:, :-1], labels_BT=tokens_BT[:, 1:])
-    assert loss.item() == pytest.approx(theirs(tokens_BT, labels=tokens_BT).loss.item(), rel=TOLERANCES[torch.float32])
+    assert loss.item() == pytest.approx(model(tokens_BT, labels=tokens_BT).loss.item(), rel=TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("n_heads", [1, 3, 6, 12, 20])
+def test_alibi_of_any_number_of_heads(n_heads):
+    for name in ("bloom", "mpt"):
+        case = replace(CASES[name], config=replace(CASES[name].config, n_layers=1, d_model=60, n_heads=n_heads))
+        reference = reference_of(case)
+        compare([whole_model(reference.work)], reference, f"{name} of {n_heads} heads")

@@ -74,11 +74,30 @@ def test_earlier_stages_keep_more_micro_batches():
     assert activations[2] < activations[1]
 
 
-@pytest.mark.parametrize("dropout_attention", [0.0, 0.1])
-@pytest.mark.parametrize("model", [SMALL, replace(SMALL, d_ff=128, d_head=32)], ids=["usual", "own widths"])
-def test_activations_are_what_autograd_saves(model, dropout_attention):
+KINDS = {
+    "usual": {},
+    "own widths": {"d_ff": 128, "d_head": 32},
+    "attention dropout": {"dropout_attention": 0.1},
+    "attention dropout, own widths": {"dropout_attention": 0.1, "d_ff": 128, "d_head": 32},
+    "rotary, shared keys": {"position": "rotary", "n_kv_heads": 2},
+    "one key head, SwiGLU": {"n_kv_heads": 1, "activation": "swiglu", "norm": "rmsnorm"},
+    "parallel": {"block": "parallel"},
+    "parallel, two norms": {"block": "parallel_two_norms"},
+    "post": {"norm_position": "post"},
+    "ALiBi": {"position": "alibi"},
+    "T5": {"position": "t5"},
+    "Transformer-XL": {"position": "transformer_xl"},
+    "Transformer-XL, one key head": {"position": "transformer_xl", "n_kv_heads": 1},
+    "windows": {"attention": ("dense", "window:8"), "dropout_attention": 0.1},
+    "low rank": {"mlp": "low_rank", "mlp_rank": 8, "activation": "geglu"},
+    "Monarch": {"mlp": "monarch", "mlp_blocks": 4},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_are_what_autograd_saves(kind):
     """Distinct storages that the backward pass of a block holds on to, parameters aside."""
-    model = replace(model, dropout_attention=dropout_attention, dropout_residual=0.1)
+    model = replace(SMALL, dropout_residual=0.1, **KINDS[kind])
     saved = [saved_bytes(replace(model, n_layers=n)) for n in (2, 3)]
     planned = [make_plan(run(replace(model, n_layers=n)), 1).stages[0].memory.activations for n in (2, 3)]
     # Beside the formula: mean and deviation of two norms, attention's log-sum-exp and mask, sample ids.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import combinations, pairwise
 
 import pytest
@@ -57,3 +58,25 @@ def test_equal_blocks_are_spread_evenly():
 def test_what_the_methods_weigh(partition, bounds):
     model = ModelConfig(n_layers=8, d_model=512, n_heads=8, seq_len=1024, vocab_size=50257)
     assert stage_bounds(partition, layer_sizes(model, tp=1), pp=2) == bounds
+
+
+def test_the_deepest_model_that_is_allowed_is_cut_at_once():
+    """4096 unequal blocks and 64 stages, with a head that weighs as much as many: it took minutes before."""
+    start_s = time.perf_counter()
+    counts = balance([100 + 9 * (i % 2) for i in range(4096)], 64, 5, 100_000)
+    assert time.perf_counter() - start_s < 20  # 1 s on a quiet core
+    assert counts == [65] * 63 + [1]
+
+
+@pytest.mark.parametrize("last", [3, 5, 9])
+def test_the_other_stages_are_even_where_one_end_is_heavy(last):
+    """Sum of squares, against an exhaustive search: a heavy head does not leave the others uneven."""
+    counts = balance([1] * 8, 4, 0, last)
+    splits = [[b - a for a, b in pairwise([0, *cuts, 8])] for cuts in combinations(range(1, 8), 3)]
+    lightest = min(heaviest([1] * 8, split, 0, last) for split in splits)
+    allowed = [split for split in splits if heaviest([1] * 8, split, 0, last) == lightest]
+    assert sum_of_squares(counts, last) == min(sum_of_squares(split, last) for split in allowed)
+
+
+def sum_of_squares(counts, last) -> int:
+    return sum(count**2 for count in counts[:-1]) + (counts[-1] + last) ** 2
