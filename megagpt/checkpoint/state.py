@@ -96,7 +96,7 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
     for name, ours in fixed.items():
         section, key = name.split(".")
         theirs = state.config.get(section, {}).get(key)
-        if json.dumps(theirs) != json.dumps(ours):  # a file gives tuples back as lists
+        if theirs != ours:
             raise UserError(
                 f"{folder} was trained with {name}={theirs}, this run wants {ours}; "
                 f"take the settings of that run: --config {folder.parent.parent / 'config.yaml'}"
