@@ -274,7 +274,9 @@ def test_a_size_that_makes_no_sense_is_refused(case):
         TrainConfig(**settings)
 
 
-@pytest.mark.parametrize("text", ["4", "4@", "@1", "4@0", "0@1", "4@1,", "4@2", "4@1,4@2", "4@2,8@1", "x@1", "-4@1"])
+@pytest.mark.parametrize(
+    "text", ["4", "4@", "@1", "4@0", "0@1", "4@1,", "4@2", "4@1,4@2", "x@1", "-4@1", "4@" + "1" * 5000]
+)
 def test_batch_steps_that_are_none_are_refused(text):
     with pytest.raises(UserError, match=r"^train\.batch_steps="):
         batch_sizes(text)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from megagpt.config.checks import MAX_INT, positive, require
+from megagpt.config.checks import positive, require
+from megagpt.errors import UserError
 from megagpt.kernels import Kernels
 
 MAX_INCREMENTS = 10_000  # of a batch or a sequence length: each is a row of the schedule
@@ -104,11 +106,12 @@ def batch_sizes(text: str) -> dict[int, int]:
     found: dict[int, int] = {}
     example = "write 256@1,512@50001: growing sizes, the first from step 1 on"
     for part in text.split(","):
-        size, _, step = (word.strip() for word in part.partition("@"))
-        ok = size.isdecimal() and step.isdecimal() and 1 <= int(size) <= MAX_INT and 1 <= int(step) <= MAX_INT
-        require(ok, f"train.batch_steps={text!r}", f"has {part!r}, which is no SIZE@STEP", example)
-        ok = not found or (int(step) > max(found) and int(size) > found[max(found)])
-        require(ok, f"train.batch_steps={text!r}", f"does not grow at {part!r}", example)
-        found[int(step)] = int(size)
+        match = re.fullmatch(r"\s*([1-9][0-9]{0,17})@([1-9][0-9]{0,17})\s*", part)
+        if match is None:
+            raise UserError(f"train.batch_steps={text!r} has {part!r}, which is no SIZE@STEP; {example}")
+        size, step = int(match[1]), int(match[2])
+        grows = not found or (step > max(found) and size > max(found.values()))
+        require(grows, f"train.batch_steps={text!r}", f"does not grow at {part!r}", example)
+        found[step] = size
     require(1 in found, f"train.batch_steps={text!r}", "does not say what step 1 has", example)
     return found

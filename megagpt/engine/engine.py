@@ -108,7 +108,7 @@ class Engine:
         self._before = read_counters(self)
         self._set_batch(self.schedule.batch_size(step))
         self._set_seq_len(self.schedule.seq_len(step))
-        scale = self._loss_scale() / self.engine.gradient_accumulation_steps()
+        gradient_scale = self._loss_scale() / self.engine.gradient_accumulation_steps()
         if self.noise:
             self.noise.begin()
         if self.has_stages:
@@ -121,7 +121,7 @@ class Engine:
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         if self.noise and not skipped:
             sequences = self.config.train.micro_batch_size, self.schedule.batch_size(step)
-            self.noise.measure(grad_norm, scale, *(n * self.schedule.seq_len(step) for n in sequences))
+            self.noise.measure(grad_norm, gradient_scale, *(n * self.schedule.seq_len(step) for n in sequences))
         return StepResult(
             loss=float(loss),
             grad_norm=grad_norm,

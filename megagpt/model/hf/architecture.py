@@ -24,8 +24,8 @@ class Architecture:
 
     name: its model_type.  model_class: the class of transformers that has its language-model head.
     modules: our module, "{}" for the number of the block, → theirs; several where they keep apart what we keep in one.
-    keys: our architecture → config.json. It need not fit: `config.py` reads the keys back and compares.
-    config: config.json → our architecture; a missing key has transformers' default.
+    to_keys: our architecture → config.json. It need not fit: `config.py` reads the keys back and compares.
+    from_keys: config.json → our architecture; a missing key has transformers' default.
     only: keys that change what is computed → the values that we compute. A missing key means the first one.
     root: prefix of all names but the head's, that files of a model without its head lack.
     renamed: beginnings of names in other versions of transformers → those written here.
@@ -35,8 +35,8 @@ class Architecture:
     name: str
     model_class: str
     modules: Callable[[ModelConfig], Mapping[str, str | tuple[str, ...]]]
-    keys: Callable[[ModelConfig], dict[str, Any]]
-    config: Callable[[Keys], ModelConfig]
+    to_keys: Callable[[ModelConfig], dict[str, Any]]
+    from_keys: Callable[[Keys], ModelConfig]
     qkv: QKV
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     root: str = "transformer."

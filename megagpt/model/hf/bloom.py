@@ -25,7 +25,7 @@ def modules(config: ModelConfig) -> dict[str, str | tuple[str, ...]]:
     }
 
 
-def keys(config: ModelConfig) -> dict[str, Any]:
+def to_keys(config: ModelConfig) -> dict[str, Any]:
     """config.json for our architecture."""
     return {
         "vocab_size": config.vocab,
@@ -41,7 +41,7 @@ def keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def config(keys: Keys) -> ModelConfig:
+def from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for a config.json."""
     return ModelConfig(
         n_layers=keys.get("n_layer", 2),
@@ -63,8 +63,8 @@ BLOOM = Architecture(
     name="bloom",
     model_class="BloomForCausalLM",
     modules=modules,
-    keys=keys,
-    config=config,
+    to_keys=to_keys,
+    from_keys=from_keys,
     qkv=BY_GROUP,
     only={"apply_residual_connection_post_layernorm": (False,)},
     aliases={"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},

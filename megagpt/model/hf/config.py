@@ -35,7 +35,7 @@ def hf_config(config: ModelConfig, architecture: str | None = None) -> dict[str,
     return {
         "model_type": found.name,
         "architectures": [found.model_class],
-        **found.keys(config),
+        **found.to_keys(config),
         "bos_token_id": None,
         "eos_token_id": None,
     }
@@ -51,7 +51,7 @@ def config_from_hf(theirs: Keys) -> ModelConfig:
     require_only(keys, ANY)
     require_only(keys, architecture.only)
     try:
-        config = architecture.config(keys)
+        config = architecture.from_keys(keys)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.json has a value of another type than it should be ({error})") from None
     _require_types(config)
@@ -83,7 +83,7 @@ def _hindrances(architecture: Architecture, config: ModelConfig) -> list[str]:
     """What does not come back when the configuration is written in their keys and read again."""
     ours = _computed(config)
     try:
-        back = _computed(architecture.config(architecture.keys(config)))
+        back = _computed(architecture.from_keys(architecture.to_keys(config)))
     except UserError as error:
         return [str(error)] * len(ours)  # nothing comes back
     differing = [name for name in ours if name in back and ours[name] != back[name]]

@@ -37,7 +37,7 @@ def modules(config: ModelConfig) -> dict[str, str | tuple[str, ...]]:
     }
 
 
-def keys(config: ModelConfig) -> dict[str, Any]:
+def to_keys(config: ModelConfig) -> dict[str, Any]:
     """config.json for our architecture."""
     parallel, multi_query = config.block != "sequential", config.kv_heads == 1
     new = config.block == "parallel_two_norms" or (parallel and not multi_query)
@@ -65,7 +65,7 @@ def keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def config(keys: Keys) -> ModelConfig:
+def from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for a config.json."""
     n_heads, bias = keys.get("num_attention_heads", 71), keys.get("bias", False)
     block, n_kv_heads = _decoder(keys, n_heads)
@@ -110,8 +110,8 @@ FALCON = Architecture(
     name="falcon",
     model_class="FalconForCausalLM",
     modules=modules,
-    keys=keys,
-    config=config,
+    to_keys=to_keys,
+    from_keys=from_keys,
     qkv=BY_GROUP,
     only={"alibi": (False,), "partial_rotary_factor": (1.0, None)},
     aliases={"n_embed": "hidden_size"},

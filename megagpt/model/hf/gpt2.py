@@ -25,7 +25,7 @@ def modules(config: ModelConfig) -> dict[str, str | tuple[str, ...]]:
     }
 
 
-def keys(config: ModelConfig) -> dict[str, Any]:
+def to_keys(config: ModelConfig) -> dict[str, Any]:
     """config.json for our architecture."""
     return {
         "vocab_size": config.vocab,
@@ -44,7 +44,7 @@ def keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def config(keys: Keys) -> ModelConfig:
+def from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for a config.json."""
     return ModelConfig(**fields(keys, "gelu_new"))
 
@@ -79,8 +79,8 @@ GPT2 = Architecture(
     name="gpt2",
     model_class="GPT2LMHeadModel",
     modules=modules,
-    keys=keys,
-    config=config,
+    to_keys=to_keys,
+    from_keys=from_keys,
     qkv=BY_KIND,
     only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
     aliases=ALIASES,

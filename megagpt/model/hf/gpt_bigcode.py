@@ -10,12 +10,12 @@ from megagpt.model.hf.architecture import Architecture, Keys
 from megagpt.model.hf.layouts import BY_KIND
 
 
-def keys(config: ModelConfig) -> dict[str, Any]:
+def to_keys(config: ModelConfig) -> dict[str, Any]:
     """config.json for our architecture."""
-    return gpt2.keys(config) | {"multi_query": True}
+    return gpt2.to_keys(config) | {"multi_query": True}
 
 
-def config(keys: Keys) -> ModelConfig:
+def from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for a config.json."""
     return ModelConfig(**gpt2.fields(keys, "gelu_pytorch_tanh"), n_kv_heads=1)
 
@@ -24,8 +24,8 @@ GPT_BIGCODE = Architecture(
     name="gpt_bigcode",
     model_class="GPTBigCodeForCausalLM",
     modules=gpt2.modules,
-    keys=keys,
-    config=config,
+    to_keys=to_keys,
+    from_keys=from_keys,
     qkv=BY_KIND,
     only={"scale_attn_weights": (True,), "multi_query": (True,)},
     aliases=gpt2.ALIASES,

@@ -31,7 +31,7 @@ def modules(config: ModelConfig) -> dict[str, str | tuple[str, ...]]:
     }
 
 
-def keys(config: ModelConfig) -> dict[str, Any]:
+def to_keys(config: ModelConfig) -> dict[str, Any]:
     """config.json for our architecture."""
     return {
         "vocab_size": config.vocab,
@@ -53,7 +53,7 @@ def keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def config(keys: Keys) -> ModelConfig:
+def from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for a config.json."""
     scaled = keys.get("rope_scaling") or keys.get("rope_parameters") or {}
     dropout = keys.get("hidden_dropout", 0.0)
@@ -82,8 +82,8 @@ GPT_NEOX = Architecture(
     name="gpt_neox",
     model_class="GPTNeoXForCausalLM",
     modules=modules,
-    keys=keys,
-    config=config,
+    to_keys=to_keys,
+    from_keys=from_keys,
     qkv=BY_GROUP,
     root="gpt_neox.",
     renamed={"lm_head.": "embed_out."},

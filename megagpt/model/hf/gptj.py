@@ -29,7 +29,7 @@ def modules(config: ModelConfig) -> dict[str, str | tuple[str, ...]]:
     }
 
 
-def keys(config: ModelConfig) -> dict[str, Any]:
+def to_keys(config: ModelConfig) -> dict[str, Any]:
     """config.json for our architecture."""
     return {
         "vocab_size": config.vocab,
@@ -49,7 +49,7 @@ def keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def config(keys: Keys) -> ModelConfig:
+def from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for a config.json."""
     d_model, n_heads = keys.get("n_embd", 4096), keys.get("n_head", 16)
     width, turned = head_width(d_model, n_heads), keys.get("rotary_dim", 64)
@@ -83,8 +83,8 @@ GPTJ = Architecture(
     name="gptj",
     model_class="GPTJForCausalLM",
     modules=modules,
-    keys=keys,
-    config=config,
+    to_keys=to_keys,
+    from_keys=from_keys,
     qkv=SEPARATE,
     aliases=ALIASES,
 )

@@ -33,25 +33,25 @@ def modules(config: ModelConfig) -> dict[str, str | tuple[str, ...]]:
     }
 
 
-def keys(config: ModelConfig) -> dict[str, Any]:
+def to_keys(config: ModelConfig) -> dict[str, Any]:
     """config.json of a LLaMA for our architecture."""
     return _shared_keys(config) | {"attention_bias": config.bias_attention, "mlp_bias": config.bias_mlp}
 
 
-def config(keys: Keys) -> ModelConfig:
+def from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for the config.json of a LLaMA."""
     fields = _shared_fields(keys, d_ff=11008, seq_len=2048, n_kv_heads=keys.get("num_attention_heads", 32))
     head_width(fields["d_model"], fields["n_heads"])  # asked for even where head_dim says another
     return ModelConfig(**fields, bias_attention=keys.get("attention_bias", False), bias_mlp=keys.get("mlp_bias", False))
 
 
-def mistral_keys(config: ModelConfig) -> dict[str, Any]:
+def mistral_to_keys(config: ModelConfig) -> dict[str, Any]:
     """config.json of a Mistral for our architecture; every layer has the first one's window."""
     pattern = config.pattern(0)
     return _shared_keys(config) | {"sliding_window": pattern.numbers[0] if pattern.kind == "window" else None}
 
 
-def mistral_config(keys: Keys) -> ModelConfig:
+def mistral_from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for the config.json of a Mistral. A window as long as the context is none."""
     fields = _shared_fields(keys, d_ff=14336, seq_len=4096 * 32, n_kv_heads=8)
     window = keys.get("sliding_window", 4096)
@@ -102,8 +102,8 @@ LLAMA = Architecture(
     name="llama",
     model_class="LlamaForCausalLM",
     modules=modules,
-    keys=keys,
-    config=config,
+    to_keys=to_keys,
+    from_keys=from_keys,
     qkv=SEPARATE,
     only={"partial_rotary_factor": (1.0, None), "sliding_window": (None,)},
     root="model.",
@@ -113,8 +113,8 @@ MISTRAL = Architecture(
     name="mistral",
     model_class="MistralForCausalLM",
     modules=modules,
-    keys=mistral_keys,
-    config=mistral_config,
+    to_keys=mistral_to_keys,
+    from_keys=mistral_from_keys,
     qkv=SEPARATE,
     only={"partial_rotary_factor": (1.0, None)},
     root="model.",

@@ -37,7 +37,7 @@ def modules(config: ModelConfig) -> dict[str, str | tuple[str, ...]]:
     }
 
 
-def keys(config: ModelConfig) -> dict[str, Any]:
+def to_keys(config: ModelConfig) -> dict[str, Any]:
     """config.json for our architecture."""
     return {
         "vocab_size": config.vocab,
@@ -57,7 +57,7 @@ def keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def config(keys: Keys) -> ModelConfig:
+def from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for a config.json."""
     attention = keys.get("attn_config") or {}
     if not isinstance(attention, Mapping):
@@ -87,8 +87,8 @@ MPT = Architecture(
     name="mpt",
     model_class="MptForCausalLM",
     modules=modules,
-    keys=keys,
-    config=config,
+    to_keys=to_keys,
+    from_keys=from_keys,
     qkv=BY_KIND,
     only={
         "expansion_ratio": (4,),

@@ -28,7 +28,7 @@ def modules(config: ModelConfig) -> dict[str, str | tuple[str, ...]]:
     }
 
 
-def keys(config: ModelConfig) -> dict[str, Any]:
+def to_keys(config: ModelConfig) -> dict[str, Any]:
     """config.json for our architecture."""
     return {
         "vocab_size": config.vocab,
@@ -46,7 +46,7 @@ def keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def config(keys: Keys) -> ModelConfig:
+def from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for a config.json."""
     activation = keys.get("afn", "gelu")
     if activation not in _ACTIVATIONS:
@@ -73,8 +73,8 @@ OPENAI_GPT = Architecture(
     name="openai-gpt",
     model_class="OpenAIGPTLMHeadModel",
     modules=modules,
-    keys=keys,
-    config=config,
+    to_keys=to_keys,
+    from_keys=from_keys,
     qkv=BY_KIND,
     aliases=ALIASES,
     transposed=True,
