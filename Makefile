@@ -41,7 +41,7 @@ train: $(ready) ## Train a small GPT on this machine, 2-way tensor and 2-way pip
 	$(bin)/python examples/generate.py --load $(RUN)
 
 test: $(ready) ## Run the tests
-	$(bin)/python -m pytest $(TESTS)
+	$(bin)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(TESTS)
 
 soak: $(ready) ## Kill training runs 200 times and see that each goes on bit for bit; flip and cut what they left
 	$(bin)/python -m tests.soak --json benchmarks/results/soak.json $(ARGS)

@@ -40,7 +40,7 @@ SAMPLE = [
     Layout(pp=4, micro_batch_size=1),
     Layout(tp=4, micro_batch_size=8),
     Layout(pp=2, dp=2, zero_stage=1, micro_batch_size=1, recompute=True),
-    Layout(zero_stage=2, micro_batch_size=2, offload_optimizer=True),
+    Layout(tp=2, zero_stage=2, micro_batch_size=2, offload_optimizer=True),
     Layout(tp=2, pp=2, dp=2, zero_stage=1, micro_batch_size=2),
 ]
 

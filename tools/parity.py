@@ -63,8 +63,10 @@ def _config(parity: Any, options: argparse.Namespace) -> Any:
         return parity.parity_config(precision=options.precision)
     if options.preset == "tiny":
         raise UserError("--preset tiny is no published model and has no vocabulary; leave --preset out")
-    preset = parse_run_config(["--preset", options.preset])
-    small = shrunken(preset, seq_len=options.seq_len or 24)
+    seq_len = 24 if options.seq_len is None else options.seq_len
+    if seq_len < 1:
+        raise UserError(f"--seq-len {seq_len} is no length; use 8 or more")
+    small = shrunken(parse_run_config(["--preset", options.preset]), seq_len=seq_len)
     return dataclasses.replace(small, train=dataclasses.replace(small.train, precision=options.precision))
 
 

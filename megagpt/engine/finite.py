@@ -35,11 +35,12 @@ def watch_uncounted(optimizer: Any, parameters: list[Named], mesh: Mesh) -> None
     All ranks have the same such gradients, unless one of them computes wrongly: that one spoils a gradient that counts.
     Only this rank's memory is read: no wait for the device. Comm: none.
     """
+    if getattr(optimizer, "cpu_offload", False):
+        # It looks at each gradient on its way to the host, and asks all ranks: none of them may stay out of that.
+        optimizer.check_grad_overflow = optimizer.check_grad_overflow or mesh.model.size > 1
+        return
     counted = {id(n.parameter) for n in parameters if counts(n, mesh)}
     if len(counted) == len(parameters):
-        return
-    if getattr(optimizer, "cpu_offload", False):
-        optimizer.check_grad_overflow = True  # it looks at each gradient on its way to the host
         return
     step = optimizer.step
 

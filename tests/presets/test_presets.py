@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from megagpt.cli import parse_run_config
 from megagpt.config import ModelConfig, RunConfig
@@ -18,6 +20,7 @@ from megagpt.parallel.axis import Axis
 from megagpt.parallel.parameter import part_of
 from megagpt.plan.plan import make_plan
 from megagpt.plan.sizes import layer_sizes
+from megagpt.plan.table import plan_table
 from megagpt.presets import preset_names, preset_path
 from megagpt.schedule import Schedule
 from tools.models_page import read_header
@@ -157,6 +160,11 @@ def test_the_layout_of_a_preset_fits(name):
     plan = make_plan(config, int(flags[at + 1]))
     assert max(stage.memory.total for stage in plan.stages) < 80 * 2**30
     assert plan.params == read_header(name).n_params
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    console.print(plan_table(config, plan))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 100
+    assert sum("emb +" in line or "+ head" in line for line in lines) == min(plan.pp, 2)
 
 
 def test_tiny_is_the_default():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from megagpt import parity
 from megagpt.cli import parse_run_config
 from megagpt.config import RunConfig
+from megagpt.errors import UserError
 from megagpt.parity import REFERENCE, Layout, compare, require_lively, run_layout
 from megagpt.presets import preset_names
 from megagpt.presets.shrunken import shrunken
+from tools import parity as tools_parity
 
 SEQ_LEN = 19  # neither the default nor a preset's own, and odd
 # Presets that become the same run when shrunken are trained once. The last ones differ from another family by a number
@@ -83,3 +86,40 @@ def test_what_makes_a_model_special_is_kept(name):
         assert getattr(small.optim, field) == getattr(full.optim, field), field
     for field in ("batch_ramp_tokens", "batch_steps"):
         assert bool(getattr(small.train, field)) == bool(getattr(full.train, field)), field
+
+
+def walked(monkeypatch: pytest.MonkeyPatch, *flags: str) -> RunConfig:
+    """The run that tools/parity.py spreads out with these flags; nothing is trained."""
+    seen: list[RunConfig] = []
+
+    def walk(config: RunConfig, layouts: list[Layout]) -> list:
+        seen.append(config)
+        return []
+
+    monkeypatch.setattr(parity, "walk", walk)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr("sys.argv", ["tools/parity.py", *flags])
+    assert tools_parity.main() == 0
+    return seen[0]
+
+
+def test_the_walk_takes_a_preset_by_name(monkeypatch):
+    assert walked(monkeypatch, "--preset", "palm-8b", "--seq-len", "19") == load("palm-8b")
+    assert walked(monkeypatch, "--preset", "llama-7b").model.seq_len == 24
+    assert walked(monkeypatch) == parity.parity_config()
+    in_bf16 = walked(monkeypatch, "--preset", "gpt1", "--precision", "bf16")
+    assert (in_bf16.train.precision, in_bf16.model.norm_position) == ("bf16", "post")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--preset", "gpt4"], "--preset gpt4 is not known; did you mean gpt"),
+        (["--seq-len", "19"], "--seq-len belongs to --preset"),
+        (["--preset", "tiny"], "no published model"),
+        (["--preset", "gpt1", "--seq-len", "0"], "--seq-len 0 is no length"),
+    ],
+)
+def test_the_walk_refuses_in_one_line(monkeypatch, flags, expected):
+    with pytest.raises(UserError, match=expected):
+        walked(monkeypatch, *flags)
