@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -166,6 +167,8 @@ def plot(by_kind: dict[str, list[Run]], runs: list[Run], out: Path) -> None:
         axes.plot([r.budget_flops for r in best], [r.loss for r in best], marker="o", color=colour, label=kind)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.set_xlabel("FLOPs of the training")
     axes.set_ylabel("loss of held-out text, nats per byte")
     axes.set_title("Dense and factorised MLPs at equal compute")
