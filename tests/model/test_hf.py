@@ -84,6 +84,13 @@ CHOICES = {
     "norm_position": ("pre", "post"),
     "activation": ("gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu"),
 }
+# What must change with a value, for there to be such a model.
+BESIDE: dict[tuple[str, object], dict[str, Any]] = {
+    ("mlp", "low_rank"): {"mlp_rank": 4},
+    ("norm_position", "post"): {"block": "sequential"},
+    ("block", "parallel"): {"norm_position": "pre"},
+    ("block", "parallel_two_norms"): {"norm_position": "pre"},
+}
 
 
 @one_each
@@ -100,7 +107,7 @@ def test_no_field_is_lost(case: Case):
         now = getattr(case.config, name)
         others = CHOICES.get(name) or ((not now,) if isinstance(now, bool) else (OTHERS[name],))
         for value in others:
-            changed = replace(case.config, **{name: value}, **({"mlp_rank": 4} if name == "mlp" else {}))
+            changed = replace(case.config, **BESIDE.get((name, value), {}), **{name: value})
             try:
                 back = config_from_hf(hf_config(changed, case.architecture))
             except UserError as error:
