@@ -87,15 +87,15 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
             f"{folder} is a {state.origin}: weights without the optimizer's moments, to evaluate, generate and export; "
             "to go on training, load one that a run saved"
         )
-    model = json.loads(json.dumps(asdict(config.model)))  # as it comes back from a file: tuples as lists
-    fixed = {f"model.{name}": value for name, value in model.items() if "dropout" not in name}
+    settings, defaults = _as_in_a_file(config), _as_in_a_file(RunConfig())
+    fixed = {f"model.{name}": value for name, value in settings["model"].items() if "dropout" not in name}
     if state.samples > 0:
         fixed["train.seed"] = config.train.seed
     if state.step > 0:
         fixed["optim.optimizer"] = config.optim.optimizer  # what it keeps of a weight
     for name, ours in fixed.items():
         section, key = name.split(".")
-        theirs = state.config.get(section, {}).get(key)
+        theirs = state.config.get(section, {}).get(key, defaults[section][key])  # an older one lacks newer settings
         if theirs != ours:
             raise UserError(
                 f"{folder} was trained with {name}={theirs}, this run wants {ours}; "
@@ -103,6 +103,11 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
             )
     if state.samples > 0:
         _check_position(config, state, folder)
+
+
+def _as_in_a_file(config: RunConfig) -> dict[str, Any]:
+    """The settings as they come back from state.json: tuples as lists."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def _check_position(config: RunConfig, state: State, folder: Path) -> None:

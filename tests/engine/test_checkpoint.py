@@ -405,6 +405,20 @@ def test_what_may_change_may_change():
     check_resumable(dataclasses.replace(config, model=model, optim=optim), state_in_memory(), Path("run"))
 
 
+def test_a_checkpoint_from_before_a_setting_had_its_default():
+    """n_kv_heads, block, optimizer … came later: what was trained before is what their defaults say."""
+    config, at = config_of(Layout()), state_in_memory()
+    older = {
+        name: at.config["model"][name] for name in ("n_layers", "d_model", "d_head", "n_heads", "seq_len", "vocab_size")
+    }
+    train = {name: at.config["train"][name] for name in ("seed", "global_batch_size")}
+    before = dataclasses.replace(at, config={"model": older, "train": train})
+    check_resumable(config, before, Path("run/checkpoints/step-000007"))
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, block="parallel"))
+    message = one_line(lambda: check_resumable(other, before, Path("run/checkpoints/step-000007")))
+    assert "model.block=sequential, this run wants parallel" in message
+
+
 def one_line(function) -> str:
     with pytest.raises(UserError) as caught:
         function()
