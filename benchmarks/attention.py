@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.machine import conditions, headline
 from megagpt.config import ModelConfig
-from megagpt.kernels import Kernels
+from megagpt.config.kernels import Kernels
 from megagpt.model.attention import Attention
 from megagpt.model.init import Init
 from megagpt.parallel.axis import SINGLE

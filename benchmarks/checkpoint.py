@@ -22,17 +22,17 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.machine import conditions, headline
+from megagpt.checkpoint import save as checkpoint
 from megagpt.checkpoint.folders import find
+from megagpt.checkpoint.restore import damage_of
+from megagpt.checkpoint.save import Saved, Saver
 from megagpt.checkpoint.state import State
 from megagpt.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from megagpt.engine import checkpoint
-from megagpt.engine.checkpoint import Saved, Saver
-from megagpt.engine.engine import Engine
-from megagpt.engine.masters import read_counters
-from megagpt.engine.restore import damage_of
 from megagpt.errors import run_cli
-from megagpt.parallel.local import run_ranks
-from megagpt.parity_rank import batches_of, start_engine
+from megagpt.processes.local import run_ranks
+from megagpt.train.step.engine import Engine
+from megagpt.train.step.masters import read_counters
+from tests.parity.rank import batches_of, start_engine
 
 BLOCK = 16 * 2**20
 

@@ -36,9 +36,9 @@ from rich.table import Table
 from benchmarks.machine import conditions, headline
 from megagpt.config import ModelConfig
 from megagpt.errors import UserError, run_cli
+from megagpt.inventory.sizes import layer_sizes
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
-from megagpt.plan.sizes import layer_sizes
 
 DENSE = "dense"
 BATCH, SEQ_LEN = 8, 64

@@ -17,7 +17,7 @@ def bench(op: str, device: str, quick: bool) -> dict[str, Any]:
     """Figures of one op, and which goals they meet. bf16 alone, as training runs."""
     if MISSING_KERNELS:
         raise RuntimeError(f"no compiled kernels: {MISSING_KERNELS}")
-    spec = importlib.import_module(f"megagpt.ops.cases.{op}").SPEC
+    spec = importlib.import_module(f"tests.ops.cases.{op}").SPEC
     measured = measure_op(spec, Clock(device), ("bf16",), seconds=0.1 if quick else 0.5, first=quick)
     return {**measured.as_json(), "goals": list(goals(measured))}
 

@@ -1,4 +1,4 @@
-"""The proofs of megagpt/ops/proof.py on a device, without pytest: what `make gpu-check` runs, an op a process."""
+"""The proofs of tests/ops/proof.py on a device, without pytest: what `make gpu-check` runs, an op a process."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import first_line
-from megagpt.ops import proof
-from megagpt.ops.case import Case, Spec
 from megagpt.ops.dropout import dropout
 from megagpt.ops.library import DTYPES, MISSING_KERNELS, has_kernel
+from tests.ops import proof
+from tests.ops.case import Case, Spec
 
 Check = Callable[[Case, torch.dtype, str], None]
 
@@ -25,7 +25,7 @@ def prove(op: str, device: str, quick: bool) -> dict[str, Any]:
     if MISSING_KERNELS:
         raise RuntimeError(f"no compiled kernels: {MISSING_KERNELS}")
     torch.set_num_threads(1)  # the cases are small, and other ops are proven at the same time
-    spec: Spec = importlib.import_module(f"megagpt.ops.cases.{op}").SPEC
+    spec: Spec = importlib.import_module(f"tests.ops.cases.{op}").SPEC
     passed, failures = 0, []
     for check, case, dtype in checks(spec, device, quick):
         try:

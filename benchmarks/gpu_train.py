@@ -18,8 +18,8 @@ import yaml
 
 from megagpt import metrics
 from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megagpt.config.kernels import Kernels
 from megagpt.data.loader import MicroBatch, micro_batches
-from megagpt.kernels import Kernels
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.plan.plan import Plan, make_plan
@@ -104,8 +104,8 @@ class Text:
 def engine_loop(config: RunConfig, plan: Plan, device: str) -> Iterator[Step]:
     """This project's engine."""
     # Only here is DeepSpeed known to be installed.
-    from megagpt.engine.engine import Engine
-    from megagpt.engine.start import distributed  # the same
+    from megagpt.processes.start import distributed  # the same
+    from megagpt.train.step.engine import Engine
 
     with distributed(pp=1, dp=1, tp=1) as (mesh, _):
         engine = Engine(config, plan, mesh)

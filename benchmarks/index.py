@@ -20,9 +20,9 @@ import numpy as np
 from numpy.random import RandomState
 
 from megagpt.config import ModelConfig, RunConfig, TrainConfig
-from megagpt.data import index_builder as maps
-from megagpt.data.blend import build_splits
-from megagpt.data.indexed import IndexedDataset, IndexedWriter
+from megagpt.data.indexed import index_builder as maps
+from megagpt.data.indexed.blend import build_splits
+from megagpt.data.indexed.dataset import IndexedDataset, IndexedWriter
 from megagpt.data.loader import micro_batches
 from megagpt.errors import UserError, run_cli
 

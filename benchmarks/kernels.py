@@ -23,9 +23,9 @@ from torch import Tensor
 
 from benchmarks.machine import conditions, headline
 from megagpt.errors import UserError, run_cli
-from megagpt.ops.case import Arguments, Draw, Shape, Spec, all_specs
 from megagpt.ops.library import MISSING_KERNELS
-from megagpt.ops.proof import differentiable
+from tests.ops.case import Arguments, Draw, Shape, Spec, all_specs
+from tests.ops.proof import differentiable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PASSES = ("forward", "backward")

@@ -28,8 +28,8 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from megagpt.data.indexed import IndexedDataset
-from megagpt.data.tokenizer_gpt2 import END_OF_TEXT, Gpt2Tokenizer
+from megagpt.data.indexed.dataset import IndexedDataset
+from megagpt.data.tokenizers.gpt2 import END_OF_TEXT, Gpt2Tokenizer
 from megagpt.errors import run_cli
 
 TOOL = Path(__file__).parents[1] / "tools" / "preprocess_data.py"

@@ -43,15 +43,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.data.loader import MicroBatch, micro_batches
-from megagpt.engine.engine import Engine
 from megagpt.errors import run_cli
+from megagpt.hf import hf_config, to_hf
 from megagpt.model.gpt import GPT
-from megagpt.model.hf import hf_config, to_hf
 from megagpt.parallel.axis import SINGLE, Axis
-from megagpt.parallel.local import run_ranks, warm_up
 from megagpt.parallel.mesh import build_mesh
 from megagpt.parallel.parameter import part_of
 from megagpt.plan.plan import Plan, make_plan
+from megagpt.processes.local import run_ranks, warm_up
+from megagpt.train.step.engine import Engine
 
 PEERS = {"fp32": ("fp32",), "bf16": ("autocast", "bf16 weights")}  # by our precision
 KERNELS_OFF = "kernels off"  # our own engine on plain PyTorch ops

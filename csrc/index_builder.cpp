@@ -1,5 +1,5 @@
 // The two sequential maps of the training data, for Python (pybind11; not part of the op library).
-// megagpt/data/index_builder.py has the same in NumPy, and says what the arrays mean.
+// megagpt/data/indexed/index_builder.py has the same in NumPy, and says what the arrays mean.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

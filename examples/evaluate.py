@@ -15,10 +15,10 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.progress import Progress
 
-from megagpt.data.blend import parse_data_path
+from megagpt.data.indexed.blend import parse_data_path
 from megagpt.errors import run_cli
-from megagpt.evaluate import SPLITS, evaluate
-from megagpt.trained import open_trained
+from megagpt.evaluate.split import SPLITS, evaluate
+from megagpt.generate.trained import open_trained
 
 
 def main() -> None:

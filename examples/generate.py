@@ -9,8 +9,8 @@ Several processes (torchrun --nproc-per-node 2 …) share a large model by tenso
 import argparse
 
 from megagpt.errors import run_cli
-from megagpt.generate import complete
-from megagpt.trained import open_trained
+from megagpt.generate.sample import complete
+from megagpt.generate.trained import open_trained
 
 
 def main() -> None:

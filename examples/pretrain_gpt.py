@@ -9,7 +9,7 @@ standard library. `--help` explains every setting.
 
 import sys
 
-from megagpt.launch import pretrain
+from megagpt.train.pretrain import pretrain
 
 if __name__ == "__main__":
     pretrain(sys.argv[1:])

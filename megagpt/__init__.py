@@ -1,3 +1,3 @@
-"""megagpt: train GPTs with tensor, pipeline and data parallelism. Start reading at megagpt/train.py."""
+"""megagpt: train GPTs with tensor, pipeline and data parallelism. Start reading at megagpt/train/loop.py."""
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from megagpt.parallel.local import warm_up
+from megagpt.processes.local import warm_up
 
 # In CI the same examples every time: a change must not fail for what another one broke. Locally it goes on searching.
 settings.register_profile("ci", derandomize=True, deadline=None)

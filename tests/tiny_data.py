@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.indexed import IndexedWriter
+from megagpt.data.indexed.dataset import IndexedWriter
 
 VOCAB_SIZE = 128
 

@@ -179,7 +179,7 @@ def _export(args: argparse.Namespace) -> None:
     source = folders.find(args.checkpoint)
     _require_whole([source])
     print("loading torch and transformers ...", file=sys.stderr)
-    from megagpt.hf_export import export  # seconds, which no other command should take
+    from megagpt.hf.export_folder import export  # seconds, which no other command should take
 
     exported = export(source, args.out, args.architecture)
     print(
@@ -192,7 +192,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     print("loading torch ...", file=sys.stderr)
-    from megagpt.hf_import import import_model  # seconds, which no other command should take
+    from megagpt.hf.import_folder import import_model  # seconds, which no other command should take
 
     folder = import_model(args.source, args.out)
     print(f"wrote {folder}; train on: --load {args.out} --config {args.out / 'config.yaml'} --data-path …")

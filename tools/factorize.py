@@ -35,10 +35,10 @@ from megagpt.checkpoint import folders
 from megagpt.checkpoint.state import read_state
 from megagpt.cli import read_config
 from megagpt.config import ModelConfig
-from megagpt.data.blend import parse_data_path
+from megagpt.data.indexed.blend import parse_data_path
 from megagpt.errors import UserError, run_cli
-from megagpt.plan.factorised_sizes import mlp_matrix_params
-from megagpt.plan.sizes import layer_sizes
+from megagpt.inventory.factorised_sizes import mlp_matrix_params
+from megagpt.inventory.sizes import layer_sizes
 
 KIND = ("mlp", "mlp_rank", "mlp_blocks")
 PRETRAIN = Path(__file__).parents[1] / "examples" / "pretrain_gpt.py"
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.fine_tune_steps == 0 and pretrain_flags:
         raise UserError(f"got {pretrain_flags[0]} behind --, which is for fine-tuning; add --fine-tune-steps")
     print("loading torch ...", file=sys.stderr)
-    from megagpt.factorised_run import step_times, write_factorised  # seconds, which a wrong flag should not take
+    from megagpt.adapt.factorised_run import step_times, write_factorised  # seconds, which a wrong flag should not take
 
     errors = write_factorised(source, args.out, given)
     report: dict[str, Any] = {
@@ -101,8 +101,8 @@ def sizes(model: ModelConfig) -> dict[str, float]:
 
 def _loss(checkpoint: Path, prefixes: Sequence[str], args: argparse.Namespace) -> float:
     """Mean nats per token over the validation share of all datasets."""
-    from megagpt.evaluate import evaluate  # after the flags: this takes seconds
-    from megagpt.trained import open_trained  # likewise
+    from megagpt.evaluate.split import evaluate  # after the flags: this takes seconds
+    from megagpt.generate.trained import open_trained  # likewise
 
     total, n_tokens = 0.0, 0
     with open_trained(checkpoint) as trained:

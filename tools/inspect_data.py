@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from megagpt.config import DataConfig
-from megagpt.data.indexed import IndexedDataset, verify
-from megagpt.data.meta import DatasetMeta, read_meta
-from megagpt.data.samples import GPTSamples, split_bounds
-from megagpt.data.tokenizer import KINDS, Tokenizer, tokenizer_for
+from megagpt.data.indexed.dataset import IndexedDataset, verify
+from megagpt.data.indexed.meta import DatasetMeta, read_meta
+from megagpt.data.indexed.samples import GPTSamples, split_bounds
+from megagpt.data.tokenizers.tokenizer import KINDS, Tokenizer, tokenizer_for
 from megagpt.errors import UserError, run_cli
 
 _BAR = 50

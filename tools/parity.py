@@ -22,13 +22,13 @@ from typing import Any, NoReturn
 
 from megagpt.cli import parse_run_config
 from megagpt.errors import UserError, run_cli
-from megagpt.presets.shrunken import shrunken
+from tests.parity.shrunken import shrunken
 
 DESCRIPTION = """Train 20 steps of a small GPT in every layout that fits on 1 to 8 processes (gloo, on the CPU), and
 compare losses, gradient norms, gradients of the first step and final weights with those of one process without ZeRO.
-With --preset the GPT is a published model, shrunken, with its recipe (megagpt/presets/shrunken.py).
+With --preset the GPT is a published model, shrunken, with its recipe (tests/parity/shrunken.py).
 The figures are the largest differences: relative; of gradients, as a share of the tensor's largest element;
-of weights, as a share of the way that Adam can go in these steps. The bounds, with reasons: megagpt/parity.py."""
+of weights, as a share of the way that Adam can go in these steps. The bounds, with reasons: tests/parity/walk.py."""
 
 HEADER = f"{'layout':<48}{'loss':>9}{'norm':>9}{'gradient':>10}{'weights':>9}{'time':>8}"
 
@@ -37,7 +37,7 @@ def main() -> int:
     """Walk, print a line per layout, write the JSON; exit code 1 where a layout differs."""
     options = _options().parse_args()
     os.environ["DS_ACCELERATOR"] = "cpu"  # read once, while DeepSpeed is imported
-    parity: Any = importlib.import_module("megagpt.parity")  # after the flags: this takes seconds
+    parity: Any = importlib.import_module("tests.parity.walk")  # after the flags: this takes seconds
     config, bounds = _config(parity, options), parity.BOUNDS[options.precision]
     layouts = _matching(parity.all_layouts(options.max_processes, options.precision), options.layouts)
     print(f"{len(layouts)} layouts, {config.train.train_steps} steps each; reference: {parity.REFERENCE}")

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from megagpt.errors import run_cli
-from megagpt.plot import plot_runs
+from megagpt.train.plot import plot_runs
 
 
 def main() -> None:

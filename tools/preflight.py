@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from megagpt.cli import parse_run_config
 from megagpt.errors import UserError
-from megagpt.launch import ranks_to_start, run_program, start_ranks
+from megagpt.train.pretrain import ranks_to_start, run_program, start_ranks
 
 DESCRIPTION = """Check the machines before a run: same versions, settings and data on all ranks; who reaches whom;
 speed of every rank, axis and link; memory; the run folder, its space and speed; clocks and limits.
@@ -35,7 +35,7 @@ def main() -> None:
     if n_ranks:
         sys.exit(start_ranks(n_ranks, sys.argv[1:]))
     # torch loads only now: a wrong flag is answered at once.
-    importlib.import_module("megagpt.preflight.program").preflight(config, own.json, own.wait_s)
+    importlib.import_module("megagpt.processes.preflight.program").preflight(config, own.json, own.wait_s)
 
 
 class _OwnFlags(argparse.ArgumentParser):

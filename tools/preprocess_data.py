@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from megagpt.data.prepare import Progress, TokenizerFiles, prepare
+from megagpt.data.text.prepare import Progress, TokenizerFiles, prepare
 from megagpt.errors import run_cli
 
 TOKENIZER_NAMES = {

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megagpt.checkpoint import state, sums
-from megagpt.checkpoint.durable import flush, replace_text, require_regular
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
+from megagpt.files import flush, replace_text, require_regular
 
 LATEST = "latest"
 BEST = "best"

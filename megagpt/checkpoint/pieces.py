@@ -22,9 +22,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from megagpt.checkpoint.durable import flush, require_regular
 from megagpt.checkpoint.sums import sha256_of
 from megagpt.errors import UserError
+from megagpt.files import flush, require_regular
 
 NAME = "index.json"
 WEIGHT = "weight"

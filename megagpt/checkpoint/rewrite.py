@@ -14,11 +14,11 @@ import numpy as np
 
 from megagpt.checkpoint import pieces, sums
 from megagpt.checkpoint.chunks import Shape, read_chunks, row_boxes, write_chunks
-from megagpt.checkpoint.durable import flush
 from megagpt.checkpoint.pieces import WEIGHT, Index, Logical, Piece, Reader
 from megagpt.checkpoint.state import State, read_state
 from megagpt.checkpoint.whole import write_tables
 from megagpt.errors import UserError
+from megagpt.files import flush
 
 Rows = Callable[[str, str, range], Iterable[np.ndarray]]
 """(key, name, rows) -> the values of these rows in order, in parts of any size."""

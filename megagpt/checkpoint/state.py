@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megagpt.checkpoint.durable import require_regular
 from megagpt.config import RunConfig
 from megagpt.errors import UserError
+from megagpt.files import require_regular
 from megagpt.schedule import Schedule
 
 NAME = "state.json"
@@ -24,7 +24,7 @@ class State:
 
     step: steps done. samples, tokens: consumed by them. lr: of the last step. counters: what the engine counts, the
     loss scale included. skipped_steps: those whose batch is left out (faults). guard: what the next step is judged by
-    (engine/guard.py). noise_scale: its averages, where it is measured. config: the whole configuration, schedule
+    (train/faults/guard.py). noise_scale: its averages, where it is measured. config: the whole configuration, schedule
     included. data: its identity. layout: of the run that wrote this, to be shown. validation_loss: at this step, None
     where it was not measured. origin: how it came to be, where not by training ("mean of …").
     """

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megagpt.checkpoint import pieces, state, sums
-from megagpt.checkpoint.durable import replace_text
 from megagpt.checkpoint.pieces import Index, Reader
 from megagpt.checkpoint.state import State
 from megagpt.errors import UserError
+from megagpt.files import replace_text
 
 
 def write_tables(folder: Path, index: Index, at: State, tensor_sums: dict[str, str]) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from megagpt.config.checks import positive, require
+from megagpt.config.kernels import Kernels
 from megagpt.errors import UserError
-from megagpt.kernels import Kernels
 
 MAX_INCREMENTS = 10_000  # of a batch or a sequence length: each is a row of the schedule
 

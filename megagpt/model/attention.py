@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from megagpt.config import ModelConfig
-from megagpt.kernels import AUTO, Kernels, attention_lacks, attention_runs
+from megagpt.config.kernels import AUTO, Kernels, attention_lacks, attention_runs
 from megagpt.model.dropout import Dropout, block_site
 from megagpt.model.init import Init
 from megagpt.model.masks import Masks

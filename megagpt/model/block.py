@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config import ModelConfig
-from megagpt.kernels import AUTO, Kernels
+from megagpt.config.kernels import AUTO, Kernels
 from megagpt.model.attention import Attention
 from megagpt.model.dropout import Dropout, block_site
 from megagpt.model.init import Init

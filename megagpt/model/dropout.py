@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megagpt.kernels import AUTO, Kernels
+from megagpt.config.kernels import AUTO, Kernels
 from megagpt.ops.bias_dropout_add import bias_dropout_add
 from megagpt.ops.dropout import dropout
 from megagpt.parallel.linear import Epilogue

@@ -8,13 +8,13 @@ from __future__ import annotations
 from torch import nn
 
 from megagpt.config import ModelConfig
+from megagpt.inventory.factorised_sizes import check_mlp
 from megagpt.model.factorised_butterfly import ButterflyColumn, ButterflyRow
 from megagpt.model.factorised_low_rank import LowRankColumn, LowRankRow
 from megagpt.model.factorised_monarch import MonarchColumn, MonarchRow
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megagpt.parallel.parameter import NamedNormal
-from megagpt.plan.factorised_sizes import check_mlp
 
 
 def up_matrix(config: ModelConfig, axis: Axis, draw: NamedNormal, *, partial: bool = False) -> nn.Module:

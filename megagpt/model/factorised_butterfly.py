@@ -27,12 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megagpt.inventory.factorised_sizes import Butterfly
 from megagpt.model.factorised_base import FactorisedColumn, FactorisedRow, dense_std
 from megagpt.model.factorised_monarch import grid_product
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to
 from megagpt.parallel.parameter import NamedNormal, replicated
-from megagpt.plan.factorised_sizes import Butterfly
 
 
 class ButterflyColumn(FactorisedColumn):

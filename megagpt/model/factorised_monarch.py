@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megagpt.inventory.factorised_sizes import monarch_grid
 from megagpt.model.factorised_base import FactorisedColumn, FactorisedRow, two_factors
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to
 from megagpt.parallel.parameter import NamedNormal, sharded
-from megagpt.plan.factorised_sizes import monarch_grid
 
 
 def grid_product(x_I: Tensor, first: Tensor, second: Tensor) -> Tensor:

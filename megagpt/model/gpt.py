@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
-from megagpt.kernels import AUTO, Kernels
+from megagpt.config.kernels import AUTO, Kernels
 from megagpt.model.attention import attention_ops
 from megagpt.model.block import Block
 from megagpt.model.dropout import EMBEDDING_SITE, Dropout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
-from megagpt.kernels import AUTO, Kernels
+from megagpt.config.kernels import AUTO, Kernels
 from megagpt.model.factorised import down_matrix, up_matrix
 from megagpt.model.init import Init
 from megagpt.ops.activation import Kind, activation

@@ -7,7 +7,7 @@ from typing import overload
 from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
-from megagpt.kernels import AUTO, Kernels
+from megagpt.config.kernels import AUTO, Kernels
 from megagpt.model.init import Init
 from megagpt.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from megagpt.parallel.parameter import replicated

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
-from megagpt.kernels import AUTO, Kernels
+from megagpt.config.kernels import AUTO, Kernels
 from megagpt.ops.rotary import ntk_base, rotary, rotary_tables
 from megagpt.ops.softmax import alibi_slopes
 

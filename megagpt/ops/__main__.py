@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from megagpt.errors import run_cli
-from megagpt.ops.new import EXAMPLE, FILES, NEXT, lay
+from tools.new_op import EXAMPLE, FILES, NEXT, lay
 
 
 def main() -> None:
@@ -38,8 +38,8 @@ def new_op(name: str) -> None:
 
 def list_ops() -> None:
     """Print a line per op and device: what runs there, and why."""
-    from megagpt.ops.case import all_specs  # slow to import, and not needed to lay files
     from megagpt.ops.library import DTYPES, kernel_status  # likewise
+    from tests.ops.case import all_specs  # slow to import, and not needed to lay files
 
     rows = [
         (spec.op, device, *kernel_status(spec.op, device)) for spec in all_specs() if spec.branches for device in DTYPES

@@ -7,10 +7,10 @@ import pkgutil
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from megagpt.config.kernels import Kernels
 from megagpt.errors import UserError
-from megagpt.kernels import Kernels
-from megagpt.ops import cases
 from megagpt.ops.library import has_kernel, kernel_status
+from tests.ops import cases
 
 
 class Status(NamedTuple):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 from megagpt.config import ModelConfig, RunConfig, divisors, require
+from megagpt.config.kernels import Kernels, attention_lacks
 from megagpt.config.train import MAX_INCREMENTS
 from megagpt.errors import UserError
-from megagpt.kernels import Kernels, attention_lacks
-from megagpt.plan.factorised_sizes import check_mlp
+from megagpt.inventory.factorised_sizes import check_mlp
 from megagpt.schedule import Schedule
 
 

@@ -19,10 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megagpt.config import ModelConfig, ParallelConfig, RunConfig
-from megagpt.kernels import Kernels, attention_runs
-from megagpt.plan.factorised_sizes import mlp_kept_width
-from megagpt.plan.optimizer_sizes import state_bytes
-from megagpt.plan.sizes import layer_sizes
+from megagpt.config.kernels import Kernels, attention_runs
+from megagpt.inventory.factorised_sizes import mlp_kept_width
+from megagpt.inventory.optimizer_sizes import state_bytes
+from megagpt.inventory.sizes import layer_sizes
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # bf16 gradients accumulate in fp32

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from megagpt.errors import UserError
-from megagpt.plan.sizes import LayerSize
+from megagpt.inventory.sizes import LayerSize
 
 METHODS = ("flops", "parameters", "uniform")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megagpt.config import RunConfig
+from megagpt.inventory.sizes import LayerSize, layer_sizes, tied_copy, vocab_local
 from megagpt.plan.checks import (
     check_attention,
     check_batch,
@@ -17,7 +18,6 @@ from megagpt.plan.checks import (
 )
 from megagpt.plan.memory import Memory, estimate_memory, micro_batches_in_flight
 from megagpt.plan.partition import stage_bounds
-from megagpt.plan.sizes import LayerSize, layer_sizes, tied_copy, vocab_local
 
 
 @dataclass(frozen=True)

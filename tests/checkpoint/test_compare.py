@@ -11,7 +11,7 @@ import pytest
 from megagpt.checkpoint import chunks
 from megagpt.checkpoint.compare import Difference, differing_fields, differing_tensors, summaries
 from megagpt.checkpoint.pieces import Reader
-from tests.written_checkpoint import gpt2_tensors, state_of, write_checkpoint
+from tests.checkpoint.written_checkpoint import gpt2_tensors, state_of, write_checkpoint
 
 
 @pytest.fixture(autouse=True)

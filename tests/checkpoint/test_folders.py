@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint.durable import replace_text
 from megagpt.checkpoint.sums import sha256_of
 from megagpt.checkpoint.whole import damage_of
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
-from tests.written_checkpoint import write_checkpoint
+from megagpt.files import replace_text
+from tests.checkpoint.written_checkpoint import write_checkpoint
 
 TINY = {"weight": {"x": np.zeros(2, np.float32)}}
 

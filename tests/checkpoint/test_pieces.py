@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from megagpt.checkpoint import pieces
 from megagpt.checkpoint.pieces import Index, Logical, Piece, Reader
 from megagpt.errors import UserError
-from tests.written_checkpoint import seal, write_checkpoint
+from tests.checkpoint.written_checkpoint import seal, write_checkpoint
 
 
 @st.composite

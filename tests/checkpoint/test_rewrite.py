@@ -20,7 +20,7 @@ from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import read_state
 from megagpt.checkpoint.whole import damage_of
 from megagpt.errors import UserError
-from tests.written_checkpoint import KEYS, gpt2_tensors, write_checkpoint
+from tests.checkpoint.written_checkpoint import KEYS, gpt2_tensors, write_checkpoint
 
 
 def merged(folder: Path) -> dict[str, np.ndarray]:

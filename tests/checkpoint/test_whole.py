@@ -19,7 +19,7 @@ from megagpt.checkpoint.state import State, check_resumable, read_state, state_j
 from megagpt.checkpoint.whole import damage_of, read_tables, write_tables
 from megagpt.config import ModelConfig, RunConfig, TrainConfig
 from megagpt.errors import UserError
-from tests.written_checkpoint import MODEL, seal, state_of, write_checkpoint
+from tests.checkpoint.written_checkpoint import MODEL, seal, state_of, write_checkpoint
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import pytest
 from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megagpt.data.indexed import IndexedWriter
+from megagpt.data.indexed.dataset import IndexedWriter
 from megagpt.errors import run_cli
-from megagpt.launch import pretrain
+from megagpt.train.pretrain import pretrain
 from tests.bad_inputs import GOOD_LINE, contents
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def run_training(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         captured = capsys.readouterr()
         return Outcome(int(exit_info.value.code or 0), captured.out, captured.err)
 
-    monkeypatch.setitem(sys.modules, "megagpt.train", SimpleNamespace(train=lambda config: sys.exit(-1)))
+    monkeypatch.setitem(sys.modules, "megagpt.train.loop", SimpleNamespace(train=lambda config: sys.exit(-1)))
     monkeypatch.setattr(os, "_exit", sys.exit)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

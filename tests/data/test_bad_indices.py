@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagpt.data.indexed import IndexedDataset, IndexedWriter
+from megagpt.data.indexed.dataset import IndexedDataset, IndexedWriter
 from megagpt.errors import UserError
 from tests.bad_inputs import numbered
 

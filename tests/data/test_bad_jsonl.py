@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megagpt.data.indexed import IndexedDataset
+from megagpt.data.indexed.dataset import IndexedDataset
 from tests.bad_inputs import GOOD_LINE, numbered
 
 ROOT = Path(__file__).parents[2]

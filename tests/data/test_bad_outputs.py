@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.data.indexed import IndexedDataset
+from megagpt.data.indexed.dataset import IndexedDataset
 from tests.bad_inputs import GOOD_LINE, contents
 
 ROOT = Path(__file__).parents[2]

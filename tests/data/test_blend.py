@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from megagpt.data.blend import Blend, build_splits, parse_data_path
-from megagpt.data.indexed import IndexedDataset, IndexedWriter
-from megagpt.data.samples import GPTSamples
+from megagpt.data.indexed.blend import Blend, build_splits, parse_data_path
+from megagpt.data.indexed.dataset import IndexedDataset, IndexedWriter
+from megagpt.data.indexed.samples import GPTSamples
 from megagpt.errors import UserError
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from megagpt.config import DataConfig
-from megagpt.data import corpus
-from megagpt.data.corpus import default_cache_dir, default_corpus
-from megagpt.data.indexed import IndexedDataset, verify
-from megagpt.data.tokenizer import tokenizer_for
+from megagpt.data.indexed.dataset import IndexedDataset, verify
+from megagpt.data.text import corpus
+from megagpt.data.text.corpus import default_cache_dir, default_corpus
+from megagpt.data.tokenizers.tokenizer import tokenizer_for
 from megagpt.errors import UserError
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

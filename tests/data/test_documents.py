@@ -11,8 +11,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.data import documents
-from megagpt.data.documents import find_inputs, read_blocks, texts
+from megagpt.data.text import documents
+from megagpt.data.text.documents import find_inputs, read_blocks, texts
 from megagpt.errors import UserError
 
 LIMIT = 1 << 20

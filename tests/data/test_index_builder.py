@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.data import index_builder as maps
+from megagpt.data.indexed import index_builder as maps
 
 cpp = pytest.importorskip("megagpt._index_builder", reason="the C++ extension is not built: run `make build`")
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=60)

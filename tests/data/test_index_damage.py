@@ -31,7 +31,7 @@ def test_a_reader_that_does_not_look_is_caught(tmp_path: Path, monkeypatch: pyte
     moved = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in boundaries]
     counts = index_damage.count_outcomes(index_damage.opened, prefix, ".idx", iter(moved))
     assert counts[BY_HASH] > 100 and counts[SILENT] == 0
-    monkeypatch.setattr("megagpt.data.indexed.read_meta", lambda prefix: None)
+    monkeypatch.setattr("megagpt.data.indexed.dataset.read_meta", lambda prefix: None)
     assert index_damage.count_outcomes(index_damage.opened, prefix, ".idx", iter(moved))[SILENT] == counts[BY_HASH]
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.indexed import IndexedDataset, IndexedWriter, verify
-from megagpt.data.meta import DatasetMeta, read_meta
-from megagpt.data.mmididx import HEADER, dtype_for
+from megagpt.data.indexed.dataset import IndexedDataset, IndexedWriter, verify
+from megagpt.data.indexed.meta import DatasetMeta, read_meta
+from megagpt.data.indexed.mmididx import HEADER, dtype_for
 from megagpt.errors import UserError
 
 META = DatasetMeta(
@@ -89,7 +89,7 @@ def test_chunked_tail_of_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """The same file whatever the size of the chunks in which it is completed."""
     documents = [[1] * (i % 4) for i in range(50)]
     _write(tmp_path / "whole", documents, np.uint16)
-    monkeypatch.setattr("megagpt.data.mmididx.CHUNK", 7)
+    monkeypatch.setattr("megagpt.data.indexed.mmididx.CHUNK", 7)
     _write(tmp_path / "chunks", documents, np.uint16)
     assert (tmp_path / "whole.idx").read_bytes() == (tmp_path / "chunks.idx").read_bytes()
 

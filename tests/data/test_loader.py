@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from megagpt.config import ModelConfig, RunConfig, TrainConfig
-from megagpt.data.blend import build_splits
-from megagpt.data.indexed import IndexedWriter
+from megagpt.data.indexed.blend import build_splits
+from megagpt.data.indexed.dataset import IndexedWriter
 from megagpt.data.loader import micro_batches
 from megagpt.errors import UserError
 

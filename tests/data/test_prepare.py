@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagpt.data import prepare as prepare_module
-from megagpt.data.documents import BLOCK_BYTES
-from megagpt.data.indexed import IndexedDataset, verify
-from megagpt.data.meta import read_meta
-from megagpt.data.prepare import Progress, TokenizerFiles, prepare
-from megagpt.data.tokenizer import build_tokenizer
+from megagpt.data.indexed.dataset import IndexedDataset, verify
+from megagpt.data.indexed.meta import read_meta
+from megagpt.data.text import prepare as prepare_module
+from megagpt.data.text.documents import BLOCK_BYTES
+from megagpt.data.text.prepare import Progress, TokenizerFiles, prepare
+from megagpt.data.tokenizers.tokenizer import build_tokenizer
 from megagpt.errors import UserError
 
 BYTES = TokenizerFiles(kind="bytes")

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagpt.data.indexed import IndexedDataset
-from megagpt.data.samples import GPTSamples, split_bounds
+from megagpt.data.indexed.dataset import IndexedDataset
+from megagpt.data.indexed.samples import GPTSamples, split_bounds
 from megagpt.errors import UserError
 
 

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer as HfLibrary
 from tokenizers import pre_tokenizers
 
 from megagpt.config import DataConfig
-from megagpt.data import tokenizer_gpt2
-from megagpt.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_for
-from megagpt.data.tokenizer_files import byte_alphabet
+from megagpt.data.tokenizers import gpt2 as tokenizer_gpt2
+from megagpt.data.tokenizers.files import byte_alphabet
+from megagpt.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, tokenizer_for
 from megagpt.errors import UserError
 
 NASTY = [

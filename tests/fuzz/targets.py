@@ -19,8 +19,8 @@ import numpy as np
 
 from megagpt.cli import parse_run_config, read_config, to_yaml
 from megagpt.cli.yaml_file import read_yaml
-from megagpt.data.documents import find_inputs, read_blocks, texts
-from megagpt.data.indexed import IndexedDataset, verify
+from megagpt.data.indexed.dataset import IndexedDataset, verify
+from megagpt.data.text.documents import find_inputs, read_blocks, texts
 from megagpt.errors import UserError
 
 Target = Callable[[bytes, Path], None]

@@ -12,19 +12,19 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torchs_flex_attention
 
 from megagpt.config import ModelConfig
+from megagpt.config.kernels import ATTENTION_CHOICES, AUTO, Kernels, attention_lacks, attention_runs
 from megagpt.config.pattern import Pattern
-from megagpt.kernels import ATTENTION_CHOICES, AUTO, Kernels, attention_lacks, attention_runs
 from megagpt.model.attention import Attention, attention_ops, attention_status
 from megagpt.model.gpt import GPT
 from megagpt.model.init import Init
 from megagpt.model.masks import Masks
 from megagpt.parallel.axis import SINGLE, Axis
-from megagpt.parallel.local import run_ranks
 from megagpt.parallel.parameter import part_of
-from megagpt.parity import Layout, compare, parity_config, run_layout
+from megagpt.processes.local import run_ranks
 from tests.logical import assemble
 from tests.model.test_gpt import loss_and_gradients, tensor_parallel
 from tests.model.test_masks import by_loops
+from tests.parity.walk import Layout, compare, parity_config, run_layout
 from tests.tolerances import assert_close, assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -18,8 +18,8 @@ from megagpt.config import ModelConfig
 from megagpt.model.block import Block
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE, Axis
-from megagpt.parallel.local import run_ranks
 from megagpt.parallel.parameter import part_of
+from megagpt.processes.local import run_ranks
 
 BASE = ModelConfig(n_layers=2, d_model=24, n_heads=3, d_ff=40, seq_len=10, vocab_size=37, activation="gelu")
 NO_BIASES = {"bias_attention": False, "bias_mlp": False, "bias_norm": False}

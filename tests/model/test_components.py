@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from megagpt.config import ModelConfig
-from megagpt.kernels import Kernels
+from megagpt.config.kernels import Kernels
+from megagpt.hf import load_logical
 from megagpt.model.gpt import GPT
-from megagpt.model.hf import load_logical
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.parameter import part_of
 from tests.tolerances import assert_close

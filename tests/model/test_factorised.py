@@ -13,16 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.config import ModelConfig
 from megagpt.errors import UserError
+from megagpt.inventory.factorised_sizes import check_mlp, mlp_kept_width, mlp_matrix_flops, mlp_matrix_params
 from megagpt.model.factorised import down_matrix, up_matrix
 from megagpt.model.init import Init
 from megagpt.parallel.axis import SINGLE, Axis
-from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh
 from megagpt.parallel.parameter import NamedNormal, part_of
-from megagpt.parity import REFERENCE, Layout, compare, parity_config, require_lively, run_layout
-from megagpt.plan.factorised_sizes import check_mlp, mlp_kept_width, mlp_matrix_flops, mlp_matrix_params
+from megagpt.processes.local import run_ranks
 from tests.logical import Parts, assemble, gradient_parts
 from tests.model.plain_factorised import butterfly_dense, monarch_dense
+from tests.parity.walk import REFERENCE, Layout, compare, parity_config, require_lively, run_layout
 from tests.tolerances import assert_close, assert_equal
 
 # d_model is no power of two; d_ff fills neither whole butterflies nor, with 40, whole groups of their units.

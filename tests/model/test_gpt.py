@@ -11,15 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.config import ModelConfig
-from megagpt.kernels import AUTO, Kernels
+from megagpt.config.kernels import AUTO, Kernels
 from megagpt.model.dropout import Dropout
 from megagpt.model.gpt import GPT
 from megagpt.ops.dropout import dropout
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.embedding import gather_logits
-from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh
 from megagpt.parallel.parameter import NamedNormal, part_of
+from megagpt.processes.local import run_ranks
 from tests.logical import Parts, assemble, gradient_parts
 from tests.tolerances import assert_close, assert_equal
 

@@ -14,9 +14,9 @@ from megagpt.model.loss import vocab_parallel_cross_entropy
 from megagpt.ops import cross_entropy as op_module
 from megagpt.ops.library import MISSING_KERNELS
 from megagpt.parallel.axis import SINGLE, Axis
-from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh
 from megagpt.parallel.parameter import Part, part_of, sharded
+from megagpt.processes.local import run_ranks
 from tests.tolerances import assert_close, assert_equal
 
 needs_kernels = pytest.mark.skipif(MISSING_KERNELS is not None, reason=f"no compiled kernels: {MISSING_KERNELS}")

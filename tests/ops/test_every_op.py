@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagpt.ops import proof
-from megagpt.ops.case import Case, Spec, all_specs
 from megagpt.ops.library import EMULATED_CUDA, KERNEL_DTYPES, MISSING_KERNELS
+from tests.ops import proof
+from tests.ops.case import Case, Spec, all_specs
 
 SPECS = all_specs()
 CASES = [pytest.param(case, id=f"{spec.op}-{case.name}") for spec in SPECS for case in spec.cases]

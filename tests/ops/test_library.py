@@ -15,8 +15,8 @@ import torch
 
 import megagpt
 from megagpt.ops import library
-from megagpt.ops.case import all_specs
 from megagpt.ops.softcap import softcap
+from tests.ops.case import all_specs
 
 PROGRAM = """
 import json, torch, megagpt

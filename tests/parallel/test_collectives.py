@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.collectives import all_reduce, copy_to, gather_from, reduce_from
-from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh
+from megagpt.processes.local import run_ranks
 from tests.tolerances import assert_close, assert_equal
 
 COLLECTIVES = {"copy": copy_to, "reduce": reduce_from, "gather": gather_from}

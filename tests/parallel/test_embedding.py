@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.embedding import ROW_MULTIPLE, VocabParallelEmbedding, vocab_parallel_logits
-from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh
 from megagpt.parallel.parameter import part_of
+from megagpt.processes.local import run_ranks
 from tests.logical import Parts, assemble, gradient_parts
 from tests.tolerances import assert_close, assert_equal
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to
 from megagpt.parallel.kv_linear import HeadsLinear
-from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh
+from megagpt.processes.local import run_ranks
 from tests.logical import Parts, assemble, gradient_parts
 from tests.tolerances import assert_close, assert_equal
 

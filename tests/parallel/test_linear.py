@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh
+from megagpt.processes.local import run_ranks
 from tests.logical import Parts, assemble, gradient_parts
 from tests.tolerances import assert_close, assert_equal
 

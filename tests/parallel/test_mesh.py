@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from megagpt.errors import UserError
-from megagpt.parallel.agree import together
-from megagpt.parallel.local import run_ranks
 from megagpt.parallel.mesh import build_mesh, single_process_mesh
+from megagpt.processes.agree import together
+from megagpt.processes.local import run_ranks
 
 
 def members(pp: int, dp: int, tp: int) -> dict:

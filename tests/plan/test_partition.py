@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.config import ModelConfig
+from megagpt.inventory.sizes import layer_sizes
 from megagpt.plan.partition import balance, stage_bounds
-from megagpt.plan.sizes import layer_sizes
 
 
 def heaviest(weights, counts, first, last) -> int:

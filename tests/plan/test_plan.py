@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.errors import UserError
+from megagpt.inventory.sizes import VOCAB_MULTIPLE, layer_sizes
 from megagpt.model.gpt import GPT, layer_list
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.embedding import ROW_MULTIPLE
 from megagpt.plan.plan import make_plan
-from megagpt.plan.sizes import VOCAB_MULTIPLE, layer_sizes
 
 SMALL = ModelConfig(n_layers=6, d_model=48, n_heads=6, seq_len=32, vocab_size=1000)
 

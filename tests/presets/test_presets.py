@@ -15,11 +15,11 @@ from rich.console import Console
 
 from megagpt.cli import parse_run_config
 from megagpt.config import ModelConfig, RunConfig
+from megagpt.inventory.sizes import layer_sizes
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.parameter import part_of
 from megagpt.plan.plan import make_plan
-from megagpt.plan.sizes import layer_sizes
 from megagpt.plan.table import plan_table
 from megagpt.presets import preset_names, preset_path
 from megagpt.schedule import Schedule

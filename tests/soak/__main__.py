@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import conditions
-from megagpt.parallel.local import warm_up
+from megagpt.processes.local import warm_up
 from tests.soak.case import Layout, make_dataset
 from tests.soak.chain import Chain, Cycle, Reference, make_chain, make_reference, run_chain
 from tests.soak.moment import WINDOWS

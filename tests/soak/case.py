@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from megagpt.data.prepare import TokenizerFiles, prepare
+from megagpt.data.text.prepare import TokenizerFiles, prepare
 
 STEPS, SAVE_INTERVAL, BATCH = 15, 3, 8
 # Seconds until the survivors of a kill must have ended by themselves. Generous: the machine may be busy.

@@ -24,11 +24,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from megagpt.checkpoint.restore import find_whole
 from megagpt.checkpoint.whole import damage_of
-from megagpt.engine.restore import find_whole
 from megagpt.errors import UserError
-from megagpt.parallel.local import run_ranks
-from tests.written_checkpoint import KEYS, write_checkpoint
+from megagpt.processes.local import run_ranks
+from tests.checkpoint.written_checkpoint import KEYS, write_checkpoint
 
 FOUND_BY = {
     "form of latest": r"which names no checkpoint|no checkpoint in ",

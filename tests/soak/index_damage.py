@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data.indexed import IndexedDataset, IndexedWriter, verify
-from megagpt.data.meta import DatasetMeta
+from megagpt.data.indexed.dataset import IndexedDataset, IndexedWriter, verify
+from megagpt.data.indexed.meta import DatasetMeta
 from megagpt.errors import UserError
 
 N_DOCUMENTS = 1000

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from megagpt import metrics_file
+from megagpt.train import metrics_file
 from tests.soak.case import SAVE_INTERVAL, STEPS
 from tests.soak.moment import DELETING, EMPTY, INDEX, POINTER, QUIET, RENAMED, SUMS, TENSORS, Look, look
 from tests.soak.ranks import Job

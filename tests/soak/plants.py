@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import megagpt.run
-import megagpt.train
-from megagpt.engine import checkpoint
+import megagpt.train.loop
+import megagpt.train.run
+from megagpt.checkpoint import save as checkpoint
 
 
 def one_step_off() -> None:
@@ -24,13 +24,13 @@ def one_step_off() -> None:
 
 def dropout_keyed_anew() -> None:
     """Dropout masks are keyed by something that a restart changes."""
-    micro_batches = megagpt.train.micro_batches
+    micro_batches = megagpt.train.loop.micro_batches
 
     def shifted(*args: Any, **kwargs: Any) -> Any:
         for batch in micro_batches(*args, **kwargs):
             yield dataclasses.replace(batch, sample_ids_B=batch.sample_ids_B + 1000)
 
-    megagpt.train.micro_batches = shifted
+    megagpt.train.loop.micro_batches = shifted
 
 
 def moment_not_restored() -> None:
@@ -59,12 +59,12 @@ def one_bit_of_one_weight() -> None:
 
 def other_samples() -> None:
     """The order of the samples is another one, with the same count."""
-    build_splits = megagpt.run.build_splits
+    build_splits = megagpt.train.run.build_splits
 
     def another(data_path: Any, split: Any, seq_len: Any, seed: int, counts: Any) -> Any:
         return build_splits(data_path, split, seq_len, seed + 1, counts)
 
-    megagpt.run.build_splits = another
+    megagpt.train.run.build_splits = another
 
 
 PLANTS: dict[str, Callable[[], None]] = {

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from megagpt.launch import pretrain
+from megagpt.train.pretrain import pretrain
 
 
 def rank_main(rank: int, n_ranks: int, port: int, argv: list[str], notes: str, plant: str | None) -> None:
@@ -27,7 +27,7 @@ def rank_main(rank: int, n_ranks: int, port: int, argv: list[str], notes: str, p
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_SIZE=str(n_ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     importlib.import_module("torch").set_num_threads(1)
-    gc.freeze()  # as in parallel/local.py
+    gc.freeze()  # as in processes/local.py
     record_reads(Path(notes + ".reads"))
     try:
         if plant is not None:
@@ -40,7 +40,7 @@ def rank_main(rank: int, n_ranks: int, port: int, argv: list[str], notes: str, p
 
 def record_reads(path: Path) -> None:
     """From here on this process writes down each training sample that it reads: its position, a hash of its tokens."""
-    run: Any = importlib.import_module("megagpt.run")
+    run: Any = importlib.import_module("megagpt.train.run")
     build_splits = run.build_splits
     file = path.open("a", buffering=1, encoding="ascii")
 

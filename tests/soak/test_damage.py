@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megagpt.checkpoint import sums
-from megagpt.parallel.local import run_ranks
+from megagpt.processes.local import run_ranks
 from tests.soak.damage import FOUND_BY, Counts, cuts, damage_and_look, flip, flips, make_run
 
 N_FLIPS, N_CUTS = 80, 20

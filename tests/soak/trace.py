@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagpt import metrics_file
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import read_state
+from megagpt.train import metrics_file
 
 EXACT = ("loss", "grad_norm", "lr", "tokens", "validation_loss", "bits_per_byte")  # and no times
 

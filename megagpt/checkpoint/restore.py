@@ -1,0 +1,111 @@
+"""Going back to a checkpoint: finding one that is whole, and its weights into a model. Needs no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megagpt.checkpoint import folders, sums
+from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
+from megagpt.checkpoint.whole import read_tables
+from megagpt.errors import UserError
+from megagpt.model.gpt import GPT
+from megagpt.parallel.parameter import Part
+from megagpt.processes.agree import RankError, together
+from megagpt.train.step.named import named_parameters
+
+
+def find_whole(
+    path: str | Path,
+    fallback: bool,
+    say: Callable[[str], None],
+    *,
+    newest_will_do: bool = False,
+    keys: Iterable[str] | None = None,
+) -> Path:
+    """The checkpoint that --load means, after every byte of it was compared with its hash; the ranks share the work.
+
+    fallback: where it is damaged, take the newest whole one before it. newest_will_do: where the run's `latest` means
+    none, as a crash before the first time it is written leaves it, begin with the newest. keys: look at the tensors of
+    these only.
+    Comm: collective over all ranks.  Raises a RankError that names what is damaged, and what is whole.
+    """
+    first = together(lambda: _first(path, newest_will_do))
+    wrong = damage_of(first, keys)
+    if not wrong:
+        return first
+    for older in folders.older_than(first):
+        if not damage_of(older, keys):
+            if fallback:
+                say(f"note: {wrong[0]}; going back to {older} (--load-fallback)")
+                return older
+            step, run = folders.step_of(older), older.parent.parent
+            raise RankError(
+                f"{wrong[0]}{_more(wrong)}; step {step} is whole: --load {run}@{step}, or add --load-fallback",
+                speaks=dist.get_rank() == 0,
+            )
+    raise RankError(f"{wrong[0]}{_more(wrong)}; no checkpoint before it is whole", speaks=dist.get_rank() == 0)
+
+
+def damage_of(folder: Path, keys: Iterable[str] | None = None) -> list[str]:
+    """What is wrong with a checkpoint, the same list on every rank; empty where all is as it was written.
+
+    Comm: one all-gather of the findings: each rank reads its share of the files.
+    """
+    try:
+        hashes = read_tables(folder)
+    except UserError as error:
+        found = [str(error)]
+    else:
+        names = [n for n in sorted(hashes) if keys is None or n.split("-")[0] in set(keys)]
+        found = sums.damage(folder, names[dist.get_rank() :: dist.get_world_size()], hashes)
+    ranks: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(ranks, found)
+    return sorted({finding for rank in ranks for finding in rank})
+
+
+def read_part(reader: Reader, key: str, name: str, part: Part) -> torch.Tensor:
+    """This rank's part of a logical tensor, fp32, without padding.
+
+    Raises UserError where the checkpoint has none of that name and shape.
+    """
+    if reader.shape(key, name) != part.shape:
+        raise UserError(
+            f"{reader.folder}: {name} has shape {reader.shape(key, name)}, this model wants {part.shape}; "
+            "it is of another architecture"
+        )
+    start, shape = [0] * len(part.shape), list(part.shape)
+    if part.dim is not None:
+        start[part.dim], shape[part.dim] = part.start, part.length
+    return torch.from_numpy(reader.read(key, name, tuple(start), tuple(shape)))
+
+
+def load_weights(model: GPT, folder: Path, key: str = WEIGHT) -> None:
+    """Read the weights into a model that no engine holds (evaluation, generation), or their average (key "ema").
+
+    Comm: none.  Raises UserError where the checkpoint has none.
+    """
+    with Reader(folder) as reader:
+        if key == AVERAGE and key not in reader.index:
+            raise UserError(
+                f"{folder} has no average of the weights: its run had no --optim.ema-decay; use --weights last"
+            )
+        for named in named_parameters(model):
+            named.part.unpadded(named.parameter.data).copy_(read_part(reader, key, named.name, named.part))
+
+
+def _first(path: str | Path, newest_will_do: bool) -> Path:
+    try:
+        return folders.find(path)
+    except UserError:
+        newest = folders.checkpoints_of(folders.run_of(path))[-1:]
+        if not newest_will_do or not newest:
+            raise
+        return newest[0]
+
+
+def _more(findings: list[str]) -> str:
+    return f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""

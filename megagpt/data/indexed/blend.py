@@ -1,0 +1,138 @@
+"""Weighted mixtures of datasets, and the three splits of a run.
+
+Sample s of a blend comes from the dataset that lags most behind its weight: Megatron's greedy rule, without
+random numbers. The choice is prefix-stable: a longer blend begins with the shorter one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from megagpt.data.indexed.dataset import IndexedDataset
+from megagpt.data.indexed.index_builder import build_blending_indices
+from megagpt.data.indexed.samples import GPTSamples, split_bounds
+from megagpt.errors import UserError
+
+_SURPLUS = 0.005  # Megatron's mid_level_dataset_surplus: part of the format, it can add an epoch
+_MAX_DATASETS = 32766  # the choice is kept as int16, as in Megatron
+
+
+class Blend:
+    """Samples of several datasets: `choice` says for each which dataset, and which of its samples."""
+
+    def __init__(self, datasets: Sequence[GPTSamples], choice: tuple[np.ndarray, np.ndarray]) -> None:
+        self.datasets = list(datasets)
+        self.dataset_index, self.dataset_sample_index = choice
+
+    def __len__(self) -> int:
+        return len(self.dataset_index)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Tokens of sample i. **Shapes**: int64[seq_len + 1]."""
+        dataset, sample = self._locate(i)
+        return dataset[sample]
+
+    def sources_of(self, i: int) -> list[tuple[str, int, int, int]]:
+        """The pieces of sample i, in order: (dataset prefix, document, first token, number of tokens)."""
+        dataset, sample = self._locate(i)
+        return dataset.sources_of(sample)
+
+    def _locate(self, i: int) -> tuple[GPTSamples, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        return self.datasets[self.dataset_index[i]], int(self.dataset_sample_index[i])
+
+
+Samples = GPTSamples | Blend
+
+
+def build_splits(
+    data_path: Sequence[str], split: str, seq_len: int, seed: int, num_samples: tuple[int, int, int]
+) -> tuple[Samples | None, Samples | None, Samples | None]:
+    """Train, validation and test samples; None for a split that is empty or of which 0 samples are asked.
+
+    **Raises** `UserError` for malformed arguments, unreadable data, or a split too small for one sample.
+    """
+    weighted = parse_data_path(data_path)
+    datasets = [IndexedDataset(prefix) for _, prefix in weighted]
+    bounds = [split_bounds(split, len(dataset)) for dataset in datasets]
+
+    def build(which: int) -> Samples | None:
+        parts = [(dataset, bound[which]) for dataset, bound in zip(datasets, bounds, strict=True)]
+        if num_samples[which] == 0 or all(start == stop for _, (start, stop) in parts):
+            return None
+        if len(data_path) == 1:
+            return _samples(*parts[0], num_samples[which], seq_len, seed)
+        return _blend(parts, [weight for weight, _ in weighted], num_samples[which], seq_len, seed)
+
+    return build(0), build(1), build(2)
+
+
+def sources(samples: Samples) -> list[IndexedDataset]:
+    """The datasets that samples come from, in the order of data_path."""
+    return [samples.dataset] if isinstance(samples, GPTSamples) else [part.dataset for part in samples.datasets]
+
+
+def parse_data_path(data_path: Sequence[str]) -> list[tuple[float, str]]:
+    """(weight, prefix) of each dataset, from `("A",)` or `("0.7", "A", "0.3", "B")`.
+
+    **Raises** `UserError` naming the word that is wrong.
+    """
+    if len(data_path) == 1:
+        return [(1.0, data_path[0])]
+    shown = f'data.data_path="{" ".join(data_path)}"'
+    if not data_path or len(data_path) % 2:
+        raise UserError(f"{shown} must be one prefix, or pairs of weight and prefix; try 0.7 A 0.3 B")
+    weights, prefixes = data_path[::2], list(data_path[1::2])
+    for weight in weights:
+        if not _is_positive(weight):
+            raise UserError(f'{shown}: weight "{weight}" must be a number above 0; try 0.7 A 0.3 B')
+    for prefix in prefixes:
+        if prefixes.count(prefix) > 1:
+            raise UserError(f"{shown}: {prefix} is there twice; name it once, with the sum of its weights")
+    if len(prefixes) > _MAX_DATASETS:
+        raise UserError(f"data.data_path: {len(prefixes)} datasets, at most {_MAX_DATASETS}; merge some")
+    return [(float(weight), prefix) for weight, prefix in zip(weights, prefixes, strict=True)]
+
+
+def _blend(
+    parts: Sequence[tuple[IndexedDataset, tuple[int, int]]],
+    weights: Sequence[float],
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+) -> Blend:
+    """At least num_samples samples. Sizes are Megatron's: they decide about epochs, thus the order."""
+    shares = _normalized(weights)
+    targets = [math.ceil(num_samples * share) for share in shares.tolist()]
+    # Normalised again, as there: a last bit decides ties.
+    choice = build_blending_indices(_normalized(shares), sum(targets))
+    taken = np.bincount(choice[0], minlength=len(parts)).tolist()
+    datasets = []
+    for (dataset, documents), target, needed in zip(parts, targets, taken, strict=True):
+        samples = _samples(dataset, documents, math.ceil(target * (1 + _SURPLUS)), seq_len, seed)
+        if len(samples) < needed:  # many datasets and few samples: Megatron gives up here
+            samples = _samples(dataset, documents, needed, seq_len, seed)
+        datasets.append(samples)
+    return Blend(datasets, choice)
+
+
+def _samples(
+    dataset: IndexedDataset, documents: tuple[int, int], num_samples: int, seq_len: int, seed: int
+) -> GPTSamples:
+    return GPTSamples(dataset, documents=documents, num_samples=num_samples, seq_len=seq_len, seed=seed)
+
+
+def _normalized(weights: Sequence[float] | np.ndarray) -> np.ndarray:
+    array = np.array(weights, np.float64)
+    return array / np.sum(array)
+
+
+def _is_positive(word: str) -> bool:
+    try:
+        return 0 < float(word) < math.inf
+    except ValueError:
+        return False

@@ -1,0 +1,109 @@
+"""The side file `P.json`: which tokenizer made a dataset, its counts, and the hashes the format lacks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from megagpt.data.indexed.mmididx import open_for_reading
+from megagpt.errors import UserError
+
+_OWN_HASH = "json_sha256"  # a key of the file: the hash of all its other values
+_MAX_BYTES = 1 << 20
+_REMEDY = "run preprocess_data.py again, or delete the file and name the tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetMeta:
+    """What is known of an indexed dataset beyond its tokens."""
+
+    tokenizer: str
+    """Kind: gpt2, sentencepiece, hf or bytes."""
+    tokenizer_files: tuple[str, ...]
+    """Files that the tokenizer was built from, as absolute paths."""
+    tokenizer_sha256: str
+    """Hash over the contents of these files."""
+    vocab_size: int
+    eod: int | None
+    """Id of the end-of-document token, None where the tokenizer has none."""
+    append_eod: bool
+    """Whether each document ends with `eod`."""
+    documents: int
+    tokens: int
+    text_bytes: int
+    """UTF-8 bytes of the text that the tokens stand for."""
+    idx_sha256: str = ""
+    bin_sha256: str = ""
+
+
+def meta_path(prefix: str | Path) -> Path:
+    """The side file of a dataset prefix."""
+    return Path(f"{prefix}.json")
+
+
+def read_meta(prefix: str | Path) -> DatasetMeta | None:
+    """Read `prefix.json`; None where there is none (a dataset that Megatron-LM wrote).
+
+    **Raises** `UserError` when the file is there and is not, to the last value, what `meta_json` gave.
+    """
+    path = meta_path(prefix)
+    if not os.path.lexists(path):
+        return None
+    values = _read_object(path)
+    types = {f.name: str(f.type) for f in fields(DatasetMeta)} | {_OWN_HASH: "str"}
+    for name, wanted in types.items():
+        if name not in values or not _is_a(values[name], wanted):
+            got = repr(values[name])[:60] if name in values else "missing"
+            raise UserError(f"{path}: key {name!r} is {got}, wanted {wanted}; {_REMEDY}")
+    if unknown := values.keys() - types.keys():
+        raise UserError(f"{path}: unknown key {min(unknown)[:60]!r}; {_REMEDY}")
+    values["tokenizer_files"] = tuple(values["tokenizer_files"])
+    recorded = values.pop(_OWN_HASH)
+    meta = DatasetMeta(**values)
+    if recorded != _own_hash(meta):
+        raise UserError(f"{path}: its values are not those of its own key {_OWN_HASH!r}, one was changed; {_REMEDY}")
+    return meta
+
+
+def meta_json(meta: DatasetMeta) -> str:
+    """The text of the side file."""
+    return json.dumps(asdict(meta) | {_OWN_HASH: _own_hash(meta)}, indent=2) + "\n"
+
+
+def _own_hash(meta: DatasetMeta) -> str:
+    return hashlib.sha256(json.dumps(asdict(meta)).encode()).hexdigest()
+
+
+def _read_object(path: Path) -> dict:
+    with os.fdopen(open_for_reading(path), "rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise UserError(f"{path}: more than {_MAX_BYTES} bytes, so no side file of a dataset; {_REMEDY}")
+    try:
+        values = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start}: not UTF-8; {_REMEDY}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; {_REMEDY}") from None
+    except (RecursionError, ValueError):  # an integer of thousands of digits is a ValueError
+        raise UserError(f"{path}: not usable as JSON; {_REMEDY}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: got a {type(values).__name__}, wanted an object; {_REMEDY}")
+    return values
+
+
+def _is_a(value: object, annotation: str) -> bool:
+    match annotation:
+        case "int":
+            return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        case "int | None":
+            return value is None or _is_a(value, "int")
+        case "bool":
+            return isinstance(value, bool)
+        case "tuple[str, ...]":
+            return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        case _:
+            return isinstance(value, str)

@@ -1,0 +1,46 @@
+"""SentencePiece models (Kudo and Richardson 2018), BPE or unigram, by their own library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+
+from megagpt.data.tokenizers.files import REDO, files_sha256, read_tokenizer_file
+from megagpt.data.tokenizers.hf import piece_bytes
+from megagpt.errors import UserError
+
+
+class SentencePieceTokenizer:
+    """An `X.model`; its end-of-sentence token, where it has one, ends documents."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path) -> None:
+        data = read_tokenizer_file(path)
+        self.files: tuple[Path, ...] = (path,)
+        self.sha256 = files_sha256(self.kind, (data,))
+        try:
+            self._processor = SentencePieceProcessor(model_proto=data)
+        except (RuntimeError, OSError):
+            raise UserError(f"{path}: not a SentencePiece model; {REDO}") from None
+        self.vocab_size: int = self._processor.vocab_size()
+        self.eod: int | None = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, np.int32) for ids in self._processor.encode(list(texts), num_threads=1)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(i) for i in ids])
+
+    def token_bytes(self) -> np.ndarray:
+        counts = np.zeros(self.vocab_size, np.int32)
+        for i in range(self.vocab_size):
+            if not (self._processor.is_control(i) or self._processor.is_unknown(i)):
+                counts[i] = piece_bytes(self._processor.id_to_piece(i))
+        return counts

@@ -1,0 +1,85 @@
+"""Loss, perplexity and bits per byte of a trained model over a whole split of a dataset.
+
+Shapes: B windows at a time, T seq_len.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megagpt import metrics
+from megagpt.data.indexed.dataset import IndexedDataset
+from megagpt.data.indexed.samples import split_bounds
+from megagpt.errors import UserError
+from megagpt.generate.trained import Trained
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: mean nats per token. bits_per_byte: None without a tokenizer."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    n_tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    trained: Trained,
+    prefix: str,
+    *,
+    split: str,
+    which: str,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Read the split (Megatron's shares, such as "949,50,1") end to end in windows of seq_len, each token once.
+
+    progress is told, after each batch, the number of tokens done and of all.
+    """
+    dataset = IndexedDataset(prefix)
+    first, end = split_bounds(split, len(dataset))[SPLITS.index(which)]
+    sizes = trained.tokenizer.token_bytes() if trained.tokenizer else None
+    total, n_tokens, n_bytes = 0.0, 0, 0
+    expected = min(max(0, int(dataset.lengths[first:end].sum()) - 1), max_tokens or np.iinfo(np.int64).max)
+    for text in _windows(dataset, first, end, trained.config.model.seq_len, batch_size, max_tokens):
+        batch = torch.from_numpy(text).to(trained.device)
+        tokens_BT, labels_BT = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        total += float(trained.model(tokens_BT, labels_BT=labels_BT)) * labels_BT.numel()
+        n_tokens += labels_BT.numel()
+        n_bytes += int(sizes[text[:, 1:]].sum()) if sizes is not None else 0
+        progress(n_tokens, expected)
+    if n_tokens == 0:
+        raise UserError(f"{prefix}: the {which} share of split {split} has no tokens to predict; choose another split")
+    loss = total / n_tokens
+    bits = metrics.bits_per_byte(loss, n_tokens, n_bytes) if n_bytes else None
+    return Evaluation(loss, metrics.perplexity(loss), bits, n_tokens)
+
+
+def _windows(
+    dataset: IndexedDataset, first: int, end: int, seq_len: int, batch_size: int, max_tokens: int | None
+) -> Iterator[np.ndarray]:
+    """Batches of T + 1 tokens, neighbours sharing one; the last batches are one shorter window each."""
+    pending = np.empty(0, dtype=np.int64)
+    left = max_tokens if max_tokens is not None else np.iinfo(np.int64).max
+    for document in range(first, end):
+        pending = np.concatenate([pending, dataset.get(document)])
+        while len(pending) > batch_size * seq_len and left >= batch_size * seq_len:
+            yield np.stack([pending[i * seq_len : (i + 1) * seq_len + 1] for i in range(batch_size)])
+            pending = pending[batch_size * seq_len :]
+            left -= batch_size * seq_len
+        if left < batch_size * seq_len and len(pending) > left:
+            break
+    while len(pending) > 1 and left > 0:
+        length = int(min(seq_len, len(pending) - 1, left))
+        yield pending[None, : length + 1]
+        pending = pending[length:]
+        left -= length

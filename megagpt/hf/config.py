@@ -1,0 +1,135 @@
+"""config.json, both ways, and which architecture of transformers computes what ours does."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from megagpt.config import ModelConfig
+from megagpt.errors import UserError
+from megagpt.hf.architecture import ANY, Architecture, Keys, require_only, rotary_of_ours
+from megagpt.hf.architectures.bloom import BLOOM
+from megagpt.hf.architectures.falcon import FALCON
+from megagpt.hf.architectures.gpt2 import GPT2
+from megagpt.hf.architectures.gpt_bigcode import GPT_BIGCODE
+from megagpt.hf.architectures.gpt_neox import GPT_NEOX
+from megagpt.hf.architectures.gptj import GPTJ
+from megagpt.hf.architectures.llama import LLAMA, MISTRAL
+from megagpt.hf.architectures.mpt import MPT
+from megagpt.hf.architectures.openai_gpt import OPENAI_GPT
+
+ALL = {a.name: a for a in (GPT2, OPENAI_GPT, GPT_NEOX, GPTJ, BLOOM, MPT, LLAMA, MISTRAL, FALCON, GPT_BIGCODE)}
+"""By model_type; of several that fit a configuration, the first is taken."""
+
+_NOT_COMPUTED = {"dropout_embedding", "dropout_attention", "dropout_residual", "init", "init_std"}
+
+
+def hf_config(config: ModelConfig, architecture: str | None = None) -> dict[str, Any]:
+    """The config.json of a model with this architecture; bos and eos ids are the caller's to add.
+
+    architecture: a model_type; None takes the first that fits. Dropout that it has no key for is left out: what a
+    trained model computes does not depend on it.
+    Raises UserError where it does not fit, naming what hinders, or where none does, naming the nearest.
+    """
+    found = architecture_of(config, architecture)
+    return {
+        "model_type": found.name,
+        "architectures": [found.model_class],
+        **found.to_keys(config),
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def config_from_hf(theirs: Keys) -> ModelConfig:
+    """Our architecture for a config.json, by its model_type; keys that it leaves out have transformers' defaults.
+
+    Raises UserError naming a key whose value we do not compute.
+    """
+    architecture = named(theirs.get("model_type"))
+    keys = {architecture.aliases.get(key, key): value for key, value in theirs.items()}
+    require_only(keys, ANY)
+    require_only(keys, architecture.only)
+    try:
+        config = architecture.from_keys(keys)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.json has a value of another type than it should be ({error})") from None
+    _require_types(config)
+    return config
+
+
+def named(name: object) -> Architecture:
+    """The architecture of that model_type.  Raises UserError where there is none."""
+    if not isinstance(name, str) or name not in ALL:
+        raise UserError(f"got model_type={name!r}, wanted one of {', '.join(ALL)}")
+    return ALL[name]
+
+
+def architecture_of(config: ModelConfig, name: str | None = None) -> Architecture:
+    """The one of that name, or the first that fits.  Raises UserError as hf_config."""
+    if name is not None:
+        found = named(name)
+        if wrong := _hindrances(found, config):
+            raise UserError(f"this architecture cannot be a {name} of transformers: {_few(wrong)}")
+        return found
+    wrong = {found.name: _hindrances(found, config) for found in ALL.values()}
+    nearest = min(wrong, key=lambda name: len(wrong[name]))
+    if wrong[nearest]:
+        raise UserError(f"transformers has no such architecture; the nearest is {nearest}: {_few(wrong[nearest])}")
+    return ALL[nearest]
+
+
+def _hindrances(architecture: Architecture, config: ModelConfig) -> list[str]:
+    """What does not come back when the configuration is written in their keys and read again."""
+    ours = _computed(config)
+    try:
+        back = _computed(architecture.from_keys(architecture.to_keys(config)))
+    except UserError as error:
+        return [str(error)] * len(ours)  # nothing comes back
+    differing = [name for name in ours if name in back and ours[name] != back[name]]
+    return [f"it has model.{name}={back[name]}, not {ours[name]}" for name in differing]
+
+
+def _few(wrong: list[str]) -> str:
+    wrong = list(dict.fromkeys(wrong))
+    return ", ".join(wrong[:3]) + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+
+def _require_types(config: ModelConfig) -> None:
+    """Raises UserError naming a field that config.json gave a text, or part of a number."""
+    defaults = asdict(ModelConfig())
+    for name, value in asdict(config).items():
+        default, wanted = defaults[name], "a whole number"
+        if isinstance(default, bool):
+            ok, wanted = isinstance(value, bool), "true or false"
+        elif isinstance(default, float):
+            ok, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+        else:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            ok = whole or isinstance(default, str | tuple) or (value is None and default is None)
+        if not ok:
+            raise UserError(f"config.json has {name}={value!r}, wanted {wanted}")
+
+
+def _computed(config: ModelConfig) -> dict[str, Any]:
+    """All that what is computed depends on, defaults resolved.
+
+    Left out is what plays no part, which takes another field with another value: position, or mlp.
+    """
+    fields: dict[str, Any] = {name: value for name, value in asdict(config).items() if name not in _NOT_COMPUTED}
+    fields |= {"n_kv_heads": config.kv_heads, "d_head": config.head_width, "d_ff": config.ff_width}
+    fields["bias_norm"] = config.bias_norm and config.norm == "layernorm"
+    fields["attention"] = " ".join(_cycle([str(config.pattern(layer)) for layer in range(config.n_layers)]))
+    if config.position == "rotary":
+        del fields["rotary_scaling"]
+        fields["rotary_base"], fields["rotary_factor"] = rotary_of_ours(config)
+        fields["rotary_fraction"] = config.rotary_width / config.head_width
+    used = {"rotary_": config.position == "rotary", "t5_": config.position == "t5", "mlp_": config.mlp != "dense"}
+    unused = tuple(prefix for prefix, plays_a_part in used.items() if not plays_a_part)
+    return {name: value for name, value in fields.items() if not name.startswith(unused)}
+
+
+def _cycle(patterns: list[str]) -> list[str]:
+    """The shortest beginning that the layers go through in turn."""
+    lengths = range(1, len(patterns) + 1)
+    return patterns[: next(n for n in lengths if all(patterns[i] == patterns[i % n] for i in range(len(patterns))))]

@@ -1,0 +1,116 @@
+"""Weights under transformers' names, both ways, by the table of an architecture; whole or a tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megagpt.config import ModelConfig
+from megagpt.errors import UserError
+from megagpt.hf.architecture import Architecture
+from megagpt.hf.config import architecture_of
+from megagpt.hf.messages import few, require_shape
+from megagpt.hf.rules import Rule, rules
+
+_BUFFERS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.inv_freq$|\.embed_positions$|position_ids$")
+"""What old files hold beside the weights."""
+
+
+def from_hf(state: Mapping[str, Tensor], config: ModelConfig, architecture: str | None = None) -> dict[str, Tensor]:
+    """The weights of a model of transformers under our canonical names.
+
+    state: by their names, with or without the prefix that a model without its head lacks; masks are left out.
+    architecture: a model_type; None takes the first that fits, as `hf_config` does.
+    Raises UserError naming a tensor that is missing, unknown, or of another shape than config's.
+    """
+    lazy = lazy_from_hf(state, state.__getitem__, config, architecture)
+    return {name: tensor.get() for name, tensor in lazy.items()}
+
+
+def lazy_from_hf(
+    names: Iterable[str], read: Callable[[str], Tensor], config: ModelConfig, architecture: str | None = None
+) -> dict[str, LazyTensor]:
+    """The same for weights that need not fit into memory. read: gives the tensor of one of the names.
+
+    Raises UserError at once where a name is missing or unknown; for another shape when that tensor is asked for.
+    """
+    table = architecture_of(config, architecture)
+    modules = table.modules(config)
+    head, embedding = (str(modules[module]) for module in ("head.tokens", "embedding.tokens"))
+    found = {_as_written(name, table, head): name for name in names if not _BUFFERS.search(name)}
+    if config.tied_embeddings:
+        _drop_copy(found, read, f"{head}.weight", f"{embedding}.weight")
+    ours = {}
+    for rule in rules(table, config):
+        for name in rule.theirs:
+            if name not in found:
+                raise UserError(
+                    f"the weights have no {name}; wanted a {table.name} of {config.n_layers} layers; check the config"
+                )
+        as_given = [found.pop(name) for name in rule.theirs]
+        for i, (name, shape) in enumerate(rule.ours.items()):
+            ours[name] = LazyTensor(shape, partial(_to_ours, rule, as_given, read, i))
+    if found:
+        raise UserError(
+            f"the weights hold {few(found)}, not in a {table.name} of {config.n_layers} layers; check the config"
+        )
+    return ours
+
+
+def to_hf(tensors: Mapping[str, Tensor], config: ModelConfig, architecture: str | None = None) -> dict[str, Tensor]:
+    """Canonical logical tensors under the names of transformers' files; the exact inverse of `from_hf`.
+
+    With tied embeddings there is no output matrix, as in the files that transformers writes.
+    Raises UserError where that architecture, or with None any, has no place for ours.
+    """
+    lazy = lazy_to_hf(tensors.__getitem__, config, architecture)
+    return {name: tensor.get() for name, tensor in lazy.items()}
+
+
+def lazy_to_hf(
+    read: Callable[[str], Tensor], config: ModelConfig, architecture: str | None = None
+) -> dict[str, LazyTensor]:
+    """The same for weights that need not fit into memory. read: gives the tensor of a canonical name."""
+    theirs = {}
+    for rule in rules(architecture_of(config, architecture), config):
+        for i, (name, shape) in enumerate(zip(rule.theirs, rule.their_shapes(), strict=True)):
+            theirs[name] = LazyTensor(shape, partial(_to_theirs, rule, read, i))
+    return theirs
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read and converted when it is asked for."""
+
+    shape: tuple[int, ...]
+    get: Callable[[], Tensor]
+
+
+def _to_ours(rule: Rule, as_given: list[str], read: Callable[[str], Tensor], i: int) -> Tensor:
+    theirs = [read(name) for name in as_given]
+    for name, tensor, shape in zip(rule.theirs, theirs, rule.their_shapes(), strict=True):
+        require_shape(name, tensor, shape)
+    return rule.to_ours(theirs)[i]
+
+
+def _to_theirs(rule: Rule, read: Callable[[str], Tensor], i: int) -> Tensor:
+    return rule.to_theirs([read(name) for name in rule.ours])[i]
+
+
+def _as_written(name: str, table: Architecture, head: str) -> str:
+    """The name of a tensor as transformers writes it into a file."""
+    for other, written in table.renamed.items():
+        if name.startswith(other):
+            return written + name.removeprefix(other)
+    return name if name.startswith((table.root, f"{head}.")) else table.root + name
+
+
+def _drop_copy(found: dict[str, str], read: Callable[[str], Tensor], head: str, embedding: str) -> None:
+    """Forget the copy of the embedding that some files hold as output matrix.  Raises UserError where it is none."""
+    if head in found and embedding in found and not torch.equal(read(found.pop(head)), read(found[embedding])):
+        raise UserError(f"{head} differs from {embedding}, but the model ties them; use tied_embeddings=False")

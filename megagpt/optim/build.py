@@ -1,0 +1,68 @@
+"""The optimizer over groups of parameters that are stepped alike."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from megagpt.config import OptimConfig, RunConfig
+from megagpt.optim.mesh_optimizer import MeshOptimizer
+from megagpt.optim.rules import Rule, rule_of
+from megagpt.train.step.named import Named
+
+
+def build_optimizer(parameters: list[Named], run: RunConfig) -> tuple[torch.optim.Optimizer, str]:
+    """The optimizer over groups of parameters that are stepped alike, and what it is called in the log.
+
+    The rate starts at 0 and is set before every step (`set_rate`), so that nothing moves before the schedule says so.
+    """
+    config = run.optim
+    of_rule: dict[Rule, list[Named]] = {}
+    for named in parameters:
+        of_rule.setdefault(rule_of(named, config), []).append(named)
+    decaying_first = sorted(of_rule, key=lambda rule: (not rule.decays, rule.update))
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [named.parameter for named in of_rule[rule]],
+            "weight_decay": config.weight_decay if rule.decays else 0.0,
+            "decay": config.weight_decay if rule.decays else 0.0,
+            "update": rule.update,
+        }
+        for rule in decaying_first
+    ]
+    settings = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.optimizer not in ("adam", "adamw"):
+        return _mesh_optimizer(groups, settings, run), f"{config.optimizer} over logical tensors"
+    decoupled = config.optimizer == "adamw"
+    on_gpu = parameters[0].parameter.is_cuda or torch.cuda.is_available()
+    # NVIDIA's apex has apex.optimizers; the package called apex on the registry is another project.
+    if on_gpu and importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers"):
+        from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]  # built from source
+
+        for group in groups:
+            group["step"] = 0  # it counts here, and would begin anew where a run goes on
+        return FusedAdam(groups, adam_w_mode=decoupled, **settings), "apex FusedAdam"
+    reason = "apex is not installed" if on_gpu else "no GPU for apex"
+    of_torch = torch.optim.AdamW if decoupled else torch.optim.Adam
+    return of_torch(groups, fused=True, **settings), f"torch {of_torch.__name__}, fused ({reason})"
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float, config: OptimConfig) -> None:
+    """Set the learning rate of the next step, and the decay that goes with it. optimizer: torch's or DeepSpeed's."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if config.weight_decay_times == "lr_squared":  # all that decouple decay multiply it by the rate once
+            group["weight_decay"] = group["decay"] * lr
+
+
+def _mesh_optimizer(groups: list[dict[str, Any]], settings: dict[str, Any], run: RunConfig) -> MeshOptimizer:
+    return MeshOptimizer(
+        groups,
+        **settings,
+        beta2_power=run.optim.beta2_power,
+        # Rounding to 16 bits would let layouts differ by more than round-off, where nothing else rounds to them.
+        precision=torch.float32 if run.train.precision == "fp32" else torch.bfloat16,
+        fused={"attention.qkv.weight": (run.model.n_heads, 3), "attention.kv.weight": (run.model.kv_heads, 2)},
+    )

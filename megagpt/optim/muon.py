@@ -1,0 +1,111 @@
+"""Muon: the momentum of a matrix, made orthogonal, is its step. Ranks that share a matrix gather it, and one computes.
+
+What counts as one matrix is one linear map: query, key and value each, all heads together; a gate and what it gates
+each. A factorised weight's leading dims number matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagpt.optim.rules import EXP_AVG
+from megagpt.parallel.axis import Axis
+from megagpt.parallel.collectives import all_reduce
+from megagpt.train.step.segments import Segment, Segments
+
+STEPS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: the steepest at 0 that ends between about 0.7 and 1.2
+RMS_OF_ADAM = 0.2  # Moonshot's measurement of how far AdamW moves a weight, in learning rates
+
+
+def muon(segments: Segments, parts: list[Segment], state: Any, group: dict[str, Any]) -> None:
+    """One step of the matrices that `parts` are segments of. Overwrites their gradients.
+
+    Nesterov momentum; the step's root mean square is that of AdamW's, so that its rate and decay serve.
+    The matrices are shared out over the ranks of the data and model axes: the iteration costs more than the transfer.
+    group: has the "precision" of the iteration, and in "fused" (heads, maps a head) of weights whose rows go by head.
+    Comm: a matrix, an all-reduce over the model axis, a reduction and a broadcast over the data axis, a broadcast over
+    the model axis, as far as these share it.
+    Source: Jordan et al. 2024 (Muon); Liu et al. 2025, section 2.2 (scale).
+    """
+    for part in parts:
+        assert part.master.grad is not None
+        gradient, momentum = part.of(part.master.grad), part.of(state[part.master][EXP_AVG])
+        momentum.lerp_(gradient, 1 - group["betas"][0])
+        gradient.lerp_(momentum, group["betas"][0])
+    for number, part in enumerate(parts):
+        step = _step_of(segments, part, number, group)
+        weight = part.of(part.master)
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.sub_(part.cut(step).to(weight.device), alpha=group["lr"])
+
+
+def orthogonal(matrices_NRC: Tensor, precision: torch.dtype) -> Tensor:
+    """Each matrix with its singular values near 1, scaled to the root mean square that AdamW's steps have.
+
+    Shapes: N matrices of R rows and C columns, and the same.
+    Source: Jordan et al. 2024: five steps of a quintic Newton-Schulz iteration; Liu et al. 2025, equation 4.
+    """
+    n_rows, n_columns = matrices_NRC.shape[-2:]
+    x = matrices_NRC.to(precision)
+    x = x.mT if n_rows > n_columns else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.mT if n_rows > n_columns else x
+    return x.to(matrices_NRC.dtype) * (RMS_OF_ADAM * math.sqrt(max(n_rows, n_columns)))
+
+
+def maps_of(full: Tensor, n_heads: int, maps_per_head: int) -> Tensor:
+    """A logical weight as a batch of linear maps (N, R, C); rows that go head by head are sorted by map."""
+    if full.dim() == 2:
+        of_heads = full.view(n_heads, maps_per_head, -1, full.shape[-1])
+        return of_heads.transpose(0, 1).reshape(maps_per_head, -1, full.shape[-1])
+    return full.reshape(-1, *full.shape[-2:])
+
+
+def weight_of(maps_NRC: Tensor, n_heads: int, shape: tuple[int, ...]) -> Tensor:
+    """The logical weight again: the inverse of `maps_of`."""
+    if len(shape) == 2:
+        n_maps, _, n_columns = maps_NRC.shape
+        return maps_NRC.reshape(n_maps, n_heads, -1, n_columns).transpose(0, 1).reshape(shape)
+    return maps_NRC.reshape(shape)
+
+
+def _step_of(segments: Segments, part: Segment, number: int, group: dict[str, Any]) -> Tensor:
+    """The step of this rank's part of the `number`-th matrix, with padding.
+
+    Comm: see `muon`.
+    """
+    place, mesh = part.named.part, segments.mesh
+    owner = (number % mesh.data.size, number // mesh.data.size % mesh.model.size)
+    assert part.master.grad is not None
+    local = part.alone(part.master.grad).to(segments.device)
+    full = local.new_zeros(place.shape)
+    place.take(full).copy_(place.unpadded(local))
+    if place.dim is not None:
+        full = all_reduce(full, mesh.model)
+    if segments.shards.size > 1:
+        dist.reduce(full, group=segments.shards.group, group_dst=owner[0])
+    if owner == (mesh.data.rank, mesh.model.rank):
+        n_heads, maps_per_head = group["fused"].get(part.named.name.split(".", 2)[2], (1, 1))
+        maps = orthogonal(maps_of(full, n_heads, maps_per_head), group["precision"])
+        full = weight_of(maps, n_heads, place.shape).contiguous()
+    if mesh.model.rank == owner[1]:
+        _broadcast(full, mesh.data, owner[0])
+    _broadcast(full, mesh.model, owner[1])
+    local.zero_()
+    place.unpadded(local).copy_(place.take(full))
+    return local
+
+
+def _broadcast(full: Tensor, axis: Axis, source: int) -> None:
+    if axis.size > 1:
+        dist.broadcast(full, group=axis.group, group_src=source)

@@ -1,0 +1,153 @@
+"""Where a process is just now: the line of our code that its busy thread runs, and the collective it waits in.
+
+Read from outside, by another thread, so that it works when the busy one hangs.
+"""
+
+from __future__ import annotations
+
+import json
+import linecache
+import sys
+import sysconfig
+import threading
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch._C._distributed_c10d as c10d
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from megagpt.processes.watch.stacks import Line, stack_of, stacks
+
+PACKAGE = str(Path(__file__).parents[2])
+LIBRARIES = ("<", *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+MAX_FRAMES = 30  # of a stack that is written down
+MAX_RECORDED = 20  # collectives, likewise
+
+
+@dataclass(frozen=True)
+class CallSite:
+    """place: "megagpt/train/step/engine.py:84 train_step". collective: "all_reduce", or None outside of one.
+
+    lines: the whole stack, innermost first; it changes when the thread moves.
+    """
+
+    place: str
+    collective: str | None
+    lines: Sequence[Line]
+
+    @property
+    def stack(self) -> list[str]:
+        """The places, innermost first."""
+        return [place(line) for line in self.lines[:MAX_FRAMES]]
+
+
+def call_site() -> CallSite:
+    """Where this process's busy thread is. Cheap enough (some 0.1 ms) to be called 20 times a second."""
+    return _site(busy_stack())
+
+
+def failed_at(error: BaseException) -> CallSite:
+    """Where an exception came from: the site to show for a thread that has left it already."""
+    lines = [
+        Line(f.f_code.co_filename, number, f.f_code.co_name) for f, number in traceback.walk_tb(error.__traceback__)
+    ]
+    return _site(lines[::-1])
+
+
+def waits_for() -> list[int] | None:
+    """The ranks without which the busy thread's collective does not go on; None outside of one.
+
+    Not for frequent use: reading the arguments of a running function keeps them alive until it returns.
+    """
+    if not any(_is_c10d(line) for line in busy_stack()):
+        return None
+    frame: FrameType | None = sys._current_frames()[_busy_thread()]  # it stands still, in C
+    while frame and not _is_c10d(Line(frame.f_code.co_filename, 0, frame.f_code.co_name)):
+        frame = frame.f_back
+    return _partners(frame) if frame else None
+
+
+def enqueued() -> tuple[str, list[int]] | None:
+    """The oldest collective that this process has started and not finished, and the ranks that share it.
+
+    From torch's flight recorder, which is on by default. With NCCL, where the host goes on while a collective waits on
+    the device, nothing else tells. Collectives only: gloo does not record sends and receives.
+    """
+    record = _unfinished()
+    for entry in record.get("entries", []):
+        if not entry["retired"]:
+            group = distributed_c10d._resolve_process_group(entry["process_group"][0])
+            return entry["profiling_name"], dist.get_process_group_ranks(group)
+    return None
+
+
+def flight_record() -> dict[str, Any]:
+    """What torch's flight recorder knows of this process: how far each group came, and what is unfinished."""
+    record = _unfinished()
+    return {"groups": record.get("pg_status"), "unfinished": record.get("entries", [])[:MAX_RECORDED]}
+
+
+def busy_stack() -> list[Line]:
+    """The stack of the thread that does the work, innermost first.
+
+    That is the main thread; but on a GPU the backward pass runs in threads of autograd, for which the main one waits.
+    """
+    return stack_of(_busy_thread())
+
+
+def _busy_thread() -> int:
+    main = threading.main_thread().ident or 0
+    if stack_of(main)[0].function != "_engine_run_backward":
+        return main
+    others = (i for i, lines in stacks().items() if i != main and lines[-1].file != threading.__file__)
+    return next(others, main)
+
+
+def place(line: Line) -> str:
+    """A line as file:line function, the file relative to the folder of the package where it is inside."""
+    path = line.file
+    if path.startswith(PACKAGE):
+        path = path[len(str(Path(PACKAGE).parent)) + 1 :]
+    for library in LIBRARIES[1:]:
+        path = path.removeprefix(library + "/")
+    return f"{path}:{line.number} {line.function}"
+
+
+def is_ours(path: str) -> bool:
+    """Whether a file is of megagpt or of its user: not of an installed library."""
+    return path.startswith(PACKAGE) or not path.startswith(LIBRARIES)
+
+
+def _site(lines: list[Line]) -> CallSite:
+    """What a stack says: our innermost line, and the collective that was called from it."""
+    n_theirs = next((i for i, line in enumerate(lines) if is_ours(line.file)), None)
+    above = lines if n_theirs is None else lines[: n_theirs + 1]
+    shown = lines[n_theirs or 0]
+    collective = next((line.function for line in above if _is_c10d(line)), None)
+    if collective is None and ".wait()" in linecache.getline(lines[0].file, lines[0].number):
+        collective = "wait"  # for one that was started earlier
+    return CallSite(place(shown), collective, tuple(lines))
+
+
+def _is_c10d(line: Line) -> bool:
+    """Whether a line is in the body of a collective of torch.distributed."""
+    return line.file == distributed_c10d.__file__ and not line.function.startswith("_")
+
+
+def _partners(frame: FrameType) -> list[int]:
+    arguments = frame.f_locals
+    group = arguments.get("group")
+    for name in ("src", "dst"):
+        if frame.f_code.co_name in ("send", "recv") and isinstance(arguments.get(name), int):
+            return [arguments[name]]
+    members = dist.get_process_group_ranks(group or dist.group.WORLD)
+    return [rank for rank in members if rank != dist.get_rank()]
+
+
+def _unfinished() -> dict[str, Any]:
+    return json.loads(c10d._dump_fr_trace_json(onlyActive=True))  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,259 @@
+"""The judge: a thread of rank 0 that hears every rank once a second, and ends all of them when one is lost.
+
+It asks all for their places first, says one line that names the cause, writes down what it knows, and sends the
+verdict. What the ranks do with that: watch.py.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import queue
+import selectors
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megagpt.errors import EXIT_PEER_LOST, SILENT_S
+from megagpt.processes.watch.slow import WINDOW_S, SlowRanks, Work
+from megagpt.processes.watch.verdict import RankView, describe
+from megagpt.processes.watch.wire import Wire
+
+BEAT_S = 1.0  # between two signs of life
+TURN_S = 0.1  # between two looks at the clock
+ANSWER_S = 0.5  # how long the answers to "where are you" may take
+HANG_UP_S = 2.0  # how long the ranks may take to end, before rank 0 does
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a rank is lost or slow.
+
+    heartbeat_timeout_s: without a sign of life. progress_timeout_s: without a move of any thread that waits.
+    slow_rank_factor: times the work of its peers in a step; 0: never. window_s: over which that is compared.
+    """
+
+    heartbeat_timeout_s: float = 60.0
+    progress_timeout_s: float = 600.0
+    slow_rank_factor: float = 1.5
+    window_s: float = WINDOW_S
+
+
+class Judge(threading.Thread):
+    """Owns the listening socket and a connection to every rank, rank 0 included."""
+
+    def __init__(
+        self, listener: socket.socket, token: str, names: Sequence[str], stages: Sequence[Sequence[int]], limits: Limits
+    ) -> None:
+        """names: of the ranks, for messages. stages: the ranks of each pipeline stage."""
+        super().__init__(name="judge", daemon=True)
+        self.folder: Path | None = None  # where faults are written down, once it is known
+        self.notes: queue.SimpleQueue[str] = queue.SimpleQueue()  # what is worth telling the user meanwhile
+        self.limits = limits
+        self._listener, self._token = listener, token
+        self._views = [RankView(rank, name) for rank, name in enumerate(names)]
+        self._machines: dict[int, str] = {}
+        self._wires: dict[int, Wire] = {}
+        self._heard_s = dict.fromkeys(range(len(names)), time.monotonic())
+        self._work: dict[int, Work] = {}
+        self._slow = SlowRanks(stages, limits.slow_rank_factor, limits.window_s)
+        self._failed: tuple[int, int] | None = None  # rank, exit code for the others
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._next_pulse_s = 0.0
+
+    def run(self) -> None:
+        try:
+            self._preside()
+        except Exception:  # a watch that is broken must not look like one that finds nothing
+            traceback.print_exc()
+            end_process(1)
+
+    def _preside(self) -> None:
+        while any(view.state != "left" for view in self._views):
+            self._hear(TURN_S)
+            now_s = time.monotonic()
+            self._pulse(now_s)
+            if self._failed:
+                return self._end_silently(*self._failed)
+            self._find_silent(now_s)
+            if any(view.state not in ("runs", "left") or self._hangs(view) for view in self._views):
+                return self._end()
+            for slow in self._slow.update(now_s, self._work):
+                view = self._views[slow.rank]
+                self.notes.put(f"{view.name} on {view.host} is slow: {slow}")
+        self._close()
+
+    def _hangs(self, view: RankView) -> bool:
+        """Whether a rank waits for too long: in its place, or at the end (rank 0) for the others to end as well."""
+        if view.state == "left":
+            waits_s = time.monotonic() - self._heard_s[0] if view.rank == 0 else 0.0
+        else:
+            waits_s = view.still_s
+        return waits_s > self.limits.progress_timeout_s
+
+    def _find_silent(self, now_s: float) -> None:
+        for view in self._views:
+            if view.state == "runs" and now_s - self._heard_s[view.rank] > self.limits.heartbeat_timeout_s:
+                view.state = "silent"
+
+    # Hearing
+
+    def _hear(self, patience_s: float) -> None:
+        """Take in what has come, or comes within that time."""
+        for key, _ in self._selector.select(patience_s):
+            if key.fileobj is self._listener:
+                wire = Wire(self._listener.accept()[0])
+                self._selector.register(wire.socket, selectors.EVENT_READ, wire)
+            else:
+                self._read(key.data)
+
+    def _read(self, wire: Wire) -> None:
+        for message in wire.receive():
+            rank = next((r for r, known in self._wires.items() if known is wire), None)
+            if rank is not None:
+                self._take(rank, message)
+            elif not self._welcome(wire, message):
+                wire.ended = True
+        if wire.ended:
+            self._selector.unregister(wire.socket)
+            wire.close()
+            for view in self._views:
+                if self._wires.get(view.rank) is wire and view.state in ("runs", "silent"):
+                    view.state = "died"
+
+    def _welcome(self, wire: Wire, message: dict[str, Any]) -> bool:
+        """Whether the first message on a connection is one of a rank of this run."""
+        rank = message.get("rank")
+        if not hmac.compare_digest(str(message.get("token")), self._token) or rank not in self._heard_s:
+            return False
+        self._wires[rank], self._machines[rank] = wire, message["machine"]
+        view = self._views[rank]
+        view.host, view.pid = message["host"], message["pid"]
+        if len(self._wires) == len(self._views):
+            peers = [{"rank": v.rank, "pid": v.pid, "machine": self._machines[v.rank]} for v in self._views]
+            self._tell(peers=peers, pulse=asdict(self._views[0]))
+        return True
+
+    def _take(self, rank: int, message: dict[str, Any]) -> None:
+        """A message of a known rank: a beat, an answer, a failure or its farewell."""
+        view = self._views[rank]
+        self._heard_s[rank] = time.monotonic()
+        if "failed" in message:
+            self._failed = self._failed or (rank, message["failed"])
+        if "bye" in message:
+            view.state = "left"
+            self._work.clear()  # nothing to compare any more
+        if "beat" in message:
+            beat = message["beat"]
+            view.step, view.place = beat["step"], beat["place"]
+            view.collective, view.still_s = beat["collective"], beat["still_s"]
+            self._work[rank] = Work(beat["steps_done"], beat["busy_s"], beat["waiting_s"])
+        if "answer" in message:
+            self._answers[rank] = message["answer"]
+
+    # Speaking
+
+    def _pulse(self, now_s: float) -> None:
+        """Tell all that rank 0 lives, and where: they need it should it be lost."""
+        if now_s >= self._next_pulse_s:
+            self._next_pulse_s = now_s + BEAT_S
+            self._tell(pulse=asdict(self._views[0]))
+
+    def _tell(self, **message: Any) -> None:
+        for rank, wire in self._wires.items():
+            if self._views[rank].state == "runs" and not wire.ended:
+                wire.send(**message)
+
+    def _end_silently(self, rank: int, code: int) -> None:
+        """A rank has failed and speaks for itself: the others end without a word, after it."""
+        self._tell(verdict={"by": rank, "exit": code, "delay_s": SILENT_S})
+        if rank == 0:
+            return self._close()
+        time.sleep(SILENT_S)
+        end_process(code)
+
+    def _end(self) -> None:
+        self._question()
+        limits = self.limits
+        lost = any(view.state in ("died", "stopped", "silent") for view in self._views)
+        timeout_s = limits.heartbeat_timeout_s if lost else limits.progress_timeout_s
+        message = describe(self._views, timeout_s)
+        say(message)
+        write_down(self.folder, message, self._views, self._answers)
+        self._tell(verdict={"by": None, "exit": EXIT_PEER_LOST, "delay_s": 0.0})
+        deadline_s = time.monotonic() + HANG_UP_S
+        while any(v.state == "runs" for v in self._views[1:]) and time.monotonic() < deadline_s:
+            self._hear(TURN_S)
+        end_process(EXIT_PEER_LOST)
+
+    def _question(self) -> None:
+        """Ask all for their places, and what they see of the silent ones on their machine."""
+        silent = [v for v in self._views if v.state == "silent"]
+        self._tell(where=[{"machine": self._machines.get(v.rank), "pid": v.pid} for v in silent])
+        deadline_s = time.monotonic() + ANSWER_S
+        while time.monotonic() < deadline_s and not all(
+            v.rank in self._answers or v.state != "runs" for v in self._views
+        ):
+            self._hear(TURN_S)
+        for view in self._views:
+            answer = self._answers.get(view.rank, {})
+            view.waits_for, view.stack = answer.get("waits_for", ()), answer.get("stack", ())
+            view.collective = answer.get("collective", view.collective)
+        if self._views[0].state == "left" and not any(0 in view.waits_for for view in self._views):
+            self._views[0].waits_for = [view.rank for view in self._views if view.state != "left"]
+        for view in silent:
+            seen = {state for answer in self._answers.values() for pid, state in answer["seen"] if pid == view.pid}
+            view.state = "died" if "gone" in seen else "stopped" if "stopped" in seen else view.state
+
+    def _close(self) -> None:
+        for wire in self._wires.values():
+            wire.close()
+        self._listener.close()
+        self._selector.close()
+
+
+def say(message: str) -> None:
+    """Print an error in one piece, past Python's buffers: the main thread may hold them."""
+    os.write(2, f"error: {message}\n".encode())
+
+
+def write_down(
+    folder: Path | None, message: str, views: Sequence[RankView], answers: dict[int, dict[str, Any]]
+) -> None:
+    """Keep what is known of a fault: folder/lost-TIME.json."""
+    if folder is None:
+        return
+    known = {
+        "message": message,
+        "ranks": [asdict(view) for view in views],
+        "flight_recorder": {rank: answer.get("flight_recorder") for rank, answer in answers.items()},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"lost-{time.strftime('%Y%m%d-%H%M%S')}.json").write_text(json.dumps(known, indent=1))
+    except OSError as error:
+        os.write(2, f"note: could not write to {folder} ({error.strerror})\n".encode())
+
+
+def end_process(code: int) -> None:
+    """End this process from any thread, whatever the main one does."""
+    # Flushing may wait for ever: for the main thread's lock on a buffer, or for a reader.
+    flush = threading.Thread(target=_flush, daemon=True)
+    flush.start()
+    flush.join(timeout=1.0)
+    os._exit(code)
+
+
+def _flush() -> None:
+    files: Sequence[Callable[[], None]] = (sys.stdout.flush, sys.stderr.flush)
+    for flush_file in files:
+        flush_file()

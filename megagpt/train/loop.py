@@ -1,0 +1,238 @@
+"""Training, read from top to bottom: start, steps, and what is left when they are done."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megagpt import metrics
+from megagpt.checkpoint import save as checkpoint
+from megagpt.checkpoint.restore import find_whole
+from megagpt.checkpoint.save import Saver
+from megagpt.checkpoint.state import State
+from megagpt.config import RunConfig
+from megagpt.config.kernels import Kernels
+from megagpt.data.indexed.blend import Samples, sources
+from megagpt.data.loader import MicroBatch, micro_batches
+from megagpt.errors import Stopped
+from megagpt.model.attention import attention_status
+from megagpt.model.gpt import ops_used
+from megagpt.ops.status import check_kernels, kernel_rows
+from megagpt.plan.plan import make_plan
+from megagpt.plan.table import config_table, plan_table
+from megagpt.processes.agree import together
+from megagpt.processes.start import distributed
+from megagpt.processes.stopping import Stopper
+from megagpt.processes.watch.judge import Limits
+from megagpt.processes.watch.watch import Watch
+from megagpt.schedule import Schedule
+from megagpt.train.faults.check_ranks import check_ranks
+from megagpt.train.faults.guard import Guard
+from megagpt.train.faults.notes import FaultNotes
+from megagpt.train.plot import plot_runs
+from megagpt.train.report import Reporter, kernel_table
+from megagpt.train.run import Run, find_run
+from megagpt.train.step.engine import Engine, StepResult
+from megagpt.train.step.masters import read_counters
+
+
+def train(config: RunConfig) -> None:
+    """Train what the configuration says, on the processes that were started.
+
+    Raises UserError (a RankError once the ranks are connected, of which one rank speaks), and Stopped where it was
+    asked to end early and has saved.
+    """
+    plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
+    faults = config.faults
+    limits = Limits(faults.heartbeat_timeout_s, faults.progress_timeout_s, faults.slow_rank_factor)
+    with (
+        distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp, limits=limits) as (mesh, watch),
+        Stopper(faults.exit_after_minutes) as stopper,
+        ExitStack() as stack,
+    ):
+        run = find_run(config, plan, mesh, stack)
+        if run is None:
+            return
+        watch.write_to(run.folder / "faults")
+        engine = Engine(config, plan, mesh)
+        kernels = Kernels.parse(config.train.kernels)
+        together(lambda: check_kernels(kernels, ops_used(config.model, kernels), engine.device.type))
+        resumed = checkpoint.load(engine, run.resume_from) if run.resume_from else None
+        with _start_report(run, engine, resumed) as report:
+            parts = _parts(run, engine, report, resumed)
+            stopped = _loop(parts, watch, stopper, resumed.step if resumed else 0)
+        if mesh.rank == 0:
+            plot_runs([run.folder], run.folder / "loss.png")
+            report.message(f"run folder: {run.folder} (loss curve: {run.folder / 'loss.png'})")
+        engine.close()
+    if stopped:
+        raise Stopped(f"{stopped}; go on with: --load {run.folder}", speaks=mesh.rank == 0)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop is made of."""
+
+    run: Run
+    engine: Engine
+    guard: Guard
+    saver: Saver
+    report: Reporter
+
+
+def _loop(parts: Parts, watch: Watch, stopper: Stopper, step: int) -> str | None:
+    """All steps after `step`, or as many as there are until something asks to end: then returns what that was."""
+    config, guard, saver = parts.run.config, parts.guard, parts.saver
+    while step < config.train.train_steps:
+        with watch.step(step + 1):
+            result = guard.train_step(step)
+        _report_step(parts, step + 1, result, watch.notes())
+        if back_to := guard.judge(step, result, saver.newest):
+            step = _go_back(parts, back_to)
+            continue
+        if config.debug.check_ranks:
+            check_ranks(parts.engine, step)
+        step += 1
+        stopped = stopper.agree(saver.failed, parts.engine.device)
+        last = stopped is not None or step == config.train.train_steps
+        validated = not stopped and (last or _due(step, config.log.eval_interval))
+        validation_loss = _validate(parts, step) if validated else None
+        if last or _due(step, config.checkpoint.save_interval):
+            saver.save(_state(parts, step, result.lr, validation_loss))
+        if saved := saver.finished(wait=last):
+            parts.report.message(f"step {step} | {saved}")
+        if stopped:
+            return stopped
+    return None
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _parts(run: Run, engine: Engine, report: Reporter, resumed: State | None) -> Parts:
+    notes = FaultNotes(run.folder, run.train_samples, run.tokenizer, writes=run.mesh.rank == 0)
+    guard = Guard(engine, notes, report.message, partial(_training_batches, run, engine.schedule))
+    if resumed and run.resume_from:
+        _go_on_from(engine, guard, resumed, run.resume_from)
+    if guard.left_out:
+        report.message(f"steps that are left out: {', '.join(map(str, guard.left_out))}")
+    return Parts(run, engine, guard, Saver(engine, run.folder, run.config.checkpoint, run.resume_from), report)
+
+
+def _go_on_from(engine: Engine, guard: Guard, state: State, folder: Path) -> None:
+    """Take over what a checkpoint knows beside its tensors."""
+    guard.go_on_from(state, folder)
+    if engine.noise:
+        engine.noise.go_on_from(state.noise_scale)
+
+
+def _go_back(parts: Parts, folder: Path) -> int:
+    """Be as the run was when it saved this checkpoint; returns the steps that were done by then."""
+    whole = find_whole(folder, True, parts.report.message)
+    state = checkpoint.load(parts.engine, whole)
+    _go_on_from(parts.engine, parts.guard, state, whole)
+    parts.report.go_back(state.step)
+    return state.step
+
+
+def _report_step(parts: Parts, step: int, result: StepResult, notes: list[str]) -> None:
+    for note in notes:
+        parts.report.message(f"step {step} | {note}")
+    loss_scale = result.loss_scale if parts.run.config.train.precision == "fp16" else None
+    parts.report.step(
+        step,
+        result.loss,
+        result.lr,
+        result.grad_norm,
+        result.step_time_s,
+        loss_scale,
+        skipped=result.skipped,
+        noise_scale_tokens=result.noise_scale_tokens,
+    )
+
+
+def _start_report(run: Run, engine: Engine, resumed: State | None) -> Reporter:
+    """What shows and records the run; on rank 0 it begins with the tables."""
+    config, plan = run.config, run.plan
+    device = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
+    report = Reporter(
+        run.folder,
+        schedule=engine.schedule,
+        start_step=resumed.step if resumed else 0,
+        flops_per_token=plan.flops_per_token,
+        peak_flops=metrics.peak_flops(device, config.train.precision),
+        n_processes=plan.world_size,
+        enabled=run.mesh.rank == 0,
+        wandb_project=config.log.wandb_project,
+        config=dataclasses.asdict(config),
+        log_interval=config.log.log_interval,
+    )
+    report.show(config_table(config))
+    report.show(plan_table(config, plan))
+    kernels = Kernels.parse(config.train.kernels)
+    rows = kernel_rows(kernels, ops_used(config.model, kernels), engine.device.type)
+    report.show(kernel_table([*rows, attention_status(config.model, kernels)]))
+    report.message(f"optimizer: {engine.optimizer_name}")
+    for dataset in sources(run.train_samples):
+        if dataset.meta is None:
+            report.message(
+                f"note: {dataset.prefix} has no .json beside it, as preprocess_data.py writes it: of the index only "
+                "the structure was checked, not the hash"
+            )
+    if resumed:
+        report.message(f"going on from {run.resume_from} after {resumed.step} steps")
+        if resumed.data and resumed.data != run.data_identity:
+            report.message("note: its text was another one, or had another tokenizer: --data-path differs")
+    return report
+
+
+def _training_batches(run: Run, schedule: Schedule, step: int) -> Iterator[MicroBatch]:
+    return _batches(run, run.train_samples, schedule.positions(step), schedule.seq_len(step))
+
+
+def _batches(run: Run, samples: Samples, positions: range, seq_len: int) -> Iterator[MicroBatch]:
+    data = run.mesh.data
+    return micro_batches(samples, run.config, positions, seq_len, dp_rank=data.rank, dp_size=data.size)
+
+
+def _validate(parts: Parts, step: int) -> float | None:
+    """Mean loss over eval_steps global batches, always the same ones; reported with bits per byte of their text."""
+    run, samples = parts.run, parts.run.valid_samples
+    if samples is None:
+        return None
+    eval_steps, bits = run.config.log.eval_steps, None
+    positions = range(eval_steps * run.config.train.global_batch_size)
+    batches = _batches(run, samples, positions, run.config.model.seq_len)
+    loss = parts.engine.evaluate(batches, eval_steps * run.plan.micro_batches)
+    if run.tokenizer is not None and run.mesh.rank == 0:
+        labels = np.concatenate([samples[i][1:] for i in positions])
+        bits = metrics.bits_per_byte(loss, len(labels), int(run.tokenizer.token_bytes()[labels].sum()))
+    parts.report.validation(step, loss, bits)
+    return loss
+
+
+def _state(parts: Parts, step: int, lr: float, validation_loss: float | None) -> State:
+    config, plan, schedule = parts.run.config, parts.run.plan, parts.engine.schedule
+    return State(
+        step=step,
+        samples=schedule.samples_before(step),
+        tokens=schedule.tokens_before(step),
+        lr=lr,
+        counters=read_counters(parts.engine),
+        config=dataclasses.asdict(config),
+        data=parts.run.data_identity,
+        layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp, "zero_stage": plan.zero_stage},
+        skipped_steps=parts.guard.left_out,
+        guard=parts.guard.state,
+        noise_scale=parts.engine.noise.state if parts.engine.noise else {},
+        validation_loss=validation_loss,
+    )

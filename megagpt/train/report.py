@@ -1,0 +1,286 @@
+"""What a run shows while it trains, and what it leaves in its folder.
+
+On a terminal one live line; elsewhere plain lines, thinned, without control codes. Always metrics.jsonl and
+TensorBoard; Weights & Biases where a project is named. Rates are means over a window of step times, so that
+compilation, validation and saving never enter them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from megagpt import metrics
+from megagpt.errors import UserError
+from megagpt.schedule import Schedule
+from megagpt.train import metrics_file
+
+WINDOW_STEPS = 20
+PLAIN_INTERVAL_S = 2.0
+PLAIN_WIDTH = 100  # of tables, where there is no terminal to ask
+
+
+def kernel_table(rows: Iterable[tuple[str, str, str]]) -> Table:
+    """Which implementation each op runs, and why."""
+    table = Table(box=SIMPLE, title="ops", title_justify="left", show_header=False, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+class Reporter:
+    """Reports one run, on the rank that is `enabled`; on the others every method returns at once.
+
+    start_step is the number of steps done before, and `step` counts the steps done, from 1: the first call
+    is step(start_step + 1, ...). schedule, flops_per_token (forward and backward, of whole sequences) and n_processes
+    are those of the whole job; peak_flops is of one device, or None.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        schedule: Schedule,
+        start_step: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        n_processes: int,
+        enabled: bool,
+        wandb_project: str | None,
+        config: dict[str, Any],
+        log_interval: int = 1,
+        console: Console | None = None,
+    ) -> None:
+        """Opens (and creates) run_dir; drops what its metrics.jsonl says of steps after start_step.
+
+        Raises UserError for a damaged metrics.jsonl, and where wandb is asked for and not installed.
+        """
+        self._enabled = enabled
+        if not enabled:
+            return
+        self._schedule, self._start_step, self._log_interval = schedule, start_step, log_interval
+        self._train_steps, self._flops_per_token = schedule.train_steps, flops_per_token
+        self._peak_flops, self._n_processes = peak_flops, n_processes
+        self._measured: deque[tuple[int, float]] = deque(maxlen=WINDOW_STEPS)  # a step, and its time in seconds
+        self._skipped = 0
+        self._last_line_s = -math.inf
+        self._console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+        _make_folder(run_dir)
+        self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
+        self._file = metrics_file.open_from(run_dir / metrics_file.NAME, start_step)
+        self._run_dir = run_dir
+        self._tensorboard = _tensorboard(run_dir, start_step)
+        self._tensorboard.add_text("config", _as_markdown(config), start_step)
+        self._progress = self._start_progress() if self._console.file.isatty() else None
+
+    def step(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        step_time_s: float,
+        loss_scale: float | None = None,
+        skipped: bool = False,
+        noise_scale_tokens: float | None = None,
+    ) -> None:
+        """One optimizer step is done; step_time_s is its own time, without validation or saving."""
+        if not self._enabled:
+            return
+        if step > self._start_step + 1 and step_time_s > 0:  # the first one compiles and allocates; 0: left out
+            self._measured.append((step, step_time_s))
+        self._skipped += skipped
+        row = {"step": step, "tokens": self._schedule.tokens_before(step), "loss": loss, "lr": lr}
+        row |= {"grad_norm": grad_norm, "step_time_s": step_time_s, **self._rates()}
+        if loss_scale is not None:
+            row["loss_scale"] = loss_scale
+        if noise_scale_tokens is not None:
+            row["noise_scale_tokens"] = noise_scale_tokens
+        if skipped:
+            row["skipped"] = True
+        self._record(row, prefix="train/")
+        self._show(row)
+
+    def validation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
+        """A validation after `step` steps."""
+        if not self._enabled:
+            return
+        perplexity = metrics.perplexity(loss)
+        row = {"step": step, "tokens": self._schedule.tokens_before(step), "validation_loss": loss}
+        row |= {"perplexity": perplexity, "bits_per_byte": bits_per_byte}
+        self._record(row, prefix="validation/")
+        bits = "" if bits_per_byte is None else f" | {bits_per_byte:.3f} bits per byte"
+        self.message(f"step {step} | validation loss {loss:.4f} | perplexity {perplexity:.4g}{bits}")
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from where it was after `step` steps; what was recorded of later ones is dropped."""
+        if not self._enabled:
+            return
+        self._file.close()
+        self._file = metrics_file.open_from(self._run_dir / metrics_file.NAME, step)
+        self._tensorboard.close()
+        self._tensorboard = _tensorboard(self._run_dir, step)
+
+    def message(self, text: str) -> None:
+        """Print a line that stays, above the live one."""
+        if self._enabled:
+            self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Print a table, above the live line."""
+        if self._enabled:
+            self._console.print(renderable)
+
+    def close(self) -> None:
+        """End the live line and finish the files; messages still print."""
+        if not self._enabled:
+            return
+        if self._progress:
+            self._progress.stop()
+        self._file.close()
+        self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _rates(self) -> dict[str, float]:
+        """Speed over the window; empty until a step after the first is in it.
+
+        FLOPs of a token are known for whole sequences: while any was shorter, there is no figure that has them in it.
+        """
+        if not self._measured:
+            return {}
+        schedule, steps = self._schedule, [step - 1 for step, _ in self._measured]
+        lengths = [schedule.seq_len(step) for step in steps]
+        tokens = sum(schedule.batch_size(step) * length for step, length in zip(steps, lengths, strict=True))
+        tokens_per_s = metrics.tokens_per_s(tokens, sum(time_s for _, time_s in self._measured))
+        if min(lengths) < schedule.phases[-1].seq_len:
+            return {"tokens_per_s": tokens_per_s}
+        flops = metrics.model_flops_per_s(tokens_per_s, self._flops_per_token)
+        rates = {"tokens_per_s": tokens_per_s, "tflops_per_process": flops / self._n_processes / 1e12}
+        if self._peak_flops:
+            rates["mfu"] = metrics.mfu(flops, self._peak_flops, self._n_processes)
+        return rates
+
+    def _record(self, row: metrics_file.Row, prefix: str) -> None:
+        self._file.write(metrics_file.to_line(row))
+        values = {
+            prefix + name.removeprefix("validation_"): value
+            for name, value in row.items()
+            if name not in {"step", "tokens"} and value is not None
+        }
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, row["step"])
+        if self._wandb:
+            self._wandb.log(values, step=row["step"])
+
+    def _start_progress(self) -> Progress:
+        progress = Progress(
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[line]}", markup=False),
+            console=self._console,
+            auto_refresh=False,  # a step refreshes it: no thread beside the training
+        )
+        self._task = progress.add_task("", total=self._train_steps, completed=self._start_step, line="")
+        progress.start()
+        return progress
+
+    def _show(self, row: metrics_file.Row) -> None:
+        """Refresh the live line, or print a plain one if one is due."""
+        step = row["step"]
+        first, last = step == self._start_step + 1, step == self._train_steps
+        if not (first or last or step % self._log_interval == 0):
+            return
+        if self._progress:
+            line = "  ".join(self._words(row))
+            self._progress.update(self._task, completed=step, line=line, refresh=True)
+            return
+        now_s = time.monotonic()
+        if first or last or now_s - self._last_line_s >= PLAIN_INTERVAL_S:
+            self._last_line_s = now_s
+            self.message("step " + " | ".join(self._words(row)))
+
+    def _words(self, row: metrics_file.Row) -> list[str]:
+        """What a line says, the more important first: a narrow terminal cuts the end off."""
+        words = [f"{row['step']}/{self._train_steps}", f"loss {row['loss']:.4f}"]
+        if "tokens_per_s" in row:
+            left_s = metrics.time_left_s(self._schedule.total_tokens - row["tokens"], row["tokens_per_s"])
+            words += [f"{_clock(left_s)} left", f"{_short(row['tokens_per_s'])} tokens/s"]
+        words += [f"lr {row['lr']:.2e}", f"grad norm {row['grad_norm']:.3g}"]
+        if "tflops_per_process" in row:
+            each = " each" if self._n_processes > 1 else ""
+            words.append(f"{row['tflops_per_process']:.3g} TFLOP/s{each}")
+        if "mfu" in row:
+            words.append(f"MFU {row['mfu']:.1%}")
+        if "noise_scale_tokens" in row:
+            words.append(f"noise scale {_short(row['noise_scale_tokens'])} tokens")
+        if "loss_scale" in row:
+            words.append(f"loss scale {row['loss_scale']:g}")
+        if self._skipped:
+            words.append(f"skipped {self._skipped}")
+        return words
+
+
+def _tensorboard(run_dir: Path, start_step: int) -> SummaryWriter:
+    """A writer of what follows start_step done steps."""
+    purge_step = start_step + 1 if start_step else None
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=10)
+
+
+def _make_folder(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {run_dir}: {error.strerror}; name another: --save") from None
+
+
+def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
+    """A Weights & Biases run that is named after the folder, so that resuming goes on with it."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError(f"log.wandb_project={project} needs wandb; run: pip install 'megagpt[wandb]'")
+    wandb = importlib.import_module("wandb")  # an extra: most installations do not have it
+    name = run_dir.resolve().name
+    return wandb.init(project=project, dir=str(run_dir), id=name, name=name, config=config, resume="allow")
+
+
+def _as_markdown(config: dict[str, Any]) -> str:
+    """The configuration as TensorBoard's text tab shows it: an indented block is code."""
+    return "\n".join("    " + line for line in json.dumps(config, indent=2, default=str).splitlines())
+
+
+def _clock(seconds: float) -> str:
+    """75 -> 1:15; 7300 -> 2:01:40."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _short(number: float) -> str:
+    """1234567 -> 1.23M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"

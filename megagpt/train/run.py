@@ -1,0 +1,146 @@
+"""What a run needs before it trains: its data, its folder, the checkpoint it goes on from; all that can be missing."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megagpt.checkpoint import folders
+from megagpt.checkpoint.restore import find_whole
+from megagpt.checkpoint.state import check_resumable, read_state
+from megagpt.cli import to_yaml
+from megagpt.config import RunConfig
+from megagpt.data.indexed.blend import Samples, build_splits, parse_data_path, sources
+from megagpt.data.indexed.dataset import verify
+from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_for
+from megagpt.errors import UserError
+from megagpt.files import replace_text
+from megagpt.parallel.mesh import Mesh
+from megagpt.plan.plan import Plan
+from megagpt.processes.agree import together
+from megagpt.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the loop needs, the same on every rank but for `mesh`."""
+
+    config: RunConfig
+    plan: Plan
+    mesh: Mesh
+    folder: Path
+    train_samples: Samples
+    valid_samples: Samples | None
+    tokenizer: Tokenizer | None
+    data_identity: dict[str, Any]
+    resume_from: Path | None
+
+
+def find_run(config: RunConfig, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run | None:
+    """Find the data, the checkpoint and the run folder.
+
+    stack: holds the run folder's lock. None where a run that may already be done (--auto-resume) is.
+    Comm: collective over all ranks.  Raises a RankError for what is missing or damaged, on any rank.
+    """
+    folder = [together(lambda: _make_run_folder(config, stack) if mesh.rank == 0 else Path())]
+    dist.broadcast_object_list(folder, src=0)
+    resume_from = _find_checkpoint(config, mesh)
+    if resume_from and together(lambda: _check_resumable(config, resume_from)):
+        if mesh.rank == 0:
+            folders.drop_old(resume_from, config.checkpoint)  # it may have been killed before that
+            print(f"nothing to do: {resume_from} has done all {config.train.train_steps} steps")
+        return None
+    train_samples, valid_samples = together(lambda: _find_samples(config))
+    together(lambda: _verify_data(config))
+    tokenizer = together(lambda: tokenizer_for(config.data, parse_data_path(config.data.data_path)[0][1]))
+    identity = _data_identity(config, train_samples, tokenizer)
+    together(lambda: _write_config(config, folder[0]) if mesh.rank == 0 else None)
+    return Run(config, plan, mesh, folder[0], train_samples, valid_samples, tokenizer, identity, resume_from)
+
+
+def _find_checkpoint(config: RunConfig, mesh: Mesh) -> Path | None:
+    """The whole checkpoint to go on from; None for a new run."""
+    load, fallback = config.checkpoint.load, config.checkpoint.load_fallback
+    if config.checkpoint.auto_resume:
+        assert config.checkpoint.save is not None  # the configuration has checked that
+        load = config.checkpoint.save if folders.checkpoints_of(Path(config.checkpoint.save)) else None
+    if load is None:
+        return None
+    say = partial(print, flush=True) if mesh.rank == 0 else lambda _: None
+    return find_whole(load, fallback, say, newest_will_do=fallback or config.checkpoint.auto_resume)
+
+
+def _check_resumable(config: RunConfig, folder: Path) -> bool:
+    """Whether nothing is left to do.  Raises UserError where this run cannot go on from there."""
+    state = read_state(folder)
+    check_resumable(config, state, folder)
+    if state.step < config.train.train_steps:
+        return False
+    if config.checkpoint.auto_resume:
+        return True
+    raise UserError(f"{folder} has done {state.step} steps already; go on with a larger --train-steps")
+
+
+def _find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
+    n_train = Schedule(config).samples_before(config.train.train_steps)
+    counts = (n_train, config.log.eval_steps * config.train.global_batch_size, 0)
+    train_samples, valid_samples, _ = build_splits(
+        config.data.data_path, config.data.split, config.model.seq_len, config.train.seed, counts
+    )
+    if train_samples is None:
+        raise UserError(f"data.split={config.data.split} leaves nothing to train on; give it a first share above 0")
+    return train_samples, valid_samples
+
+
+def _verify_data(config: RunConfig) -> None:
+    """Read all the data, where that is asked for: on one rank of each machine, which may have its own copy."""
+    if config.data.verify and os.environ.get("LOCAL_RANK", "0") == "0":
+        for _, prefix in parse_data_path(config.data.data_path):
+            verify(prefix, config.model.vocab)
+
+
+def _make_run_folder(config: RunConfig, stack: ExitStack) -> Path:
+    """--save, else the run that --load goes on with, else a new folder under runs/; locked until `stack` closes."""
+    wanted = config.checkpoint
+    if wanted.save is None and wanted.load is not None:
+        folder = folders.run_of(wanted.load)
+        if not folders.checkpoints_of(folder):
+            folders.find(wanted.load)  # raises, before anything is written
+    else:
+        folder = Path(wanted.save or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    goes_on = wanted.load is not None or wanted.auto_resume
+    if not goes_on and (folder / "checkpoints").exists():
+        raise UserError(f"{folder} holds a run already; go on with it by --load {folder}, or give another --save")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(folders.locked(folder))
+        folders.mend(folder)
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {folder} ({error.strerror}); give another --save") from error
+    return folder
+
+
+def _write_config(config: RunConfig, folder: Path) -> None:
+    try:
+        replace_text(folder / "config.yaml", to_yaml(config))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}/config.yaml ({error.strerror}); make room, or another --save"
+        ) from error
+
+
+def _data_identity(config: RunConfig, samples: Samples, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Which text this run reads, and by which tokenizer."""
+    return {
+        "data_path": list(config.data.data_path),
+        "index_sha256": [dataset.idx_sha256 for dataset in sources(samples)],
+        "split": config.data.split,
+        "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
+    }

@@ -1,0 +1,124 @@
+"""Where the elements of each parameter lie in the tensors that the optimizer steps on, whichever ZeRO stage cut them.
+
+Without ZeRO these "masters" are the parameters themselves. With it each is a rank's share of many parameters, laid end
+to end in fp32: a rank holds a run of a parameter's elements, all of it, or nothing. Moments, averages and gradients are
+laid out as their master is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.parallel.axis import SINGLE, Axis
+from megagpt.parallel.collectives import all_reduce
+from megagpt.parallel.mesh import Mesh
+from megagpt.train.step.named import Named
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """This rank's elements of a parameter.
+
+    named: the parameter. shape: of its tensor-parallel part, with padding. master: where the elements are, from
+    `offset` on. start, length: which of the flattened part they are; length 0 where this rank has none.
+    """
+
+    named: Named
+    shape: torch.Size
+    master: Tensor
+    offset: int
+    start: int
+    length: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """The elements in a tensor that is laid out as the master is, as a view of shape (length,)."""
+        return values.view(-1).narrow(0, self.offset, self.length)
+
+    def alone(self, values: Tensor) -> Tensor:
+        """These elements in their places in a tensor of the whole part, zeros elsewhere; a copy."""
+        whole = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
+        whole.view(-1).narrow(0, self.start, self.length).copy_(self.of(values))
+        return whole
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """These elements of a tensor of the whole part."""
+        return whole.reshape(-1).narrow(0, self.start, self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The segments of this rank's parameters, in the order of the model.
+
+    of: by the name of the parameter. masters: by the tensor that they lie in; the same lists on every rank that shares
+    the parameters. shards: the axis that ZeRO spreads a parameter's elements over; of size 1 without it.
+    """
+
+    of: Mapping[str, Segment]
+    masters: Mapping[Tensor, list[Segment]]
+    shards: Axis
+    mesh: Mesh
+    device: torch.device
+
+    def whole(self, segment: Segment, values: Tensor) -> Tensor:
+        """The whole tensor-parallel part, from all ranks that have some of it.
+
+        values: laid out as the segment's master is. Comm: all-reduce over `shards`.
+        """
+        if self.shards.size == 1:
+            return segment.of(values).view(segment.shape)
+        # Zeros elsewhere: a sum of one number and zeros is that number, to the bit.
+        return all_reduce(segment.alone(values).to(self.device), self.shards)
+
+    def totals(self, segments: list[Segment], values: list[Tensor]) -> list[Tensor]:
+        """Sums over the ranks that share a logical tensor, for several at once; bitwise equal on all of them.
+
+        values: one tensor a segment, of what this rank has of it. What all ranks of the model axis hold alike counts
+        once. Comm: all-reduce over `shards` and over the model axis.
+        """
+        once = self.mesh.model.rank == 0
+        counted = [v if once or s.named.part.dim is not None else v * 0 for s, v in zip(segments, values, strict=True)]
+        flat = torch.cat([v.reshape(-1) for v in counted]).to(self.device)
+        for axis in (self.shards, self.mesh.model):
+            flat = all_reduce(flat, axis)
+        sizes = [v.numel() for v in values]
+        return [t.view(v.shape).to(v.device) for t, v in zip(flat.split(sizes), values, strict=True)]
+
+
+def find_segments(parameters: list[Named], optimizer: Any, mesh: Mesh, device: torch.device) -> Segments:
+    """Ask DeepSpeed's optimizer, or torch's where there is no ZeRO, where the parameters are. Comm: none."""
+    found = {segment.named.name: segment for segment in _segments(parameters, optimizer, mesh)}
+    masters: dict[Tensor, list[Segment]] = {}
+    for segment in found.values():
+        masters.setdefault(segment.master, []).append(segment)
+    is_split = any(hasattr(n.parameter, "ds_id") or hasattr(n.parameter, "_hp_mapping") for n in parameters)
+    return Segments(found, masters, mesh.data if is_split else SINGLE, mesh, device)
+
+
+def _segments(parameters: list[Named], optimizer: Any, mesh: Mesh) -> Iterator[Segment]:
+    group_of = {id(p): i for i, group in enumerate(_groups_before_flattening(optimizer)) for p in group}
+    for named in parameters:
+        p: Any = named.parameter
+        if hasattr(p, "ds_id"):  # ZeRO 3: every rank has an equal share of each parameter, the last one padded
+            group, offset, share = optimizer.grad_position[optimizer.get_param_id(p)]
+            start = min(mesh.data.rank * share, p.ds_numel)
+            master = optimizer.fp32_partitioned_groups_flat[group]
+            yield Segment(named, p.ds_shape, master, offset, start, min(share, p.ds_numel - start))
+        elif hasattr(p, "_hp_mapping"):  # ZeRO 1 and 2: a group of parameters is laid end to end, and cut into shares
+            (master,) = optimizer.param_groups[group_of[id(p)]]["params"]
+            if p._hp_mapping is None:
+                yield Segment(named, p.shape, master, 0, 0, 0)
+            else:
+                here, there = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
+                yield Segment(named, p.shape, master, here.start, there.start, here.numel)
+        else:
+            yield Segment(named, p.shape, p, 0, 0, p.numel())
+
+
+def _groups_before_flattening(optimizer: Any) -> list[list[nn.Parameter]]:
+    """The parameters of each group of ZeRO 1 and 2 (of which BF16_Optimizer is one); nothing for the others."""
+    return getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None) or []

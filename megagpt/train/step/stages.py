@@ -1,0 +1,104 @@
+"""The layer list as what an engine trains: one module, or this process's pipeline stage; and its parameters by name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megagpt.config import RunConfig
+from megagpt.config.kernels import Kernels
+from megagpt.model.gpt import GPT, Head, layer_list
+from megagpt.model.loss import PLAIN, LossTerms
+from megagpt.parallel.mesh import Mesh
+from megagpt.plan.plan import Plan
+from megagpt.train.step.finite import counts, nan_to_gradient
+from megagpt.train.step.named import Named, named_parameters
+
+TIED = "embedding.tokens"  # canonical name of the module that first and last stage share
+
+
+class GPTStage(PipelineModule):
+    """The layers of one pipeline stage, by DeepSpeed's pipeline module.
+
+    Differs from its base in two things: the bounds come from the plan, and of a tied layer only the shared weight
+    counts as a copy (the base would drop the final norm from the clip norm as well).
+    """
+
+    def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
+        self.plan_bounds, self.terms = list(plan.bounds), loss_terms(config)
+        kernels = Kernels.parse(config.train.kernels)
+        layers = layer_list(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
+        self.names = [layer.name for layer in layers]
+        specs = [LayerSpec(layer.kind, *layer.arguments) for layer in layers]
+        if config.model.tied_embeddings:
+            for end in (0, -1):
+                layer = layers[end]
+                specs[end] = TiedLayerSpec("tied", layer.kind, *layer.arguments, tied_weight_attr="tokens.weight")
+        topology = PipeModelDataParallelTopology(num_pp=mesh.pipe.size, num_mp=mesh.model.size, num_dp=mesh.data.size)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition; the plan's table says it better
+            super().__init__(specs, topology=topology, loss_fn=self._loss)
+        for named in self.canonical_parameters():
+            named.parameter.ds_pipe_replicated = not named.owned  # type: ignore[attr-defined]
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self.plan_bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def _loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+        head = self.forward_funcs[-1]
+        assert isinstance(head, Head)
+        terms = self.terms if head.training else PLAIN
+        return nan_to_gradient(head.loss(logits_BTV, labels_BT, terms))
+
+    def canonical_layers(self) -> list[tuple[str, nn.Module]]:
+        """This stage's layers under the names that the whole model has."""
+        return list(zip(self.names[self._local_start : self._local_stop], self.forward_funcs, strict=True))
+
+    def canonical_parameters(self) -> list[Named]:
+        """This stage's parameters under the names that the whole model has; the copy of a tied weight is not owned."""
+        found = []
+        for layer_name, layer in self.canonical_layers():
+            for name, parameter in layer.named_parameters():
+                is_copy = layer_name == "head" and name == "tokens.weight" and bool(self.tied_weight_attrs)
+                full_name = f"{TIED}.weight" if is_copy else f"{layer_name}.{name}"
+                found.append(Named(full_name, parameter, owned=not is_copy))
+        return found
+
+
+def loss_terms(config: RunConfig) -> LossTerms:
+    """What this run's training adds to the loss."""
+    return LossTerms(config.optim.label_smoothing, config.optim.z_loss)
+
+
+def build_module(config: RunConfig, plan: Plan, mesh: Mesh) -> tuple[GPT | GPTStage, list[Named]]:
+    """What this process trains, and its parameters by name.
+
+    Comm: with pipeline stages, collective (groups are made, the tied weight broadcast).
+    """
+    if mesh.pipe.size == 1:
+        kernels = Kernels.parse(config.train.kernels)
+        model = GPT(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
+        return model, named_parameters(model)
+    stage = GPTStage(config, plan, mesh)
+    return stage, stage.canonical_parameters()
+
+
+def global_grad_norm(parameters: list[Named], mesh: Mesh) -> Tensor:
+    """√ of the sum of squares over the whole model, each logical element counted once; not finite if any is not.
+
+    Comm: all-reduce of one number over the model axis and one over the pipe axis.
+    """
+    held = [(n, n.parameter.grad) for n in parameters if n.parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm([grad for _, grad in held])).square()
+    # Left out by a factor of 0, not by an if: a NaN of this rank alone must reach the others.
+    total = (norms * torch.tensor([float(counts(n, mesh)) for n, _ in held], device=norms.device)).sum()
+    for axis in (mesh.model, mesh.pipe):
+        if axis.size > 1:
+            torch.distributed.all_reduce(total, group=axis.group)
+    return total.sqrt()

@@ -1,0 +1,258 @@
+"""What a run shows and leaves: read back with TensorBoard's own reader, and with a terminal's eyes."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megagpt.config import ModelConfig, RunConfig, TrainConfig
+from megagpt.errors import UserError
+from megagpt.schedule import Schedule
+from megagpt.train import metrics_file
+from megagpt.train.report import Reporter
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def reporter(run_dir: Path, out: io.StringIO | None = None, **changes) -> Reporter:
+    settings = {
+        "start_step": 0,
+        "flops_per_token": 6e6,
+        "peak_flops": None,
+        "n_processes": 4,
+        "enabled": True,
+        "wandb_project": None,
+        "config": {"model": {"n_layers": 4}},
+    } | changes
+    train = {"train_steps": settings.pop("train_steps", 10), "global_batch_size": 8, **settings.pop("train", {})}
+    settings["schedule"] = Schedule(RunConfig(model=ModelConfig(seq_len=125), train=TrainConfig(**train)))
+    out = out or io.StringIO()
+    width = settings.pop("width", 200)
+    return Reporter(run_dir, console=Console(file=out, force_terminal=out.isatty(), width=width), **settings)
+
+
+def take_steps(report: Reporter, first: int, last: int, step_time_s: float = 0.5) -> None:
+    for step in range(first, last + 1):
+        report.step(step, loss=5.0 / step, lr=1e-3, grad_norm=0.7, step_time_s=step_time_s)
+
+
+def rows_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_file_has_a_row_a_step_with_every_bit(tmp_path):
+    with reporter(tmp_path) as report:
+        report.step(1, loss=0.1 + 0.2, lr=1 / 3, grad_norm=math.pi, step_time_s=9.0)
+        report.validation(1, loss=math.log(50), bits_per_byte=2.5)
+        report.step(2, loss=math.nan, lr=1e-3, grad_norm=math.inf, step_time_s=0.5, loss_scale=65536.0, skipped=True)
+    first, validation, second = rows_of(tmp_path)
+    assert first == {
+        "step": 1, "tokens": 1000, "loss": 0.1 + 0.2, "lr": 1 / 3, "grad_norm": math.pi, "step_time_s": 9.0
+    }  # fmt: skip
+    assert validation == {
+        "step": 1, "tokens": 1000, "validation_loss": math.log(50),
+        "perplexity": pytest.approx(50), "bits_per_byte": 2.5,
+    }  # fmt: skip
+    assert (second["loss"], second["grad_norm"]) == (None, None)  # JSON has no NaN
+    assert (second["loss_scale"], second["skipped"]) == (65536.0, True)
+
+
+def test_rates_are_means_over_a_window_without_the_first_step(tmp_path):
+    with reporter(tmp_path, peak_flops=1e10, train_steps=100) as report:
+        report.step(1, loss=5.0, lr=1e-3, grad_norm=1.0, step_time_s=60.0)  # compiles
+        report.step(2, loss=5.0, lr=1e-3, grad_norm=1.0, step_time_s=0.4)
+        report.validation(2, loss=5.0, bits_per_byte=None)
+        report.step(3, loss=5.0, lr=1e-3, grad_norm=1.0, step_time_s=0.6)
+        take_steps(report, 4, 43, step_time_s=0.25)
+    rows = [row for row in rows_of(tmp_path) if "loss" in row]
+    assert "tokens_per_s" not in rows[0]
+    assert rows[2]["tokens_per_s"] == pytest.approx(1000 / 0.5)
+    assert rows[2]["tflops_per_process"] == pytest.approx(2000 * 6e6 / 4 / 1e12)
+    assert rows[2]["mfu"] == pytest.approx(2000 * 6e6 / (4 * 1e10))
+    assert rows[-1]["tokens_per_s"] == pytest.approx(4000)  # the slow ones have left the window
+
+
+def test_the_first_step_after_a_resume_is_no_measure_either(tmp_path):
+    with reporter(tmp_path, start_step=7) as report:
+        report.step(8, loss=5.0, lr=1e-3, grad_norm=1.0, step_time_s=60.0)
+        report.step(9, loss=5.0, lr=1e-3, grad_norm=1.0, step_time_s=0.5)
+    assert [row.get("tokens_per_s") for row in rows_of(tmp_path)] == [None, 2000.0]
+
+
+def test_resume_drops_what_comes_again(tmp_path):
+    with reporter(tmp_path) as report:
+        take_steps(report, 1, 4)
+        report.validation(4, loss=1.0, bits_per_byte=1.0)
+        take_steps(report, 5, 6)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # as a killed process leaves it
+    with reporter(tmp_path, start_step=4) as report:
+        take_steps(report, 5, 10)
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
+    assert [row["step"] for row in rows if "validation_loss" in row] == [4]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_going_back_drops_what_comes_again(tmp_path):
+    with reporter(tmp_path) as report:
+        take_steps(report, 1, 6)
+        report.go_back(4)
+        take_steps(report, 5, 8, step_time_s=0.25)
+    assert [(row["step"], row["step_time_s"]) for row in rows_of(tmp_path)][3:] == [(4, 0.5)] + [
+        (step, 0.25) for step in range(5, 9)
+    ]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
+
+
+def test_a_step_that_was_left_out_is_no_measure(tmp_path):
+    with reporter(tmp_path) as report:
+        take_steps(report, 1, 3)
+        report.step(4, loss=math.nan, lr=1e-3, grad_norm=math.nan, step_time_s=0.0, skipped=True)
+        take_steps(report, 5, 5)
+    assert [row.get("tokens_per_s") for row in rows_of(tmp_path)][1:] == [2000.0] * 4
+
+
+def test_a_new_run_in_an_old_folder_starts_over(tmp_path):
+    for _ in range(2):
+        with reporter(tmp_path) as report:
+            take_steps(report, 1, 3)
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
+
+
+def test_resume_of_a_damaged_file_names_the_line_and_keeps_it(tmp_path):
+    damaged = '{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n{"step": 3, "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(damaged)
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: got '\{\"step\": 2"):
+        reporter(tmp_path, start_step=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == damaged
+
+
+def test_tensorboard_reads_it_and_resume_purges(tmp_path):
+    with reporter(tmp_path) as report:
+        take_steps(report, 1, 6)
+        report.validation(6, loss=1.5, bits_per_byte=2.0)
+    with reporter(tmp_path, start_step=4) as report:
+        take_steps(report, 5, 8, step_time_s=0.25)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = events.Scalars("train/loss")
+    assert [event.step for event in losses] == list(range(1, 9))
+    assert [event.value for event in losses] == pytest.approx([5.0 / step for step in range(1, 9)])
+    assert "validation/loss" in events.Tags()["scalars"]
+    assert events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode().startswith("    {")
+
+
+def test_plain_lines_are_thinned_and_carry_no_control_codes(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = io.StringIO()
+    with reporter(tmp_path, out, train_steps=500, width=40) as report:
+        take_steps(report, 1, 500)
+        report.message("[bold]done[/bold]")
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "step 1/500 | loss 5.0000 | lr 1.00e-03 | grad norm 0.7"
+    assert lines[-2] == (
+        "step 500/500 | loss 0.0100 | 0:00 left | 2k tokens/s | lr 1.00e-03 | grad norm 0.7 | 0.003 TFLOP/s each"
+    )
+    assert lines[-1] == "[bold]done[/bold]"
+    assert len(lines) < 10  # 500 steps in far less than 10 s
+    assert "\x1b" not in out.getvalue()
+
+
+def test_slow_plain_lines_are_all_shown_at_the_log_interval(tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr("megagpt.train.report.time.monotonic", lambda: next(clock))
+    out = io.StringIO()
+    with reporter(tmp_path, out, log_interval=4) as report:
+        take_steps(report, 1, 10)
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["1/10", "4/10", "8/10", "10/10"]
+
+
+def test_a_terminal_gets_one_live_line(tmp_path):
+    out = Terminal()
+    with reporter(tmp_path, out, peak_flops=1e10, n_processes=1, train_steps=8) as report:
+        take_steps(report, 1, 7)
+        report.validation(7, loss=math.log(50), bits_per_byte=2.5)
+        take_steps(report, 8, 8)
+    screen = out.getvalue()
+    assert "8/8  loss 0.6250  0:00 left  2k tokens/s  lr 1.00e-03  grad norm 0.7  0.012 TFLOP/s  MFU 120.0%" in screen
+    assert "step 7 | validation loss 3.9120 | perplexity 50 | 2.500 bits per byte" in screen
+    assert screen.count("\n") == 2  # the validation's, and the live line's own at the end
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_narrow_terminal_cuts_the_line_instead_of_wrapping(tmp_path, width):
+    out = Terminal()
+    with reporter(tmp_path, out, width=width) as report:
+        take_steps(report, 1, 10)
+    assert out.getvalue().count("\n") == 1
+    assert "10/10  loss 0.5000" in out.getvalue()
+
+
+def test_other_ranks_do_nothing(tmp_path):
+    out = io.StringIO()
+    with reporter(tmp_path / "run", out, enabled=False, wandb_project="p") as report:
+        take_steps(report, 1, 3)
+        report.validation(3, loss=1.0, bits_per_byte=1.0)
+        report.message("hello")
+    assert out.getvalue() == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_missing_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'megagpt\[wandb\]'"):
+        reporter(tmp_path, wandb_project="gpt")
+
+
+def test_wandb_gets_what_tensorboard_gets(tmp_path, monkeypatch):
+    logged, started = [], []
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished")
+    )
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **settings: started.append(settings) or run  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "wandb")
+    with reporter(tmp_path, wandb_project="gpt") as report:
+        take_steps(report, 1, 1)
+    assert started[0]["project"] == "gpt"
+    assert started[0]["config"] == {"model": {"n_layers": 4}}
+    step, values = logged[0]
+    assert step == 1
+    assert values["train/loss"] == 5.0
+    assert logged[-1] == "finished"
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot make the run folder .*--save"):
+        reporter(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"loss": 1.0}', '{"step": "1"}', "nonsense", "[" * 100_000, ""])
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + "\n" + '{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: "):
+        metrics_file.read_rows(path)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\n')
+    with pytest.raises(UserError, match="byte 12 is not UTF-8"):
+        metrics_file.read_rows(path)
