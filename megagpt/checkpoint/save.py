@@ -25,7 +25,6 @@ from megagpt.checkpoint.state import State
 from megagpt.checkpoint.whole import write_tables
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
-from megagpt.optim.rules import place_of
 from megagpt.parallel.mesh import Mesh
 from megagpt.processes.agree import together
 from megagpt.train.step.engine import Engine
@@ -157,7 +156,7 @@ def load(engine: Engine, folder: Path) -> State:
                 source = WEIGHT if key == AVERAGE and key not in reader.index else key
                 if source in reader.index or at.step > 0:
                     for named in parameters:
-                        values = read_part(reader, source, named.name, place_of(named, key))
+                        values = read_part(reader, source, named.name, named.place_of(key))
                         write(engine, named, key, values.to(engine.device))
         return at
 
@@ -194,7 +193,7 @@ def _share(engine: Engine, key: str) -> Iterator[tuple[str, np.ndarray]]:
     mesh, writers = engine.mesh, assign_writers(engine.parameters, engine.mesh)
     for named in kept(engine)[key]:
         local = read(engine, named, key)  # a collective: every rank takes part, whoever keeps the result
-        is_shared_out = place_of(named, key).dim is not None
+        is_shared_out = named.place_of(key).dim is not None
         mine = writers[named.name] == mesh.data.rank and (is_shared_out or mesh.model.rank == 0)
         if named.owned and mine and local.numel() > 0:
             yield named.name, local.float().cpu().contiguous().numpy()
@@ -218,7 +217,7 @@ def _write_share(held: Held, engine: Engine, folder: Path) -> Written:
                 raise UserError(
                     f"{key} of {name} holds a NaN or Inf: not saved; go on from the checkpoint before: --load"
                 )
-            part = place_of(by_name[name], key)
+            part = by_name[name].place_of(key)
             start = tuple(part.start if d == part.dim else 0 for d in range(len(part.shape)))
             index[key][name] = Logical(part.shape, (Piece(file, start, values.shape),))
         if tensors:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
 from megagpt.config.checks import fraction, not_negative, positive, require
+from megagpt.optim import OPTIMIZERS
+
+if TYPE_CHECKING:
+    OptimizerName = str
+else:  # flags and YAML files offer what is listed there
+    OptimizerName = Literal[*OPTIMIZERS]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer, its schedule, clipping, and what is added to the loss."""
 
-    optimizer: Annotated[
-        Literal["adamw", "adam", "adafactor", "adafactor_unfactored", "lion", "muon"], arg(aliases=["--optimizer"])
-    ] = "adamw"
+    optimizer: Annotated[OptimizerName, arg(aliases=["--optimizer"])] = "adamw"
     """AdamW; Adam (decay within the gradient); Adafactor, or with whole second moments (PaLM); Lion; Muon, with AdamW
     for what is no matrix of a block."""
     lr: Annotated[float, arg(aliases=["--lr"])] = 2e-3
@@ -71,12 +75,7 @@ class OptimConfig:
         for name in ("min_lr_fraction", "decay_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.{name}={value}", "must be between 0 and 1", "0.1 is usual")
-        require(
-            self.optimizer != "adam" or self.weight_decay_times == "lr",
-            f"optim.weight_decay_times={self.weight_decay_times} with optim.optimizer=adam",
-            "cannot work: its decay is part of the gradient",
-            "use adamw, or weight_decay_times lr",
-        )
+        OPTIMIZERS[self.optimizer].check(self)
         if self.ema_decay is not None:
             fraction("optim", self, "ema_decay")
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from megagpt.errors import UserError
-from megagpt.inventory.sizes import LayerSize
+from megagpt.inventory.layers import Layer
 
 METHODS = ("flops", "parameters", "uniform")
 
 
-def stage_bounds(partition: str, layers: Sequence[LayerSize], pp: int) -> tuple[int, ...]:
+def stage_bounds(partition: str, layers: Sequence[Layer], pp: int) -> tuple[int, ...]:
     """pp + 1 ascending indices into the layer list: stage s holds layers[bounds[s] : bounds[s + 1]].
 
     partition: flops | parameters | uniform (one weight a block), or explicit block counts "3,4,4,3".
@@ -29,7 +29,7 @@ def stage_bounds(partition: str, layers: Sequence[LayerSize], pp: int) -> tuple[
     return (0, *ends[1:-1], len(layers))  # … and the head goes with the last block
 
 
-def _counts(partition: str, layers: Sequence[LayerSize], pp: int) -> list[int]:
+def _counts(partition: str, layers: Sequence[Layer], pp: int) -> list[int]:
     """Blocks of each stage."""
     embedding, *blocks, head = layers
     if partition == "uniform":

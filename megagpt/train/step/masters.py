@@ -1,7 +1,7 @@
 """What a run has of each parameter, by key, whichever ZeRO stage holds it: read, and written back.
 
 "weight" is the fp32 weight; the optimizer's moments and statistics and the average have their own keys
-(optimizers/rules.py). Values are this rank's tensor-parallel part (`place_of`), without padding and unsharded over the
+(optim/rules.py). Values are this rank's tensor-parallel part (`place_of`), without padding and unsharded over the
 data axis.
 """
 
@@ -30,7 +30,7 @@ def kept(engine: Engine) -> dict[str, list[Named]]:
     """The parameters that there is something of under each key, in the order of the model; weights first."""
     found = {WEIGHT: engine.parameters}
     for named in engine.parameters:
-        rule = rule_of(named, engine.config.optim)
+        rule = rule_of(named.declared, engine.config.optim)
         for key in (*rule.moments, *rule.statistics):
             found.setdefault(key, []).append(named)
     return found
@@ -67,7 +67,7 @@ def create_moments(engine: Engine) -> None:
     So memory is taken at the start, and a checkpoint has a place to be loaded into.
     """
     for master, segments in engine.segments.masters.items():
-        rule = rule_of(segments[0].named, engine.config.optim)
+        rule = rule_of(segments[0].named.declared, engine.config.optim)
         state: dict[str, Any] = {key: torch.zeros_like(master, dtype=torch.float32) for key in rule.moments}
         if AVERAGE in state:
             state[AVERAGE].copy_(master.detach())
@@ -78,6 +78,7 @@ def create_moments(engine: Engine) -> None:
             tensors = _statistics(engine).setdefault(key, {})
             for segment in segments:
                 shape = statistic_shape(key, segment.named.part.shape)
+                assert shape is not None, key
                 tensors[segment.named.name] = torch.zeros(shape, device=master.device)
 
 

@@ -14,6 +14,7 @@ from megagpt.config import RunConfig
 from megagpt.config.kernels import Kernels
 from megagpt.model.gpt import GPT, Head, layer_list
 from megagpt.model.loss import PLAIN, LossTerms
+from megagpt.model.stream import Stream
 from megagpt.parallel.mesh import Mesh
 from megagpt.plan.plan import Plan
 from megagpt.train.step.finite import counts, nan_to_gradient
@@ -49,6 +50,10 @@ class GPTStage(PipelineModule):
         self.parts = self.plan_bounds
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def forward(self, forward_input: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        output = super().forward(forward_input)
+        return output.wire if isinstance(output, Stream) else output
 
     def _loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         head = self.forward_funcs[-1]
