@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megagpt.inventory.optimizer_sizes import MOMENTS, state_bytes
 from torch import Tensor
 
 from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megagpt.errors import UserError
-from megagpt.inventory.optimizer_sizes import MOMENTS, state_bytes
 from megagpt.model.gpt import GPT
 from megagpt.optim.build import build_optimizer, set_rate
 from megagpt.optim.mesh_optimizer import MeshOptimizer
