@@ -64,8 +64,6 @@ def sharded(full: Tensor, dim: int, axis: Axis, pad_to: int = 1) -> nn.Parameter
 def _tagged(local: Tensor, part: Part) -> nn.Parameter:
     parameter = nn.Parameter(local)
     parameter.part = part  # type: ignore[attr-defined]
-    # DeepSpeed's clipping counts a parameter on every rank of the model axis only if it carries this flag.
-    parameter.model_parallel = part.dim is not None  # type: ignore[attr-defined]
     return parameter
 
 

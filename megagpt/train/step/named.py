@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from megagpt.model.gpt import GPT
 from megagpt.parallel.parameter import Part, part_of
+
+TIED = "embedding.tokens.weight"  # which the head of a tied model uses too, perhaps on another pipeline stage
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,6 @@ class Named:
         return part_of(self.parameter)
 
 
-def named_parameters(model: GPT) -> list[Named]:
+def named_parameters(model: nn.Module) -> list[Named]:
     """The parameters of a model without pipeline stages; a tied weight comes once."""
     return [Named(name, parameter, True) for name, parameter in model.named_parameters()]
