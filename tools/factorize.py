@@ -28,6 +28,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megagpt.inventory.factorised_sizes import mlp_matrix_params
+from megagpt.inventory.sizes import layer_sizes
 from rich.console import Console
 from rich.table import Table
 
@@ -37,8 +39,6 @@ from megagpt.cli import read_config
 from megagpt.config import ModelConfig
 from megagpt.data.indexed.blend import parse_data_path
 from megagpt.errors import UserError, run_cli
-from megagpt.inventory.factorised_sizes import mlp_matrix_params
-from megagpt.inventory.sizes import layer_sizes
 
 KIND = ("mlp", "mlp_rank", "mlp_blocks")
 PRETRAIN = Path(__file__).parents[1] / "examples" / "pretrain_gpt.py"

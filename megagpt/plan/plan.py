@@ -129,9 +129,7 @@ def model_flops_per_token(layers: tuple[Layer, ...]) -> int:
     return 3 * sum(layer.flops_per_token for layer in layers)
 
 
-def _stage(
-    config: RunConfig, dp: int, micro_batches: int, number: int, first: int, layers: tuple[Layer, ...]
-) -> Stage:
+def _stage(config: RunConfig, dp: int, micro_batches: int, number: int, first: int, layers: tuple[Layer, ...]) -> Stage:
     model, parallel = config.model, config.parallel
     is_first, is_last = number == 0, number == parallel.pp - 1
     copies = tied_matrix(model).values() if is_last and not is_first else ()

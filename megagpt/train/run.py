@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint.restore import find_whole
+from megagpt.checkpoint.load import find_whole
 from megagpt.checkpoint.state import check_resumable, read_state
 from megagpt.cli import to_yaml
 from megagpt.config import RunConfig

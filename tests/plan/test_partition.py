@@ -8,9 +8,9 @@ from itertools import combinations, pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megagpt.inventory.sizes import layer_sizes
 
 from megagpt.config import ModelConfig
-from megagpt.inventory.sizes import layer_sizes
 from megagpt.plan.partition import balance, stage_bounds
 
 

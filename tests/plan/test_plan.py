@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megagpt.inventory.sizes import VOCAB_MULTIPLE, layer_sizes
 from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.errors import UserError
-from megagpt.inventory.sizes import VOCAB_MULTIPLE, layer_sizes
 from megagpt.model.gpt import GPT, layer_list
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.embedding import ROW_MULTIPLE

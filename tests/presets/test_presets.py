@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from megagpt.inventory.sizes import layer_sizes
 from rich.console import Console
 
 from megagpt.cli import parse_run_config
 from megagpt.config import ModelConfig, RunConfig
-from megagpt.inventory.sizes import layer_sizes
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.parameter import part_of

@@ -16,10 +16,10 @@ import torch
 
 from megagpt.adapt.factorised_run import write_factorised
 from megagpt.checkpoint.folders import find
+from megagpt.checkpoint.integrity import damage_of
+from megagpt.checkpoint.load import load_weights
 from megagpt.checkpoint.pieces import WEIGHT, Reader
-from megagpt.checkpoint.restore import load_weights
 from megagpt.checkpoint.state import read_state
-from megagpt.checkpoint.whole import damage_of
 from megagpt.cli import read_config
 from megagpt.config import ModelConfig, RunConfig
 from megagpt.data.text.prepare import TokenizerFiles, prepare

@@ -8,7 +8,7 @@ import torch
 
 from megagpt.config import RunConfig
 from megagpt.plan.plan import Plan
-from megagpt.train.step.deepspeed_json import check_deepspeed_json
+from megagpt.train.step.deepspeed.user_json import check_deepspeed_json
 
 # Gradients in one reduction of ZeRO on a CPU: 16 MiB stay near its caches, where DeepSpeed's 500 M would be a buffer
 # of 2 GB. A GPU's links want the large one.
