@@ -102,7 +102,7 @@ class Attention(nn.Module):
         assert queries_BT is not None and keys_BS is not None
         if self.dropout.active:
             raise ValueError(
-                "attention dropout knows tokens by their place in the sample; positions have no such place"
+                "attention dropout knows tokens by their place in the sample; got other positions"
             )
         k_BGSK, v_BGSK = k_BGTK, v_BGTK
         if stream.cache is not None:
