@@ -21,8 +21,7 @@ from megagpt.errors import UserError
 from megagpt.processes.agree import RankError
 from megagpt.processes.local import run_ranks
 from megagpt.train.faults.guard import Guard
-from megagpt.train.faults.notes import FaultNotes
-from megagpt.train.faults.rewinds import Rewind, add_rewind, read_rewinds
+from megagpt.train.faults.notes import FaultNotes, Rewind, add_rewind, read_rewinds
 from megagpt.train.step.engine import StepResult
 from tests.parity.rank import batches_of, start_engine
 from tests.parity.walk import Layout

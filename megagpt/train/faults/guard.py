@@ -20,8 +20,7 @@ from megagpt.data.loader import MicroBatch
 from megagpt.processes.agree import RankError, together
 from megagpt.train.faults import spikes
 from megagpt.train.faults.blame import Sighting, retry_under_watch, weight_not_finite
-from megagpt.train.faults.notes import FaultNotes
-from megagpt.train.faults.rewinds import Rewind, add_rewind, read_rewinds
+from megagpt.train.faults.notes import FaultNotes, Rewind, add_rewind, read_rewinds
 from megagpt.train.faults.spikes import History, Spike
 from megagpt.train.step.engine import Engine, StepResult
 
