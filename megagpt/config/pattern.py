@@ -9,6 +9,7 @@ from megagpt.config.checks import require
 
 Kind = Literal["dense", "window", "strided", "bigbird"]
 _NUMBERS = {"dense": 0, "window": 1, "strided": 1, "bigbird": 4}
+_KEY = "model.attention"
 _FORMS = "dense, window:W, strided:S or bigbird:B:W:G:R"
 
 
@@ -31,10 +32,11 @@ class Pattern:
         kind, *numbers = text.split(":")
         known = kind in get_args(Kind)
         ok = known and len(numbers) == _NUMBERS[kind] and all(n.isdecimal() and len(n) < 10 for n in numbers)
-        require(ok, f"model.attention={text!r}", "is no pattern", f"use {_FORMS}")
+        got = f"{_KEY}={text!r}"
+        require(ok, got, "is no pattern", f"use {_FORMS}", _KEY)
         pattern = Pattern(kind, tuple(map(int, numbers)))  # type: ignore[arg-type]
         first = 2 if kind == "bigbird" else len(numbers)  # there may be no global and no random blocks
-        require(all(n > 0 for n in pattern.numbers[:first]), f"model.attention={text!r}", "holds a 0", "use 1 or more")
+        require(all(n > 0 for n in pattern.numbers[:first]), got, "holds a 0", "use 1 or more", _KEY)
         return pattern
 
     def require_fits(self, seq_len: int) -> None:
@@ -47,6 +49,8 @@ class Pattern:
             f"model.attention={self} with model.seq_len={seq_len}",
             f"reaches {reach} tokens, further than the context",
             "use a smaller one, dense, or a larger --seq-len",
+            _KEY,
+            "model.seq_len",
         )
 
     def __str__(self) -> str:

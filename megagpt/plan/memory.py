@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megagpt.config import ModelConfig, ParallelConfig, RunConfig
-from megagpt.config.kernels import Kernels, attention_runs
+from megagpt.config.kernels import attention_runs
 from megagpt.inventory.factorised_sizes import mlp_kept_width
 from megagpt.inventory.optimizer_sizes import state_bytes
 from megagpt.inventory.sizes import layer_sizes
@@ -114,7 +114,7 @@ def _attention_numbers(config: RunConfig) -> int:
     model, tp = config.model, config.parallel.tp
     I = model.n_heads * model.head_width // tp  # noqa: E741
     J = max(model.kv_heads // tp, 1) * model.head_width
-    choice, dropping = Kernels.parse(config.train.kernels)["attention"], model.dropout_attention > 0
+    choice, dropping = config.train.kernels["attention"], model.dropout_attention > 0
     in_steps = attention_runs(choice, model.position, dropping) in ("softmax", "reference")
     kept = 2 * I + 2 * J + (in_steps + dropping) * model.n_heads * model.seq_len // tp
     if model.position == "transformer_xl":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,10 +17,10 @@ from megagpt.checkpoint import save as checkpoint
 from megagpt.checkpoint.restore import find_whole
 from megagpt.checkpoint.save import Saver
 from megagpt.checkpoint.state import State
-from megagpt.config import RunConfig
-from megagpt.config.kernels import Kernels
+from megagpt.config import RunConfig, plain
 from megagpt.data.indexed.blend import Samples, sources
 from megagpt.data.loader import MicroBatch, micro_batches
+from megagpt.data.opened import OpenedData
 from megagpt.errors import Stopped
 from megagpt.model.attention import attention_status
 from megagpt.model.gpt import ops_used
@@ -44,8 +43,8 @@ from megagpt.train.step.engine import Engine, StepResult
 from megagpt.train.step.masters import read_counters
 
 
-def train(config: RunConfig) -> None:
-    """Train what the configuration says, on the processes that were started.
+def train(config: RunConfig, data: OpenedData) -> None:
+    """Train what the configuration says on its data, on the processes that were started.
 
     Raises UserError (a RankError once the ranks are connected, of which one rank speaks), and Stopped where it was
     asked to end early and has saved.
@@ -58,12 +57,12 @@ def train(config: RunConfig) -> None:
         Stopper(faults.exit_after_minutes) as stopper,
         ExitStack() as stack,
     ):
-        run = find_run(config, plan, mesh, stack)
+        run = find_run(config, data, plan, mesh, stack)
         if run is None:
             return
         watch.write_to(run.folder / "faults")
         engine = Engine(config, plan, mesh)
-        kernels = Kernels.parse(config.train.kernels)
+        kernels = config.train.kernels
         together(lambda: check_kernels(kernels, ops_used(config.model, kernels), engine.device.type))
         resumed = checkpoint.load(engine, run.resume_from) if run.resume_from else None
         with _start_report(run, engine, resumed) as report:
@@ -173,12 +172,12 @@ def _start_report(run: Run, engine: Engine, resumed: State | None) -> Reporter:
         n_processes=plan.world_size,
         enabled=run.mesh.rank == 0,
         wandb_project=config.log.wandb_project,
-        config=dataclasses.asdict(config),
+        config=plain(config),
         log_interval=config.log.log_interval,
     )
     report.show(config_table(config))
     report.show(plan_table(config, plan))
-    kernels = Kernels.parse(config.train.kernels)
+    kernels = config.train.kernels
     rows = kernel_rows(kernels, ops_used(config.model, kernels), engine.device.type)
     report.show(kernel_table([*rows, attention_status(config.model, kernels)]))
     report.message(f"optimizer: {engine.optimizer_name}")
@@ -228,7 +227,7 @@ def _state(parts: Parts, step: int, lr: float, validation_loss: float | None) ->
         tokens=schedule.tokens_before(step),
         lr=lr,
         counters=read_counters(parts.engine),
-        config=dataclasses.asdict(config),
+        config=plain(config),
         data=parts.run.data_identity,
         layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp, "zero_stage": plan.zero_stage},
         skipped_steps=parts.guard.left_out,

@@ -11,7 +11,6 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megagpt.config import RunConfig
-from megagpt.config.kernels import Kernels
 from megagpt.model.gpt import GPT, Head, layer_list
 from megagpt.model.loss import PLAIN, LossTerms
 from megagpt.parallel.mesh import Mesh
@@ -31,7 +30,7 @@ class GPTStage(PipelineModule):
 
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
         self.plan_bounds, self.terms = list(plan.bounds), loss_terms(config)
-        kernels = Kernels.parse(config.train.kernels)
+        kernels = config.train.kernels
         layers = layer_list(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
         self.names = [layer.name for layer in layers]
         specs = [LayerSpec(layer.kind, *layer.arguments) for layer in layers]
@@ -82,7 +81,7 @@ def build_module(config: RunConfig, plan: Plan, mesh: Mesh) -> tuple[GPT | GPTSt
     Comm: with pipeline stages, collective (groups are made, the tied weight broadcast).
     """
     if mesh.pipe.size == 1:
-        kernels = Kernels.parse(config.train.kernels)
+        kernels = config.train.kernels
         model = GPT(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
         return model, named_parameters(model)
     stage = GPTStage(config, plan, mesh)
