@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megagpt.config import RunConfig
-from megagpt.config.kernels import Kernels
 from megagpt.inventory.layers import Layer, layers, tied_matrix, vocab_local
 from megagpt.plan.checks import (
     check_attention,
@@ -87,7 +86,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     micro_batches = check_batch(config, dp)
     check_noise_scale(config)
     model, parallel = config.model, config.parallel
-    listed = layers(model, Kernels.parse(config.train.kernels))
+    listed = layers(model, config.train.kernels)
     bounds = stage_bounds(parallel.partition, listed, parallel.pp)
     stages = tuple(
         _stage(config, dp, micro_batches, number, first, listed[first:end])

@@ -101,9 +101,7 @@ class Attention(nn.Module):
         queries_BT = keys_BS = stream.positions_BT
         assert queries_BT is not None and keys_BS is not None
         if self.dropout.active:
-            raise ValueError(
-                "attention dropout knows tokens by their place in the sample; got other positions"
-            )
+            raise ValueError("attention dropout knows tokens by their place in the sample; got other positions")
         k_BGSK, v_BGSK = k_BGTK, v_BGTK
         if stream.cache is not None:
             k_BGSK, v_BGSK, keys_BS = stream.cache.extend(self.layer, k_BGTK, v_BGTK, queries_BT)

@@ -49,6 +49,7 @@ class LowRank(Product):
             f"model.mlp_rank={rank}",
             f"must be at most the smaller of d_model={D}, d_ff={F}",
             f"at {D * F // (D + F)} it has the parameters of dense",
+            "model.mlp_rank",
         )
 
     def factors(self, direction: Direction, std: float) -> Parameters:

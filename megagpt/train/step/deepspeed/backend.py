@@ -17,7 +17,6 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor, nn
 
 from megagpt.config import RunConfig
-from megagpt.config.kernels import Kernels
 from megagpt.data.loader import MicroBatch
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
@@ -143,7 +142,7 @@ class _PlainEngine(_DeepSpeedBackend):
     """Without pipeline stages: the whole model on each rank of the data axis."""
 
     def _build(self, config: RunConfig, plan: Plan, mesh: Mesh) -> nn.Module:
-        kernels = Kernels.parse(config.train.kernels)
+        kernels = config.train.kernels
         model = GPT(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
         blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
         self.layers = [("embedding", model.embedding), *blocks, ("head", model.head)]

@@ -10,7 +10,6 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megagpt.config import RunConfig
-from megagpt.config.kernels import Kernels
 from megagpt.inventory.layers import TIED
 from megagpt.model.gpt import Head, layer_list
 from megagpt.model.loss import PLAIN, LossTerms
@@ -30,7 +29,7 @@ class GPTStage(PipelineModule):
 
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
         self.plan_bounds, self.terms = list(plan.bounds), loss_terms(config)
-        kernels = Kernels.parse(config.train.kernels)
+        kernels = config.train.kernels
         layers = layer_list(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
         self.names = [layer.name for layer in layers]
         specs = [LayerSpec(layer.kind, *layer.arguments) for layer in layers]
