@@ -23,6 +23,14 @@ from megagpt.data.tokenizers.tokenizer import tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.hf import config_from_hf, lazy_from_hf
 
+TOKENIZER_FILES = {
+    "gpt2": ("vocab.json", "merges.txt"),
+    "hf": ("tokenizer.json",),
+    "sentencepiece": ("tokenizer.model",),
+}
+"""Kind of tokenizer → its files as transformers names them. Of several that are there, the first kind is taken."""
+TOKENIZER_SETTINGS = "tokenizer_config.json"  # beside them; of ours, hf reads it
+
 _WHOLE, _SHARDS = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.safetensors")
@@ -111,28 +119,24 @@ def _opened(path: Path) -> Any:
 
 def _copy_tokenizer(source: Path, copy: Path, final: Path) -> DataConfig:
     """Copy what makes a tokenizer, and how to name it once `copy` is called `final`. Raises where it is damaged."""
-    if (source / "vocab.json").exists() and (source / "merges.txt").exists():
-        names = ("vocab.json", "merges.txt")
-    elif (source / "tokenizer.json").exists():
-        names = ("tokenizer.json", "tokenizer_config.json")
-    elif (source / "tokenizer.model").exists():
-        names = ("tokenizer.model",)
-    else:
+    there = [kind for kind, names in TOKENIZER_FILES.items() if all((source / name).exists() for name in names)]
+    if not there:
         return DataConfig()
+    kind = there[0]
+    names = (*TOKENIZER_FILES[kind], TOKENIZER_SETTINGS) if kind == "hf" else TOKENIZER_FILES[kind]
     copy.mkdir()
     for name in names:
         if (source / name).exists():
             shutil.copyfile(source / name, copy / name)
+    tokenizer_of_run(_tokenizer_in(copy, kind))
+    return _tokenizer_in(final, kind)
 
-    def named(folder: Path) -> DataConfig:
-        if names[0] == "vocab.json":
-            files = [str(folder / name) for name in names]
-            return DataConfig(tokenizer="gpt2", vocab_file=files[0], merge_file=files[1])
-        kind = "hf" if names[0] == "tokenizer.json" else "sentencepiece"
-        return DataConfig(tokenizer=kind, tokenizer_model=str(folder / names[0]))
 
-    tokenizer_of_run(named(copy))
-    return named(final)
+def _tokenizer_in(folder: Path, kind: str) -> DataConfig:
+    """What names the tokenizer of that kind, of files in this folder."""
+    settings = ("vocab_file", "merge_file") if kind == "gpt2" else ("tokenizer_model",)
+    files = dict(zip(settings, (str(folder / name) for name in TOKENIZER_FILES[kind]), strict=True))
+    return DataConfig(tokenizer=kind, **files)  # pyright: ignore[reportArgumentType]  # a kind that it knows
 
 
 def _read_json(path: Path) -> dict[str, Any]:

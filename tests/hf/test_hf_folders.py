@@ -30,7 +30,6 @@ from megagpt.errors import UserError
 from megagpt.generate.sample import generate
 from megagpt.generate.trained import open_trained
 from megagpt.hf import export_folder as hf_export
-from megagpt.hf import from_hf
 from megagpt.hf import import_folder as hf_import
 from megagpt.hf.export_folder import export
 from megagpt.hf.import_folder import import_model
@@ -40,6 +39,7 @@ from megagpt.parallel.parameter import part_of
 from megagpt.processes.local import run_ranks
 from tests.checkpoint.written_checkpoint import MODEL, gpt2_tensors, write_checkpoint
 from tests.hf.hf_cases import CASES, theirs
+from tests.hf.load import from_hf
 from tests.logical import Parts, assemble
 from tests.parity.rank import start_engine
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megagpt.config import ModelConfig
 from megagpt.config.kernels import Kernels
-from megagpt.hf import load_logical
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.parameter import part_of
+from tests.hf.load import load_logical
 from tests.tolerances import assert_close
 
 transformers = pytest.importorskip("transformers")
