@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megagpt.model.init import Init
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +26,6 @@ from benchmarks.machine import conditions, headline
 from megagpt.config import ModelConfig
 from megagpt.config.kernels import Kernels
 from megagpt.model.attention import Attention
-from megagpt.model.init import Init
 from megagpt.parallel.axis import SINGLE
 
 BASE = ModelConfig(n_layers=1, d_model=768, n_heads=12, vocab_size=1, position="none")

@@ -30,13 +30,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+from megagpt.inventory.sizes import layer_sizes
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import conditions, headline
 from megagpt.config import ModelConfig
 from megagpt.errors import UserError, run_cli
-from megagpt.inventory.sizes import layer_sizes
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from megagpt.checkpoint.pieces import WEIGHT, Reader
 from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
 from megagpt.checkpoint.state import State, read_state
 from megagpt.cli import read_config, to_yaml
-from megagpt.config import ModelConfig, RunConfig
+from megagpt.config import ModelConfig, RunConfig, plain
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
@@ -56,7 +56,7 @@ def write_factorised(
             tokens=0,
             lr=0.0,
             counters={"skipped_steps": 0},
-            config=asdict(config),
+            config=plain(config),
             data=at.data,
             origin=f"{config.model.mlp} form of {source.parent.parent.name}/{source.name}",
         )

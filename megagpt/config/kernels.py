@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megagpt.errors import UserError
+from megagpt.config.checks import require
 from megagpt.model.attention import IMPLEMENTATIONS
 from megagpt.model.position import POSITIONS
 
@@ -40,16 +40,17 @@ class Kernels:
         for part in filter(None, (p.strip() for p in text.split(","))):
             op, equals, choice = (p.strip() for p in part.rpartition("="))
             choices = ATTENTION_CHOICES if op == "attention" else CHOICES
-            if choice not in choices:
-                of = " for attention" if op == "attention" else ""
-                raise UserError(
-                    f"train.kernels={text}: {choice!r} is no choice{of}; use {' | '.join(choices)}, or op=choice"
-                )
+            wanted = "is no choice for attention" if op == "attention" else "is no choice"
+            known = f"use {' | '.join(choices)}, or op=choice"
+            require(choice in choices, f"train.kernels={text}: {choice!r}", wanted, known, "train.kernels")
             if equals:
                 exceptions.append((op, choice))
             else:
                 default = choice
         return Kernels(default, tuple(exceptions))
+
+    def __str__(self) -> str:
+        return ",".join([self.default, *(f"{op}={choice}" for op, choice in self.exceptions)])
 
 
 AUTO = Kernels()

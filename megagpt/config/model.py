@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from tyro.conf import arg
+from typing import TYPE_CHECKING, Literal
 
 from megagpt.config.checks import divisors, fraction, positive, require
 from megagpt.config.pattern import Pattern
+from megagpt.config.values import Short
 from megagpt.errors import UserError
 from megagpt.model.mlp import MLPS
 from megagpt.model.position import POSITIONS
@@ -25,21 +24,21 @@ _MAX_LAYERS = 4096  # the plan lists them one by one
 class ModelConfig:
     """The architecture."""
 
-    n_layers: Annotated[int, arg(aliases=["--n-layers"])] = 4
+    n_layers: Short[int] = 4
     """Transformer blocks."""
-    d_model: Annotated[int, arg(aliases=["--d-model"])] = 192
+    d_model: Short[int] = 192
     """Width of the residual stream."""
-    n_heads: Annotated[int, arg(aliases=["--n-heads"])] = 4
+    n_heads: Short[int] = 4
     """Attention heads."""
-    n_kv_heads: Annotated[int | None, arg(aliases=["--n-kv-heads"])] = None
+    n_kv_heads: Short[int | None] = None
     """Heads of keys and values, shared by groups of query heads; default n_heads, 1 is multi-query attention."""
     d_head: int | None = None
     """Width of one head; default d_model / n_heads."""
     d_ff: int | None = None
     """Width of the MLP; default 4 * d_model."""
-    seq_len: Annotated[int, arg(aliases=["--seq-len"])] = 256
+    seq_len: Short[int] = 256
     """Context length in tokens, and the length of a training sample."""
-    vocab_size: Annotated[int | None, arg(aliases=["--vocab-size"])] = None
+    vocab_size: Short[int | None] = None
     """Tokens of the vocabulary; default the tokenizer's. Padding for tp is added by itself."""
     block: Literal["sequential", "parallel", "parallel_two_norms"] = "sequential"
     """Attention, then MLP; or both from one norm (GPT-J, PaLM), or each from a norm of its own (GPT-NeoX), added."""
@@ -60,7 +59,7 @@ class ModelConfig:
     """Buckets of T5's relative positions."""
     t5_max_distance: int = 128
     """Distance from which T5's positions share the last bucket."""
-    attention: tuple[str, ...] = ("dense",)
+    attention: tuple[Pattern, ...] = (Pattern(),)
     """What queries may attend, by layer in turn: dense, window:W (the last W), strided:S (the last S, and every S-th),
     bigbird:B:W:G:R (blocks of B tokens: the last W, the first G, R random ones); GPT-3: dense window:256."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -107,6 +106,8 @@ class ModelConfig:
     """Standard deviation of initial weights, where init uses it."""
 
     def __post_init__(self) -> None:
+        patterns = tuple(Pattern.parse(p) if isinstance(p, str) else p for p in self.attention)
+        object.__setattr__(self, "attention", patterns)
         positive(
             "model",
             self,
@@ -119,6 +120,7 @@ class ModelConfig:
             f"model.n_layers={self.n_layers}",
             f"must be at most {_MAX_LAYERS}",
             "published models have up to 200",
+            "model.n_layers",
         )
         fraction("model", self, "dropout_embedding", "dropout_attention", "dropout_residual")
         require(
@@ -126,21 +128,24 @@ class ModelConfig:
             f"model.d_model={self.d_model} with model.n_heads={self.n_heads}",
             "must divide evenly",
             f"try n_heads in {divisors(self.d_model)[:12]}, or set d_head",
+            *("model.d_model", "model.n_heads"),
         )
         require(
             self.n_heads % self.kv_heads == 0,
             f"model.n_kv_heads={self.kv_heads} with model.n_heads={self.n_heads}",
             "must share keys between groups of equal size",
             f"use one of {', '.join(map(str, divisors(self.n_heads)))}",
+            *("model.n_kv_heads", "model.n_heads"),
         )
-        require(len(self.attention) > 0, "model.attention", "is empty", "use dense")
-        for text in self.attention:
-            Pattern.parse(text).require_fits(self.seq_len)
+        require(len(self.attention) > 0, "model.attention", "is empty", "use dense", "model.attention")
+        for pattern in self.attention:
+            pattern.require_fits(self.seq_len)
         require(
             self.norm_position == "pre" or self.block == "sequential",
             f"model.norm_position=post with model.block={self.block}",
             "has no sum to normalise after attention: a parallel block adds attention and MLP at once",
             "use block=sequential, or norm_position=pre",
+            *("model.norm_position", "model.block"),
         )
         self._check_kinds()
 
@@ -155,6 +160,7 @@ class ModelConfig:
                     f"model.mlp={self.mlp} with model.{name}={value}",
                     f"says what only {kind} has",
                     f"set model.mlp={kind}, or leave it out",
+                    *(f"model.{name}", "model.mlp"),
                 )
         MLPS[self.mlp](self).check()
 
@@ -197,4 +203,4 @@ class ModelConfig:
 
     def pattern(self, layer: int) -> Pattern:
         """Which keys a query of this layer may attend."""
-        return Pattern.parse(self.attention[layer % len(self.attention)])
+        return self.attention[layer % len(self.attention)]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from megagpt.config.checks import require
 from megagpt.model.attention.patterns import PATTERNS, PatternRule
 
+_KEY = "model.attention"
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -24,12 +26,13 @@ class Pattern:
     def parse(text: str) -> Pattern:
         """From "window:256".  Raises UserError for anything that is none of the forms."""
         kind, *numbers = text.split(":")
-        rule, got = PATTERNS.get(kind), f"model.attention={text!r}"
+        rule, got = PATTERNS.get(kind), f"{_KEY}={text!r}"
         ok = rule is not None and len(numbers) == rule.n_numbers and all(n.isdecimal() and len(n) < 10 for n in numbers)
         *forms, last = [rule.form for rule in PATTERNS.values()]
-        require(ok, got, "is no pattern", f"use {', '.join(forms)} or {last}")
+        require(ok, got, "is no pattern", f"use {', '.join(forms)} or {last}", _KEY)
         pattern = Pattern(kind, tuple(map(int, numbers)))
-        require(all(n > 0 for n in pattern.numbers[: pattern.rule.n_positive]), got, "holds a 0", "use 1 or more")
+        positive = all(n > 0 for n in pattern.numbers[: pattern.rule.n_positive])
+        require(positive, got, "holds a 0", "use 1 or more", _KEY)
         return pattern
 
     def require_fits(self, seq_len: int) -> None:
@@ -40,6 +43,8 @@ class Pattern:
             f"model.attention={self} with model.seq_len={seq_len}",
             f"reaches {reach} tokens, further than the context",
             "use a smaller one, dense, or a larger --seq-len",
+            _KEY,
+            "model.seq_len",
         )
 
     def __str__(self) -> str:

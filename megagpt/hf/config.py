@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
-from megagpt.config import ModelConfig
+from megagpt.config import ModelConfig, plain
 from megagpt.errors import UserError
 from megagpt.hf.architecture import ANY, Architecture, Keys, require_only, rotary_of_ours
 from megagpt.hf.architectures import ARCHITECTURES
@@ -91,8 +90,8 @@ def few(texts: Iterable[str]) -> str:
 
 def _require_types(config: ModelConfig) -> None:
     """Raises UserError naming a field that config.json gave a text, or part of a number."""
-    defaults = asdict(ModelConfig())
-    for name, value in asdict(config).items():
+    defaults = plain(ModelConfig())
+    for name, value in plain(config).items():
         default, wanted = defaults[name], "a whole number"
         if isinstance(default, bool):
             ok, wanted = isinstance(value, bool), "true or false"
@@ -100,7 +99,7 @@ def _require_types(config: ModelConfig) -> None:
             ok, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
         else:
             whole = isinstance(value, int) and not isinstance(value, bool)
-            ok = whole or isinstance(default, str | tuple) or (value is None and default is None)
+            ok = whole or isinstance(default, str | list) or (value is None and default is None)
         if not ok:
             raise UserError(f"config.json has {name}={value!r}, wanted {wanted}")
 
@@ -110,7 +109,7 @@ def _computed(config: ModelConfig) -> dict[str, Any]:
 
     Left out are the settings of kinds of position and MLP that were not chosen.
     """
-    fields: dict[str, Any] = {name: value for name, value in asdict(config).items() if name not in _NOT_COMPUTED}
+    fields: dict[str, Any] = {name: value for name, value in plain(config).items() if name not in _NOT_COMPUTED}
     fields |= {"n_kv_heads": config.kv_heads, "d_head": config.head_width, "d_ff": config.ff_width}
     fields["bias_norm"] = "bias" in norm(config)
     fields["attention"] = " ".join(_cycle([str(config.pattern(layer)) for layer in range(config.n_layers)]))

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
 from megagpt.checkpoint.state import State
 from megagpt.cli import to_yaml
-from megagpt.config import DataConfig, ModelConfig, RunConfig
+from megagpt.config import DataConfig, ModelConfig, RunConfig, plain
 from megagpt.data.tokenizers.tokenizer import tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.hf import config_from_hf, lazy_from_hf
@@ -58,7 +57,7 @@ def import_model(source: Path, out: Path) -> Path:
             tokens=0,
             lr=0.0,
             counters={"skipped_steps": 0},
-            config=asdict(RunConfig(model=model, data=data)),
+            config=plain(RunConfig(model=model, data=data)),
             data={},
             origin=f"import of {source.resolve().name}",
         )

@@ -6,16 +6,15 @@ python -m megagpt.ops new NAME    the four files of a new op, ready to run
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from megagpt.errors import run_cli
+from megagpt.errors import ArgumentParser, run_cli
 from tools.new_op import EXAMPLE, FILES, NEXT, lay
 
 
 def main() -> None:
     """Parse the command line and run it."""
-    parser = argparse.ArgumentParser(prog="python -m megagpt.ops", description="The fused operators.")
+    parser = ArgumentParser(prog="python -m megagpt.ops", description="The fused operators.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("list", help="which implementation each op has on a CPU and on a GPU, and why (the default)")
     new = commands.add_parser("new", help="lay the four files of a new op, ready to run")

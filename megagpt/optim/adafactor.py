@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from megagpt.config import RunConfig
     from megagpt.inventory.parameter import Parameter
     from megagpt.optim.mesh_optimizer import MeshOptimizer
+    from megagpt.optim.segments import Segment, Segments
     from megagpt.parallel.parameter import Part
-    from megagpt.train.step.segments import Segment, Segments
 
 Statistics = dict[str, dict[str, "Tensor"]]
 """key -> name of the parameter -> its means over rows or columns."""

@@ -56,4 +56,5 @@ class Adam(AdamW):
             f"optim.weight_decay_times={optim.weight_decay_times} with optim.optimizer=adam",
             "cannot work: its decay is part of the gradient",
             "use adamw, or weight_decay_times lr",
+            *("optim.weight_decay_times", "optim.optimizer"),
         )

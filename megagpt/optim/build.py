@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from megagpt.config import OptimConfig, RunConfig
-from megagpt.optim.mesh_optimizer import MeshOptimizer
 from megagpt.optim import OPTIMIZERS
+from megagpt.optim.mesh_optimizer import MeshOptimizer
 from megagpt.optim.rules import Rule, rule_of
-from megagpt.train.step.named import Named
+from megagpt.parallel.parameter import Named
 
 
 def build_optimizer(parameters: list[Named], run: RunConfig) -> tuple[torch.optim.Optimizer, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt.train.step.segments import Segment, Segments
+from megagpt.optim.segments import Segment, Segments
 
 
 class MeshOptimizer(torch.optim.Optimizer):

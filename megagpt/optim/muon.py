@@ -19,14 +19,12 @@ if TYPE_CHECKING:
     from megagpt.config import RunConfig
     from megagpt.inventory.parameter import Parameter
     from megagpt.optim.mesh_optimizer import MeshOptimizer
+    from megagpt.optim.segments import Segment, Segments
     from megagpt.parallel.axis import Axis
-    from megagpt.train.step.segments import Segment, Segments
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: the steepest at 0 that ends between about 0.7 and 1.2
 RMS_OF_ADAM = 0.2  # Moonshot's measurement of how far AdamW moves a weight, in learning rates
-
-
 
 
 class Muon(Update):

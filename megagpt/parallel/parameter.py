@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megagpt.inventory.parameter import Init, Parameter
 from megagpt.parallel.axis import Axis
 
+
 @dataclass(frozen=True)
 class Part:
     """Where a local parameter lies in its logical tensor. dim is None where every rank holds all of it."""
@@ -66,8 +67,6 @@ def sharded(full: Tensor, dim: int, axis: Axis, pad_to: int = 1) -> nn.Parameter
 def _tagged(local: Tensor, part: Part) -> nn.Parameter:
     parameter = nn.Parameter(local)
     parameter.part = part  # type: ignore[attr-defined]
-    # DeepSpeed's clipping counts a parameter on every rank of the model axis only if it carries this flag.
-    parameter.model_parallel = part.dim is not None  # type: ignore[attr-defined]
     return parameter
 
 
@@ -119,3 +118,30 @@ def _normal(std: float, shape: tuple[int, ...], name: str, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter under its canonical name, the one that it has in the whole model, wherever it lives.
+
+    owned: this process's stage is the one that counts and saves it.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    owned: bool
+
+    @property
+    def part(self) -> Part:
+        """Its place in the logical tensor."""
+        return part_of(self.parameter)
+
+    @property
+    def declared(self) -> Parameter:
+        """What its layer says of it."""
+        return declared_of(self.parameter)
+
+
+def named_parameters(model: nn.Module) -> list[Named]:
+    """The parameters of a model without pipeline stages; a tied weight comes once."""
+    return [Named(name, parameter, True) for name, parameter in model.named_parameters()]

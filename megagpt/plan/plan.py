@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megagpt.config import RunConfig
-from megagpt.config.kernels import Kernels
 from megagpt.inventory.layers import Layer, layers, tied_matrix, vocab_local
 from megagpt.plan.checks import (
     check_attention,
@@ -87,7 +86,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     micro_batches = check_batch(config, dp)
     check_noise_scale(config)
     model, parallel = config.model, config.parallel
-    listed = layers(model, Kernels.parse(config.train.kernels))
+    listed = layers(model, config.train.kernels)
     bounds = stage_bounds(parallel.partition, listed, parallel.pp)
     stages = tuple(
         _stage(config, dp, micro_batches, number, first, listed[first:end])
@@ -129,9 +128,7 @@ def model_flops_per_token(layers: tuple[Layer, ...]) -> int:
     return 3 * sum(layer.flops_per_token for layer in layers)
 
 
-def _stage(
-    config: RunConfig, dp: int, micro_batches: int, number: int, first: int, layers: tuple[Layer, ...]
-) -> Stage:
+def _stage(config: RunConfig, dp: int, micro_batches: int, number: int, first: int, layers: tuple[Layer, ...]) -> Stage:
     model, parallel = config.model, config.parallel
     is_first, is_last = number == 0, number == parallel.pp - 1
     copies = tied_matrix(model).values() if is_last and not is_first else ()

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from megagpt.model.factorised import down_matrix, up_matrix
 from torch import Tensor
 
 from megagpt.adapt.factorise import Direction, factorise, multiplied, truncated
 from megagpt.config import ModelConfig
-from megagpt.model.factorised import down_matrix, up_matrix
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.parameter import NamedNormal
 from tests.model.plain_factorised import butterfly_dense, monarch_dense

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megagpt.config import ModelConfig
+from megagpt.config import ModelConfig, plain
 from megagpt.errors import UserError
 from megagpt.hf import config_from_hf, hf_config
 from megagpt.hf.architecture import share
@@ -60,7 +60,7 @@ def test_the_architecture_is_found_and_its_config_comes_back(case: Case):
 
 def meaning(config: ModelConfig) -> dict[str, Any]:
     """A configuration without the fields that a trained model does not depend on, its defaults resolved."""
-    named = asdict(config)
+    named = plain(config)
     for name in ("dropout_embedding", "dropout_attention", "dropout_residual", "init", "init_std"):
         del named[name]
     named |= {"n_kv_heads": config.kv_heads, "d_head": config.head_width, "d_ff": config.ff_width}

@@ -25,7 +25,6 @@ from megagpt.parallel.parameter import Part, part_of
 from megagpt.plan.plan import make_plan
 from megagpt.processes.local import run_ranks
 from megagpt.train.step.engine import Engine
-from megagpt.train.step.stages import GPTStage
 from tests.hf.hf_cases import CASES, Case, state_of, theirs
 from tests.hf.load import from_hf, load_logical
 from tests.logical import Parts, assemble, gradient_parts
@@ -200,9 +199,7 @@ def stages_by_engine(work: Work) -> Result:
     )
     mesh = build_mesh("cpu", pp=2, dp=1, tp=tp)
     engine = Engine(run, make_plan(run, dist.get_world_size()), mesh)
-    stage = engine.module
-    assert isinstance(stage, GPTStage)
-    named = stage.canonical_parameters()
+    named = engine.parameters
     load_logical([(n.name, n.parameter) for n in named], load(work.weights))
     grads: Parts = {}
 
@@ -210,7 +207,7 @@ def stages_by_engine(work: Work) -> Result:
         now = gradient_parts((n.name, n.parameter) for n in named if n.owned)
         grads.update({name: (part, grad.clone()) for name, (part, grad) in now.items()})
 
-    engine.base_optimizer.register_step_pre_hook(look)
+    engine.backend.optimizer.register_step_pre_hook(look)
     ids_B = torch.arange(samples)
     rows = [slice(i, i + 1) for i in range(samples)]
     step = engine.train_step(0, [MicroBatch(work.tokens_BT[r], work.labels_BT[r], ids_B[r]) for r in rows])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megagpt.inventory.attended import attended_pairs
 
 from megagpt.config.pattern import Pattern
-from megagpt.inventory.attended import attended_pairs
 
 
 def counted(pattern: Pattern, seq_len: int) -> int:

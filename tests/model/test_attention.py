@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from megagpt.model.init import Init
+from megagpt.model.masks import Masks
 from torch import Tensor
 from torch.nn.attention import flex_attention as torchs_flex_attention
 
@@ -16,8 +18,6 @@ from megagpt.config.kernels import ATTENTION_CHOICES, AUTO, Kernels, attention_l
 from megagpt.config.pattern import Pattern
 from megagpt.model.attention import Attention, attention_ops, attention_status
 from megagpt.model.gpt import GPT
-from megagpt.model.init import Init
-from megagpt.model.masks import Masks
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.parameter import part_of
 from megagpt.processes.local import run_ranks

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from megagpt.inventory.factorised_sizes import check_mlp, mlp_kept_width, mlp_matrix_flops, mlp_matrix_params
+from megagpt.model.factorised import down_matrix, up_matrix
+from megagpt.model.init import Init
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.config import ModelConfig
 from megagpt.errors import UserError
-from megagpt.inventory.factorised_sizes import check_mlp, mlp_kept_width, mlp_matrix_flops, mlp_matrix_params
-from megagpt.model.factorised import down_matrix, up_matrix
-from megagpt.model.init import Init
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.mesh import build_mesh
 from megagpt.parallel.parameter import NamedNormal, part_of

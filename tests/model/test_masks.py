@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megagpt.model.masks import Masks, random_blocks
 from torch import Tensor
 
 from megagpt.config.pattern import Pattern
-from megagpt.model.masks import Masks, random_blocks
 from tests.tolerances import assert_equal
 
 CPU = torch.device("cpu")

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from megagpt.model.init import Init
+from megagpt.model.relative import T5Buckets, TransformerXL, bucket, shift
 from torch import Tensor
 
 from megagpt.config import ModelConfig
 from megagpt.model.attention import Attention
-from megagpt.model.init import Init
-from megagpt.model.relative import T5Buckets, TransformerXL, bucket, shift
 from megagpt.parallel.axis import SINGLE
 from tests.tolerances import assert_close, assert_equal
 

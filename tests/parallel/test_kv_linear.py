@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megagpt.parallel.kv_linear import HeadsLinear
 from torch import Tensor, nn
 
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to
-from megagpt.parallel.kv_linear import HeadsLinear
 from megagpt.parallel.mesh import build_mesh
 from megagpt.processes.local import run_ranks
 from tests.logical import Parts, assemble, gradient_parts

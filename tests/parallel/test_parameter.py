@@ -23,7 +23,6 @@ def test_shards_are_the_chunks_of_torch(size, n_ranks, dim):
         assert_equal(part.take(full), chunk)
         assert_equal(part.unpadded(parameter.detach()), chunk)
         assert parameter.shape[dim] % 8 == 0 and parameter.count_nonzero() == chunk.numel()
-        assert parameter.model_parallel is True  # what clipping goes by
 
 
 def test_replicated_parameter_is_whole_everywhere():
@@ -31,7 +30,6 @@ def test_replicated_parameter_is_whole_everywhere():
     parameter = replicated(full)
     assert_equal(part_of(parameter).take(full), full)
     assert_equal(part_of(parameter).unpadded(parameter.detach()), full)
-    assert parameter.model_parallel is False
 
 
 def test_part_follows_a_parameter_through_dtype_changes():

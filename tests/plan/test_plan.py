@@ -223,12 +223,6 @@ REFUSED = {
     ),
     "fp16": (run(zero_stage=0, precision="fp16"), 2, "use --zero-stage 1"),
     "bf16 pipeline": (run(pp=2, zero_stage=0, precision="bf16"), 2, "use --zero-stage 1"),
-    "partition": (
-        run(pp=2, partition="even"),
-        2,
-        "partition='even' is not known; use flops, parameters, uniform, or ",
-    ),
-    "partition, example": (run(pp=2, partition="even"), 2, "block counts such as 3,3"),
     "counts, entries": (
         run(pp=2, partition="2,2,2"),
         2,
@@ -236,7 +230,6 @@ REFUSED = {
     ),
     "counts, sum": (run(pp=2, partition="2,2"), 2, "it has 2 that sum to 4; use for example 3,3"),
     "counts, zero": (run(pp=2, partition="6,0"), 2, "must have pp=2 positive entries"),
-    "counts, empty": (run(pp=2, partition=""), 2, "partition='' is not known"),
 }
 
 

@@ -90,21 +90,41 @@ def tokenizer_for(data: DataConfig, prefix: str | Path) -> Tokenizer | None:
 
     **Raises** `UserError` when its files are gone, or are not those that wrote the dataset.
     """
-    meta = read_meta(prefix)
-    kind = data.tokenizer or (meta.tokenizer if meta else None)
-    if kind is None:
-        return None
+    return tokenizers_for(data, [prefix])[0]
+
+
+def tokenizers_for(data: DataConfig, prefixes: Sequence[str | Path]) -> list[Tokenizer | None]:
+    """`tokenizer_for` each of several datasets; what has the same files is built once."""
+    built: dict[tuple[str | None, ...], Tokenizer] = {}
+    found: list[Tokenizer | None] = []
+    for prefix in prefixes:
+        meta = read_meta(prefix)
+        kind = data.tokenizer or (meta.tokenizer if meta else None)
+        if kind is None:
+            found.append(None)
+            continue
+        model, vocab_file, merge_file = _files(data, kind, meta, Path(prefix).parent)
+        key = (kind, model, vocab_file, merge_file)
+        if key not in built:
+            built[key] = build_tokenizer(kind, model=model, vocab_file=vocab_file, merge_file=merge_file)
+        if meta is not None:
+            _check_same(built[key], meta, prefix)
+        found.append(built[key])
+    return found
+
+
+def _files(
+    data: DataConfig, kind: str, meta: DatasetMeta | None, folder: Path
+) -> tuple[str | None, str | None, str | None]:
+    """Model, vocabulary and merges: those that data names, else those that meta records."""
     model, vocab_file, merge_file = data.tokenizer_model, data.vocab_file, data.merge_file
     if meta is not None and meta.tokenizer == kind:
-        recorded = [_recorded(path, Path(prefix).parent) for path in meta.tokenizer_files]
+        recorded = [_recorded(path, folder) for path in meta.tokenizer_files]
         if kind == "gpt2" and len(recorded) == 2:
             vocab_file, merge_file = vocab_file or recorded[0], merge_file or recorded[1]
         elif recorded:
             model = model or recorded[0]
-    tokenizer = build_tokenizer(kind, model=model, vocab_file=vocab_file, merge_file=merge_file)
-    if meta is not None:
-        _check_same(tokenizer, meta, prefix)
-    return tokenizer
+    return model, vocab_file, merge_file
 
 
 def tokenizer_of_run(data: DataConfig) -> Tokenizer | None:
@@ -113,7 +133,7 @@ def tokenizer_of_run(data: DataConfig) -> Tokenizer | None:
     **Raises** `UserError` as `tokenizer_for`.
     """
     if data.data_path:
-        return tokenizer_for(data, data.data_path[len(data.data_path) > 1])  # a blend begins with a weight
+        return tokenizer_for(data, data.data_path.prefixes[0])
     if data.tokenizer is None:
         return None
     return build_tokenizer(

@@ -1,4 +1,4 @@
-"""How attention is computed: an implementation is a file here, and a line of IMPLEMENTATIONS. No torch to read these."""
+"""How attention is computed: an implementation is a file here, and a line of IMPLEMENTATIONS. No torch here."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Butterfly(Product):
         most = self.shape.high
         choices = ", ".join(map(str, divisors(most)))
         got = f"parallel.tp={tp} with model.mlp=butterfly of d_model={self.model.d_model}"
-        require(most % tp == 0, got, f"must be a power of two, at most {most}", f"try {choices}")
+        require(most % tp == 0, got, f"must be a power of two, at most {most}", f"try {choices}", "parallel.tp")
 
     def factors(self, direction: Direction, std: float) -> Parameters:
         """A butterfly of rotations keeps norms: times √n std, outputs have the variance that a dense W gives."""

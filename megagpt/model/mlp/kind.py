@@ -77,7 +77,8 @@ class Product(Dense):
     def check_tp(self, tp: int) -> None:
         width = self.model.ff_width
         choices = ", ".join(map(str, divisors(width)))
-        require(width % tp == 0, f"parallel.tp={tp}", f"must divide d_ff={width}", f"try {choices}")
+        wanted, keys = f"must divide d_ff={width}", ("parallel.tp", "model.d_ff")
+        require(width % tp == 0, f"parallel.tp={tp}", wanted, f"try {choices}", *keys)
 
     def up(self) -> Parameters:
         D, F = self.model.d_model, self.model.ff_width

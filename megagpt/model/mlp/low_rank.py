@@ -38,12 +38,18 @@ class LowRank(Product):
 
     def check(self) -> None:
         D, F, rank = self.model.d_model, self.model.ff_width, self.model.mlp_rank
-        require(rank is not None, f"model.mlp=low_rank with model.mlp_rank={rank}", "needs mlp_rank", "give mlp_rank, such as 8")
+        require(
+            rank is not None,
+            f"model.mlp=low_rank with model.mlp_rank={rank}",
+            "needs mlp_rank",
+            "give mlp_rank, such as 8",
+        )
         require(
             self.rank <= min(D, F),
             f"model.mlp_rank={rank}",
             f"must be at most the smaller of d_model={D}, d_ff={F}",
             f"at {D * F // (D + F)} it has the parameters of dense",
+            "model.mlp_rank",
         )
 
     def factors(self, direction: Direction, std: float) -> Parameters:

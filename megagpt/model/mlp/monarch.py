@@ -69,18 +69,20 @@ class Monarch(Product):
     def check(self) -> None:
         D, F, blocks = self.model.d_model, self.model.ff_width, self.model.mlp_blocks
         got = f"model.mlp=monarch with model.mlp_blocks={blocks}"
-        require(blocks is not None, got, "needs mlp_blocks", "give mlp_blocks, such as 8")
+        require(blocks is not None, got, "needs mlp_blocks", "give mlp_blocks, such as 8", "model.mlp")
         require(
             D % self.blocks == 0 and F % self.blocks == 0,
             f"model.mlp_blocks={blocks}",
             f"must divide d_model={D}, d_ff={F}",
             f"try {', '.join(str(n) for n in divisors(D) if F % n == 0)}",
+            "model.mlp_blocks",
         )
 
     def check_tp(self, tp: int) -> None:
         super().check_tp(tp)
         choices = ", ".join(map(str, divisors(self.blocks)))
-        require(self.blocks % tp == 0, f"parallel.tp={tp}", f"must divide mlp_blocks={self.blocks}", f"try {choices}")
+        wanted, keys = f"must divide mlp_blocks={self.blocks}", ("parallel.tp", "model.mlp_blocks")
+        require(self.blocks % tp == 0, f"parallel.tp={tp}", wanted, f"try {choices}", *keys)
 
     def factors(self, direction: Direction, std: float) -> Parameters:
         b, grid = self.blocks, self.grid(direction)

@@ -24,7 +24,8 @@ class Position:
     settings: how the names of the settings begin that play a part.  adds: what it adds to attention's scores, which
     not every attention has a place for: "slopes" times the distance, a "bias" of each head, or all that is "relative".
     part: the name that its parameters have within attention.  score_products: products of queries with T keys, that of
-    the probabilities with the values included.  ops: of megagpt/ops that it calls.  period: after how many layers it repeats itself.
+    the probabilities with the values included.  ops: of megagpt/ops that it calls.  period: after how many layers it
+    repeats itself.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()

@@ -36,6 +36,7 @@ class Rotary(Position):
             f"rotary_fraction={model.rotary_fraction}",
             f"must turn pairs of numbers within a head, not {turned} of {model.head_width}",
             "set d_head to an even number, rotary_fraction to at most 1",
+            *("model.position", "model.rotary_fraction", "model.d_head"),
         )
 
     def turn(self, x_BTGXK: Tensor, positions_BT: Tensor | None, n_turned: int | None, kernels: str) -> Tensor:

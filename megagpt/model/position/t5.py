@@ -32,6 +32,7 @@ class T5(Position):
             f"model.t5_buckets={n_buckets} with model.t5_max_distance={max_distance}",
             "leave nothing to the buckets beyond the first half, which holds one distance each",
             f"use 2 buckets or more, and a distance above {n_buckets // 2}",
+            *("model.t5_buckets", "model.t5_max_distance"),
         )
 
     def attention_parameters(self) -> Parameters:

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.checkpoint import pieces, state, sums, whole
+from megagpt.checkpoint import integrity, pieces, state
+from megagpt.checkpoint.integrity import damage_of, read_tables, write_tables
 from megagpt.checkpoint.state import State, check_resumable, read_state, state_json
-from megagpt.checkpoint.whole import damage_of, read_tables, write_tables
 from megagpt.config import ModelConfig, RunConfig, TrainConfig
 from megagpt.errors import UserError
+from megagpt.files import sha256_of
 from tests.checkpoint.written_checkpoint import MODEL, seal, state_of, write_checkpoint
 
 
@@ -29,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_coreutils_agree_with_our_hashes(folder: Path):
     index, at = pieces.read_index(folder), read_state(folder)
-    hashes = {p.name: sums.sha256_of(p) for p in folder.glob("*.safetensors")}
+    hashes = {p.name: sha256_of(p) for p in folder.glob("*.safetensors")}
     for name in ("index.json", "state.json", "SHA256SUMS"):
         (folder / name).unlink()
     write_tables(folder, index, at, hashes)
@@ -127,7 +128,7 @@ def test_arbitrary_bytes_are_refused_and_nothing_worse(data: bytes):
     with TemporaryDirectory() as name:
         folder = Path(name)
         for file, read in {
-            "SHA256SUMS": sums.read_sums,
+            "SHA256SUMS": integrity.read_sums,
             "state.json": read_state,
             "index.json": pieces.read_index,
         }.items():
@@ -135,7 +136,7 @@ def test_arbitrary_bytes_are_refused_and_nothing_worse(data: bytes):
             with pytest.raises(UserError, match=file):
                 read(folder)
         with pytest.raises(UserError, match="SHA256SUMS"):
-            whole.read_tables(folder)
+            integrity.read_tables(folder)
 
 
 anything = st.recursive(

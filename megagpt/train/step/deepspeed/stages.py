@@ -1,26 +1,23 @@
-"""The layer list as what an engine trains: one module, or this process's pipeline stage; and its parameters by name."""
+"""This process's pipeline stage, of the layer list, as DeepSpeed's pipeline engine trains it."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 
-import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megagpt.config import RunConfig
-from megagpt.config.kernels import Kernels
-from megagpt.model.gpt import GPT, Head, layer_list
+from megagpt.inventory.layers import TIED
+from megagpt.model.gpt import Head, layer_list
 from megagpt.model.loss import PLAIN, LossTerms
 from megagpt.model.stream import Stream
 from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.parameter import Named
 from megagpt.plan.plan import Plan
-from megagpt.train.step.finite import counts, nan_to_gradient
-from megagpt.train.step.named import Named, named_parameters
-
-TIED = "embedding.tokens"  # canonical name of the module that first and last stage share
+from megagpt.train.step.grad_norm import nan_to_gradient
 
 
 class GPTStage(PipelineModule):
@@ -32,7 +29,7 @@ class GPTStage(PipelineModule):
 
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
         self.plan_bounds, self.terms = list(plan.bounds), loss_terms(config)
-        kernels = Kernels.parse(config.train.kernels)
+        kernels = config.train.kernels
         layers = layer_list(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
         self.names = [layer.name for layer in layers]
         specs = [LayerSpec(layer.kind, *layer.arguments) for layer in layers]
@@ -71,7 +68,7 @@ class GPTStage(PipelineModule):
         for layer_name, layer in self.canonical_layers():
             for name, parameter in layer.named_parameters():
                 is_copy = layer_name == "head" and name == "tokens.weight" and bool(self.tied_weight_attrs)
-                full_name = f"{TIED}.weight" if is_copy else f"{layer_name}.{name}"
+                full_name = TIED if is_copy else f"{layer_name}.{name}"
                 found.append(Named(full_name, parameter, owned=not is_copy))
         return found
 
@@ -79,31 +76,3 @@ class GPTStage(PipelineModule):
 def loss_terms(config: RunConfig) -> LossTerms:
     """What this run's training adds to the loss."""
     return LossTerms(config.optim.label_smoothing, config.optim.z_loss)
-
-
-def build_module(config: RunConfig, plan: Plan, mesh: Mesh) -> tuple[GPT | GPTStage, list[Named]]:
-    """What this process trains, and its parameters by name.
-
-    Comm: with pipeline stages, collective (groups are made, the tied weight broadcast).
-    """
-    if mesh.pipe.size == 1:
-        kernels = Kernels.parse(config.train.kernels)
-        model = GPT(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
-        return model, named_parameters(model)
-    stage = GPTStage(config, plan, mesh)
-    return stage, stage.canonical_parameters()
-
-
-def global_grad_norm(parameters: list[Named], mesh: Mesh) -> Tensor:
-    """√ of the sum of squares over the whole model, each logical element counted once; not finite if any is not.
-
-    Comm: all-reduce of one number over the model axis and one over the pipe axis.
-    """
-    held = [(n, n.parameter.grad) for n in parameters if n.parameter.grad is not None]
-    norms = torch.stack(torch._foreach_norm([grad for _, grad in held])).square()
-    # Left out by a factor of 0, not by an if: a NaN of this rank alone must reach the others.
-    total = (norms * torch.tensor([float(counts(n, mesh)) for n, _ in held], device=norms.device)).sum()
-    for axis in (mesh.model, mesh.pipe):
-        if axis.size > 1:
-            torch.distributed.all_reduce(total, group=axis.group)
-    return total.sqrt()

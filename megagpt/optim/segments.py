@@ -3,21 +3,26 @@
 Without ZeRO these "masters" are the parameters themselves. With it each is a rank's share of many parameters, laid end
 to end in fp32: a rank holds a run of a parameter's elements, all of it, or nothing. Moments, averages and gradients are
 laid out as their master is.
+
+What is cut from what, by its name: a *logical tensor* is what a run of one process would hold. A `Part` is what tensor
+parallelism gives one rank of it, to compute with (parallel/parameter.py); a `Named` is the parameter that holds a part,
+under its canonical name. A `Segment` is what ZeRO gives one rank of a part, to step. A `Piece` is what one file of a
+checkpoint holds of a logical tensor (checkpoint/pieces.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megagpt.parallel.axis import SINGLE, Axis
+from megagpt.optim.rules import statistic_shape
+from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import all_reduce
 from megagpt.parallel.mesh import Mesh
-from megagpt.train.step.named import Named
+from megagpt.parallel.parameter import Named, Part
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +39,11 @@ class Segment:
     offset: int
     start: int
     length: int
+
+    @staticmethod
+    def whole(named: Named) -> Segment:
+        """All of a parameter that is its own master: where there is no ZeRO."""
+        return Segment(named, named.parameter.shape, named.parameter, 0, 0, named.parameter.numel())
 
     def of(self, values: Tensor) -> Tensor:
         """The elements in a tensor that is laid out as the master is, as a view of shape (length,)."""
@@ -64,6 +74,15 @@ class Segments:
     mesh: Mesh
     device: torch.device
 
+    @staticmethod
+    def listed(segments: Iterable[Segment], shards: Axis, mesh: Mesh, device: torch.device) -> Segments:
+        """Those of all parameters, in the order of the model."""
+        found = {segment.named.name: segment for segment in segments}
+        masters: dict[Tensor, list[Segment]] = {}
+        for segment in found.values():
+            masters.setdefault(segment.master, []).append(segment)
+        return Segments(found, masters, shards, mesh, device)
+
     def whole(self, segment: Segment, values: Tensor) -> Tensor:
         """The whole tensor-parallel part, from all ranks that have some of it.
 
@@ -89,36 +108,7 @@ class Segments:
         return [t.view(v.shape).to(v.device) for t, v in zip(flat.split(sizes), values, strict=True)]
 
 
-def find_segments(parameters: list[Named], optimizer: Any, mesh: Mesh, device: torch.device) -> Segments:
-    """Ask DeepSpeed's optimizer, or torch's where there is no ZeRO, where the parameters are. Comm: none."""
-    found = {segment.named.name: segment for segment in _segments(parameters, optimizer, mesh)}
-    masters: dict[Tensor, list[Segment]] = {}
-    for segment in found.values():
-        masters.setdefault(segment.master, []).append(segment)
-    is_split = any(hasattr(n.parameter, "ds_id") or hasattr(n.parameter, "_hp_mapping") for n in parameters)
-    return Segments(found, masters, mesh.data if is_split else SINGLE, mesh, device)
-
-
-def _segments(parameters: list[Named], optimizer: Any, mesh: Mesh) -> Iterator[Segment]:
-    group_of = {id(p): i for i, group in enumerate(_groups_before_flattening(optimizer)) for p in group}
-    for named in parameters:
-        p: Any = named.parameter
-        if hasattr(p, "ds_id"):  # ZeRO 3: every rank has an equal share of each parameter, the last one padded
-            group, offset, share = optimizer.grad_position[optimizer.get_param_id(p)]
-            start = min(mesh.data.rank * share, p.ds_numel)
-            master = optimizer.fp32_partitioned_groups_flat[group]
-            yield Segment(named, p.ds_shape, master, offset, start, min(share, p.ds_numel - start))
-        elif hasattr(p, "_hp_mapping"):  # ZeRO 1 and 2: a group of parameters is laid end to end, and cut into shares
-            (master,) = optimizer.param_groups[group_of[id(p)]]["params"]
-            if p._hp_mapping is None:
-                yield Segment(named, p.shape, master, 0, 0, 0)
-            else:
-                here, there = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
-                yield Segment(named, p.shape, master, here.start, there.start, here.numel)
-        else:
-            yield Segment(named, p.shape, p, 0, 0, p.numel())
-
-
-def _groups_before_flattening(optimizer: Any) -> list[list[nn.Parameter]]:
-    """The parameters of each group of ZeRO 1 and 2 (of which BF16_Optimizer is one); nothing for the others."""
-    return getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None) or []
+def place_of(named: Named, key: str) -> Part:
+    """Which part this rank has of what is kept under a key: of a moment as of the parameter; statistics are whole."""
+    shape = statistic_shape(key, named.part.shape)
+    return named.part if shape is None else Part(shape, dim=None, start=0, length=0)

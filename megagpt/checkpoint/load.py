@@ -1,4 +1,4 @@
-"""Going back to a checkpoint: finding one that is whole, and its weights into a model. Needs no engine."""
+"""Loading: a checkpoint that is whole, and its tensors into a run of any layout, or its weights into a model alone."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megagpt.checkpoint import folders, sums
+from megagpt.checkpoint import folders
+from megagpt.checkpoint.integrity import damage_to, read_tables
 from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
-from megagpt.checkpoint.whole import read_tables
+from megagpt.checkpoint.state import State, check_resumable, read_state
+from megagpt.config import RunConfig
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
-from megagpt.parallel.parameter import Part
+from megagpt.optim.segments import place_of
+from megagpt.parallel.parameter import Part, named_parameters
 from megagpt.processes.agree import RankError, together
-from megagpt.train.step.named import named_parameters
+from megagpt.train.step.masters import Masters
 
 
 def find_whole(
@@ -34,11 +37,11 @@ def find_whole(
     Comm: collective over all ranks.  Raises a RankError that names what is damaged, and what is whole.
     """
     first = together(lambda: _first(path, newest_will_do))
-    wrong = damage_of(first, keys)
+    wrong = shared_damage_of(first, keys)
     if not wrong:
         return first
     for older in folders.older_than(first):
-        if not damage_of(older, keys):
+        if not shared_damage_of(older, keys):
             if fallback:
                 say(f"note: {wrong[0]}; going back to {older} (--load-fallback)")
                 return older
@@ -50,7 +53,7 @@ def find_whole(
     raise RankError(f"{wrong[0]}{_more(wrong)}; no checkpoint before it is whole", speaks=dist.get_rank() == 0)
 
 
-def damage_of(folder: Path, keys: Iterable[str] | None = None) -> list[str]:
+def shared_damage_of(folder: Path, keys: Iterable[str] | None = None) -> list[str]:
     """What is wrong with a checkpoint, the same list on every rank; empty where all is as it was written.
 
     Comm: one all-gather of the findings: each rank reads its share of the files.
@@ -61,7 +64,7 @@ def damage_of(folder: Path, keys: Iterable[str] | None = None) -> list[str]:
         found = [str(error)]
     else:
         names = [n for n in sorted(hashes) if keys is None or n.split("-")[0] in set(keys)]
-        found = sums.damage(folder, names[dist.get_rank() :: dist.get_world_size()], hashes)
+        found = damage_to(folder, names[dist.get_rank() :: dist.get_world_size()], hashes)
     ranks: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(ranks, found)
     return sorted({finding for rank in ranks for finding in rank})
@@ -81,6 +84,29 @@ def read_part(reader: Reader, key: str, name: str, part: Part) -> torch.Tensor:
     if part.dim is not None:
         start[part.dim], shape[part.dim] = part.start, part.length
     return torch.from_numpy(reader.read(key, name, tuple(start), tuple(shape)))
+
+
+def load_masters(masters: Masters, config: RunConfig, folder: Path) -> State:
+    """Read the tensors of a checkpoint into a run, whatever layout wrote them; returns the rest of what it knows.
+
+    Memory: one tensor of this rank at a time, beside the run's own.
+    Comm: collective over all ranks.  Raises a RankError where the architectures differ, or a file cannot be read.
+    """
+
+    def read_all() -> State:
+        state = read_state(folder)
+        check_resumable(config, state, folder)
+        with Reader(folder) as reader:
+            for key, parameters in masters.kept.items():
+                # An average that was not kept begins with the weights, moments of imported ones with zeros.
+                source = WEIGHT if key == AVERAGE and key not in reader.index else key
+                if source in reader.index or state.step > 0:
+                    for named in parameters:
+                        values = read_part(reader, source, named.name, place_of(named, key))
+                        masters.write(named, key, values.to(masters.device))
+        return state
+
+    return together(read_all)
 
 
 def load_weights(model: GPT, folder: Path, key: str = WEIGHT) -> None:
