@@ -18,7 +18,7 @@ from megagpt.checkpoint.save import Saver
 from megagpt.checkpoint.state import State, check_resumable
 from megagpt.config import CheckpointConfig, ModelConfig, OptimConfig, RunConfig, plain
 from megagpt.errors import UserError
-from megagpt.optim import muon, segments
+from megagpt.optim import segments
 from megagpt.processes.local import run_ranks
 from megagpt.train.step.engine import Engine
 from tests.parity.rank import RankReport, batches_of, start_engine, train_on_rank
@@ -110,7 +110,7 @@ def replicas_count_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shards_are_made_orthogonal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(muon, "all_reduce", lambda full, axis: full)
+    monkeypatch.setattr(segments, "all_reduce", lambda full, axis: full)
 
 
 FAULTS = [
