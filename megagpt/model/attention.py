@@ -20,8 +20,8 @@ from megagpt.model.init import Init
 from megagpt.model.masks import Masks
 from megagpt.model.position import Alibi, Rotary
 from megagpt.model.relative import T5Buckets, TransformerXL, grouped_scores
+from megagpt.ops.library import Status
 from megagpt.ops.softmax import attention_softmax
-from megagpt.ops.status import Status
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to
 from megagpt.parallel.kv_linear import HeadsLinear

@@ -25,7 +25,7 @@ from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.errors import Stopped
 from megagpt.model.attention import attention_status
 from megagpt.model.gpt import ops_used
-from megagpt.ops.status import check_kernels, kernel_rows
+from megagpt.ops.library import check_kernels, kernel_rows
 from megagpt.plan.plan import make_plan
 from megagpt.plan.table import config_table, plan_table
 from megagpt.processes.agree import together
