@@ -21,6 +21,7 @@ from megagpt.checkpoint.state import State
 from megagpt.config import RunConfig
 from megagpt.config.kernels import Kernels
 from megagpt.data.indexed.blend import Samples, sources
+from megagpt.data.indexed.index_builder import fallback_note
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.errors import Stopped
 from megagpt.model.attention import attention_status
@@ -182,6 +183,8 @@ def _start_report(run: Run, engine: Engine, resumed: State | None) -> Reporter:
     rows = kernel_rows(kernels, ops_used(config.model, kernels), engine.device.type)
     report.show(kernel_table([*rows, attention_status(config.model, kernels)]))
     report.message(f"optimizer: {engine.optimizer_name}")
+    if note := fallback_note():
+        report.message(note)
     for dataset in sources(run.train_samples):
         if dataset.meta is None:
             report.message(
