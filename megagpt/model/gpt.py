@@ -21,7 +21,7 @@ from megagpt.model.loss import PLAIN, LossTerms, vocab_parallel_cross_entropy
 from megagpt.model.norm import Norm
 from megagpt.model.position import POSITIONS
 from megagpt.model.stream import Cache, Stream
-from megagpt.ops.status import Status
+from megagpt.ops.library import Status
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.embedding import VocabParallelEmbedding, vocab_parallel_logits
 from megagpt.parallel.parameter import Declared, part_of
