@@ -69,13 +69,13 @@ LEFT_OUT = {  # what a command begins with: why nothing is asked of it
     "tensorboard": "a server, of another project",
     "ssh ": "another machine",
     "kill ": "a process of the reader's own",
-    "python -m pytest": "this",
     "python setup.py": "make build, which builds what these tests use",
     "python -m pip": "installs",
     "ruff ": "another project's",
     "pyright ": "another project's",
 }
 PLACEHOLDERS = {"RUN": "runs/a", "RUN/checkpoints/step-000100": "runs/a/checkpoints/step-000100"}
+SHOWN = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```", re.MULTILINE | re.DOTALL)  # a program of the page itself
 FORMS = re.compile(r" …|\b(FLAGS|NAME|HOST|PID|N|M|X|Y)\b|\[")  # a form to fill in, where it is no argument of ours
 
 
@@ -138,6 +138,9 @@ def test_there_are_commands():
 def problem(command: Command, here: Path) -> str | None:
     """What is wrong with a command; None where it ran, or its arguments are right."""
     words = command.words
+    if words[:3] == ["python", "-m", "pytest"]:
+        lost = [word for word in words if word.startswith("tests/") and not (ROOT / word.split("::")[0]).exists()]
+        return f"there is no {', '.join(lost)}" if lost else None
     if shlex.join(words).startswith(tuple(LEFT_OUT)):
         return None
     match words[0]:
@@ -191,6 +194,10 @@ def program(words: list[str], run: bool) -> str | None:
     name, *arguments = words[1:] if module else words
     arguments = [word for word in arguments if word not in ("FLAGS", "…")]
     why = PARSED.get(name, PARSED.get(re.split(r"[./]", name)[0]))
+    if run and not module and Path(name).is_file():  # of the page itself; it may leave anything behind
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run([sys.executable, name, *arguments], env=environment, capture_output=True, text=True)
+        return done.stderr[-500:] if done.returncode else None
     if name not in RUN and why is None:
         return f"{name} is in no table of {Path(__file__).name}; give it a place"
     if not module and not (ROOT / name).is_file():
