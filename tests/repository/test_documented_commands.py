@@ -118,6 +118,8 @@ def test_the_commands_of_a_page(page: str, sandbox: Path, tmp_path: Path, monkey
     here = tmp_path / "here"
     if any(command.block for command in found):
         shutil.copytree(sandbox, here)
+        for name, source in SHOWN.findall((ROOT / page).read_text(encoding="utf-8")):
+            (here / name).write_text(source)
         monkeypatch.chdir(here)
     monkeypatch.syspath_prepend(ROOT / "tools")
     failed = [f"{c.place}: {shlex.join(c.words)}\n    {wrong}" for c in found if (wrong := problem(c, here))]
@@ -297,9 +299,9 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--train-steps 100 --warmup-steps 1 --save-interval 25 --optim.ema-decay 0.9 --save runs/a"
     )
     for line in (
-        "tools/preprocess_data.py --input corpus.jsonl --output-prefix made --tokenizer gpt2 --vocab-file vocab.json "
+        "tools/preprocess_data.py --input corpus.jsonl --output-prefix my --tokenizer gpt2 --vocab-file vocab.json "
         "--merge-file merges.txt --append-eod --workers 1",
-        f"examples/pretrain_gpt.py --data-path {folder}/made_text_document {tiny}",
+        f"examples/pretrain_gpt.py --data-path {folder}/my_text_document {tiny}",
     ):
         program, *words = shlex.split(line)
         done = subprocess.run(
