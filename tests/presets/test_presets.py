@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import math
 import re
@@ -82,6 +83,7 @@ TOKENS = {  # of the whole run, as published; GPT-1 and GPT-2 never were, PaLM's
 }
 
 
+@functools.cache
 def load(name: str) -> RunConfig:
     return parse_run_config(["--preset", name])
 
@@ -133,10 +135,9 @@ def transformers_model(name: str, model: ModelConfig) -> tuple[str, dict]:
     return "GPT2", {**sizes, "vocab_size": model.vocab}
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in MODELS if n.startswith(("gpt1", "gpt2", "gpt3", "jur", "mt-", "meg", "ll"))]
-)
+@pytest.mark.parametrize("name", ["gpt1", "gpt2-small", "gpt3-small", "jurassic-1-large", "megatron-8.3b", "llama-7b"])
 def test_transformers_counts_the_same(name):
+    """One of each family: the others differ in sizes only, and their numbers are held to what was published."""
     transformers = pytest.importorskip("transformers")
     kind, arguments = transformers_model(name, load(name).model)
     with torch.device("meta"):

@@ -23,6 +23,7 @@ from megagpt.processes.agree import RankError
 from megagpt.processes.local import run_ranks
 from megagpt.schedule import Schedule
 from megagpt.train.faults.check_ranks import check_ranks
+from tests.hf.load import from_hf
 from tests.parity.rank import batches_of, pieces_of, start_engine
 from tests.parity.walk import Layout, merge, parity_config, spread_out
 
