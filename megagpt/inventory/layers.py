@@ -116,7 +116,7 @@ def head(model: ModelConfig) -> Layer:
 
 
 def attention(model: ModelConfig, layer: int) -> dict[str, Parameter]:
-    """Projections, and what the positions learn. Query, key and value of a head lie side by side, unless heads share."""
+    """Projections, and what the positions learn. A head's query, key and value lie side by side, unless heads share."""
     D, K, bias, std = model.d_model, model.head_width, model.bias_attention, matrix_std(model, model.d_model)
     inner = model.n_heads * K
     if model.grouped:

@@ -9,6 +9,7 @@ from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to, gather_from, reduce_from
 from megagpt.parallel.parameter import Declared, part_of
 
+
 class VocabParallelEmbedding(nn.Module):
     """One row per token; a rank holds a contiguous range of the vocabulary, padded in memory.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megagpt.inventory.parameter import Init, Parameter
 from megagpt.parallel.axis import Axis
 
+
 @dataclass(frozen=True)
 class Part:
     """Where a local parameter lies in its logical tensor. dim is None where every rank holds all of it."""

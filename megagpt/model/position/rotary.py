@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 class Rotary(Position):
     """Of the width of a head the first rotary_width elements are turned."""
 
-    settings = ("rotary_",)
     ops = ("rotary",)
 
     def __init__(self, model: ModelConfig, layer: int = 0) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 class T5(Position):
     """Shapes: weight (t5_buckets, H)."""
 
-    settings = ("t5_",)
     adds = "bias"
     part = "buckets"
 
