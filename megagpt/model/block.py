@@ -50,8 +50,8 @@ class Block(nn.Module):
         self.dropout_1 = Dropout(config.dropout_residual, seed, block_site(layer, 1), kernels)
         self.dropout_2 = Dropout(config.dropout_residual, seed, block_site(layer, 2), kernels)
 
-    def forward(self, inputs: Stream | tuple[Tensor, ...]) -> Stream:
-        stream = Stream(*inputs)  # a pipeline hands on plain tuples
+    def forward(self, inputs: Stream | tuple[Tensor, Tensor]) -> Stream:
+        stream = Stream.of(inputs)
         if self.recompute and self.training:
             # No random state to preserve: dropout masks are a function of the ids.
             x_BTD = checkpoint(self.steps, self, stream, use_reentrant=False, preserve_rng_state=False)

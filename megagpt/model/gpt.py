@@ -41,8 +41,8 @@ class Embedding(nn.Module):
         self.norm = Norm(config, declared.at("norm"), kernels) if config.embedding_norm else None
         self.dropout = Dropout(config.dropout_embedding, declared.seed, EMBEDDING_SITE, kernels)
 
-    def forward(self, inputs: Stream | tuple[Tensor, ...]) -> Stream:
-        stream = Stream(*inputs)
+    def forward(self, inputs: Stream | tuple[Tensor, Tensor]) -> Stream:
+        stream = Stream.of(inputs)
         x_BTD = self.position.embed(self.tokens(stream.x), stream.positions_BT, self.positions)
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
@@ -76,7 +76,7 @@ class Head(nn.Module):
             self.tokens = VocabParallelEmbedding(declared.at("tokens"), axis)
         self.bias = declared.make_if_any("bias", axis)
 
-    def forward(self, inputs: Stream | tuple[Tensor, ...]) -> Tensor:
+    def forward(self, inputs: Stream | tuple[Tensor, Tensor]) -> Tensor:
         x_BTD = inputs[0]
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
         x_BTD = x_BTD if self.scale == 1.0 else x_BTD * self.scale

@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
     Where each query head has keys of its own, qkv.weight holds them head by head, [q, k, v] within a head; else
     q.weight holds the queries, kv.weight the others, [k, v] within a head: so a range of rows is one rank's heads.
-    Shapes: (x_BTD, ids) → y_BTD.  Comm: `edges.enter` of x and `edges.leave` of y; and see `HeadsLinear`.
+    Shapes: stream of x_BTD → y_BTD.  Comm: `edges.enter` of x and `edges.leave` of y; and see `HeadsLinear`.
     Source: Vaswani et al. 2017; Shoeybi et al. 2019, section 3; Ainslie et al. 2023 (grouped queries).
     Raises ValueError for a kernel that lacks what the configuration asks for.
     """
@@ -45,9 +45,8 @@ class Attention(nn.Module):
         edges: Edges = SUMMED,
     ) -> None:
         super().__init__()
-        self.choice, self.softmax_kernels, self.rotary_kernels = (
-            kernels[op] for op in ("attention", "softmax", "rotary")
-        )
+        self.choice, self.softmax_kernels = kernels["attention"], kernels["softmax"]
+        self.rotary_kernels = kernels["rotary"]
         lacks = attention_lacks(self.choice, config.position, config.dropout_attention)
         if lacks is not None:
             raise ValueError(f"attention={self.choice} has no {lacks}; use attention=auto")
@@ -97,11 +96,16 @@ class Attention(nn.Module):
         return self.position.turn(x_BTGXK, positions_BT, n_turned, self.rotary_kernels)
 
     def _attend_anywhere(self, stream: Stream, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
-        """Of tokens at any positions, and of those in the cache: plain PyTorch, for decoding and for packed texts."""
+        """Of queries at any positions, to their own keys and those in the cache: plain PyTorch, for decoding.
+
+        A key is seen by where it stands: positions that come twice in a row of the batch see each other's keys.
+        """
         queries_BT = keys_BS = stream.positions_BT
         assert queries_BT is not None and keys_BS is not None
         if self.dropout.active:
-            raise ValueError("attention dropout knows tokens by their place in the sample; got other positions")
+            raise ValueError(
+                "got positions with attention dropout, whose masks go by places in a sample; wanted eval()"
+            )
         k_BGSK, v_BGSK = k_BGTK, v_BGTK
         if stream.cache is not None:
             k_BGSK, v_BGSK, keys_BS = stream.cache.extend(self.layer, k_BGTK, v_BGTK, queries_BT)

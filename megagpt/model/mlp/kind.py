@@ -31,7 +31,7 @@ Weights = Mapping[str, "Tensor"]
 class Dense:
     """W itself.
 
-    settings: how the names of the settings begin that play a part.  is_product: whether W is a product of parameters.
+    settings: the settings that this kind alone has.  is_product: whether W is a product of parameters.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()

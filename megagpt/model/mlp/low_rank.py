@@ -38,12 +38,8 @@ class LowRank(Product):
 
     def check(self) -> None:
         D, F, rank = self.model.d_model, self.model.ff_width, self.model.mlp_rank
-        require(
-            rank is not None,
-            f"model.mlp=low_rank with model.mlp_rank={rank}",
-            "needs mlp_rank",
-            "give mlp_rank, such as 8",
-        )
+        got = f"model.mlp=low_rank with model.mlp_rank={rank}"
+        require(rank is not None, got, "needs mlp_rank", "give mlp_rank, such as 8", "model.mlp")
         require(
             self.rank <= min(D, F),
             f"model.mlp_rank={rank}",

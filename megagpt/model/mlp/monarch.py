@@ -63,8 +63,9 @@ class Monarch(Product):
 
     def grid(self, direction: Direction) -> Grid:
         """Of either matrix."""
-        sides = (self.model.d_model, self.model.ff_width)
-        return monarch_grid(*(sides if direction == "up" else sides[::-1]), self.blocks)
+        D, F = self.model.d_model, self.model.ff_width
+        n_inputs, n_outputs = (D, F) if direction == "up" else (F, D)
+        return monarch_grid(n_inputs, n_outputs, self.blocks)
 
     def check(self) -> None:
         D, F, blocks = self.model.d_model, self.model.ff_width, self.model.mlp_blocks

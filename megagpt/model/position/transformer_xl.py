@@ -1,4 +1,4 @@
-"""Transformer-XL: scores (q_i + u) · k_j + (q_i + v) · W r_{i-j}, r a sinusoid of the distance, u, v and W learned.
+"""Transformer-XL: scores (q_i + u) · k_j + (q_i + v) · W r_{i-j}, r a sinusoid of the distance; u, v, W are learned.
 
 Source: Dai et al. 2019, section 3.3 and appendix B (the shift).
 """
