@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from megagpt.model.masks import Masks
 from torch import Tensor
 from torch.nn.attention import flex_attention as torchs_flex_attention
 

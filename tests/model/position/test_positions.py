@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megagpt.model.relative import bucket, shift
 from torch import Tensor
 
 from megagpt.config import ModelConfig
