@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 
 from megagpt.config import ModelConfig
-from megagpt.config.kernels import AUTO, Kernels, attention_runs
+from megagpt.config.kernels import AUTO, Kernels
+from megagpt.inventory.attention import attention_runs
 from megagpt.inventory.init import embedding_init, matrix_init, matrix_std, residual_std
 from megagpt.inventory.parameter import ONES, ZEROS, Kept, Parameter, Parameters, column, row, under
 from megagpt.model.attention import IMPLEMENTATIONS

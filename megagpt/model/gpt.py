@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
-from megagpt.config.kernels import AUTO, Kernels, attention_lacks, attention_runs
+from megagpt.config.kernels import AUTO, Kernels
 from megagpt.inventory import layers as inventory
+from megagpt.inventory.attention import attention_lacks, attention_runs
 from megagpt.model.attention import IMPLEMENTATIONS
 from megagpt.model.block import Block
 from megagpt.model.dropout import EMBEDDING_SITE, Dropout

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megagpt.config.checks import require
+from megagpt.errors import require
 from megagpt.optim.update import EXP_AVG, EXP_AVG_SQ, Update
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from megagpt.checkpoint.pieces import AVERAGE
 from megagpt.config import OptimConfig
 from megagpt.inventory.parameter import Parameter
 from megagpt.optim import OPTIMIZERS
-from megagpt.optim.update import COLUMNS, ROWS, Update
+from megagpt.optim.update import Update
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,3 @@ def rule_of(parameter: Parameter, optim: OptimConfig) -> Rule:
 def kept_by_optimizer(parameter: Parameter, optim: OptimConfig) -> int:
     """fp32 numbers an element; means over rows and columns are too few to count."""
     return len(rule_of(parameter, optim).moments)
-
-
-def statistic_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Of the means over rows (a number a row), or over columns; leading dims number matrices. None for a moment."""
-    if key not in (ROWS, COLUMNS):
-        return None
-    return shape[:-1] if key == ROWS else (*shape[:-2], shape[-1])

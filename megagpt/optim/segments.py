@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megagpt.optim.rules import statistic_shape
+from megagpt.optim.update import statistic_shape
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import all_reduce
 from megagpt.parallel.mesh import Mesh

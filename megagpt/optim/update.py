@@ -48,3 +48,10 @@ class Update:
         group: their settings, lr, betas, eps, weight_decay and those of `settings`.
         """
         raise NotImplementedError
+
+
+def statistic_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Of the means over rows (a number a row), or over columns; leading dims number matrices. None for a moment."""
+    if key not in (ROWS, COLUMNS):
+        return None
+    return shape[:-1] if key == ROWS else (*shape[:-2], shape[-1])

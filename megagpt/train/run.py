@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -24,9 +24,11 @@ from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.files import replace_text
 from megagpt.parallel.mesh import Mesh
-from megagpt.plan.plan import Plan
 from megagpt.processes.agree import together
 from megagpt.schedule import Schedule
+
+if TYPE_CHECKING:
+    from megagpt.plan.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config import ModelConfig
-from megagpt.config.kernels import AUTO, Kernels, attention_lacks, attention_runs
+from megagpt.config.kernels import AUTO, Kernels
+from megagpt.inventory.attention import attention_lacks, attention_runs
 from megagpt.model.attention import IMPLEMENTATIONS
 from megagpt.model.attention.masks import Masks
 from megagpt.model.attention.steps import grouped_scores, weighted_values

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megagpt.config.checks import require
+from megagpt.errors import require
 from megagpt.inventory.parameter import Init, Kept, Parameter, Parameters
 from megagpt.model.mlp.kind import Direction, Product, Weights, factor_stds, truncated
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from megagpt.config.checks import require
+from megagpt.errors import require
 from megagpt.inventory.init import matrix_init
 from megagpt.inventory.parameter import Parameter, Parameters
 from megagpt.model.position.kind import Position

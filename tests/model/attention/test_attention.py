@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torchs_flex_attention
 
 from megagpt.config import ModelConfig
-from megagpt.config.kernels import ATTENTION_CHOICES, AUTO, Kernels, attention_lacks, attention_runs
+from megagpt.config.kernels import ATTENTION_CHOICES, AUTO, Kernels
 from megagpt.config.pattern import Pattern
 from megagpt.inventory import layers as inventory
+from megagpt.inventory.attention import attention_lacks, attention_runs
 from megagpt.model.attention.attention import Attention
 from megagpt.model.attention.masks import Masks
 from megagpt.model.gpt import GPT, attention_status, ops_used
