@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint.load import find_whole
-from megagpt.checkpoint.state import check_resumable, read_state
+from megagpt.checkpoint.load import check_resumable, find_whole
+from megagpt.checkpoint.state import read_state
 from megagpt.cli import to_yaml
 from megagpt.config import RunConfig
 from megagpt.data.indexed.blend import Samples, build_splits, sources
