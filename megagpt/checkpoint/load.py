@@ -1,4 +1,4 @@
-"""Loading: a checkpoint that is whole and that a run may go on from, and its tensors into a run of any layout, or its weights into a model alone."""
+"""Loading: a whole checkpoint that a run may go on from, into a run of any layout; or its weights into a model alone."""
 
 from __future__ import annotations
 

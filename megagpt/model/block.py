@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megagpt.config import ModelConfig
 from megagpt.config.kernels import AUTO, Kernels
 from megagpt.model.attention.attention import Attention
 from megagpt.model.dropout import Dropout, block_site
@@ -16,6 +17,9 @@ from megagpt.model.stream import Stream
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.linear import OPEN, SUMMED
 from megagpt.parallel.parameter import Declared
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 
 class Block(nn.Module):

@@ -6,12 +6,11 @@ Shapes: B batch, T time, D model, V this rank's part of the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from megagpt.config import ModelConfig
 from megagpt.config.kernels import AUTO, Kernels
 from megagpt.inventory import layers as inventory
 from megagpt.inventory.attention import attention_lacks, attention_runs
@@ -26,6 +25,9 @@ from megagpt.ops.library import Status
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.embedding import VocabParallelEmbedding, vocab_parallel_logits
 from megagpt.parallel.parameter import Declared, part_of
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 
 class Embedding(nn.Module):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from megagpt.config import ModelConfig
 from megagpt.config.kernels import AUTO, Kernels
 from megagpt.inventory.attention import attention_lacks, attention_runs
 from megagpt.model.attention import IMPLEMENTATIONS
@@ -24,6 +24,9 @@ from megagpt.model.stream import Stream
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.linear import SUMMED, ColumnParallelLinear, Edges, Epilogue, HeadsLinear, RowParallelLinear
 from megagpt.parallel.parameter import Declared
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 
 class Attention(nn.Module):

@@ -5,11 +5,14 @@ Shapes: T time.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from megagpt.config.pattern import Pattern
+if TYPE_CHECKING:
+    from megagpt.config.pattern import Pattern
 
 
 class Masks:
