@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megagpt.config import RunConfig
+from megagpt.config import RunConfig, plain
 from megagpt.errors import UserError
 from megagpt.files import require_regular
 from megagpt.schedule import Schedule
@@ -87,7 +87,7 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
             f"{folder} is a {state.origin}: weights without the optimizer's moments, to evaluate, generate and export; "
             "to go on training, load one that a run saved"
         )
-    settings, defaults = _as_in_a_file(config), _as_in_a_file(RunConfig())
+    settings, defaults = plain(config), plain(RunConfig())
     fixed = {f"model.{name}": value for name, value in settings["model"].items() if "dropout" not in name}
     if state.samples > 0:
         fixed["train.seed"] = config.train.seed
@@ -103,11 +103,6 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
             )
     if state.samples > 0:
         _check_position(config, state, folder)
-
-
-def _as_in_a_file(config: RunConfig) -> dict[str, Any]:
-    """The settings as they come back from state.json: tuples as lists."""
-    return json.loads(json.dumps(asdict(config)))
 
 
 def _check_position(config: RunConfig, state: State, folder: Path) -> None:

@@ -16,9 +16,9 @@ from megagpt.config.run import (
     LogConfig,
     ParallelConfig,
     RunConfig,
-    skipped_steps,
+    plain,
 )
-from megagpt.config.train import TrainConfig, batch_sizes
+from megagpt.config.train import TrainConfig
 
 __all__ = [
     "SECTIONS",
@@ -32,8 +32,7 @@ __all__ = [
     "ParallelConfig",
     "RunConfig",
     "TrainConfig",
-    "batch_sizes",
     "divisors",
+    "plain",
     "require",
-    "skipped_steps",
 ]

@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
-from tyro.conf import arg
-
-from megagpt.config.checks import not_negative, positive, require
+from megagpt.config.checks import not_negative, parsed, positive, require
 from megagpt.config.model import ModelConfig
 from megagpt.config.optim import OptimConfig
 from megagpt.config.train import TrainConfig
+from megagpt.config.values import DataPath, Partition, Short, Split, StepSet
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the run is spread over processes. dp is what remains: world size / (tp * pp)."""
+    """How the run is spread over processes; dp is world size / (tp * pp)."""
 
-    tp: Annotated[int, arg(aliases=["--tp"])] = 1
+    tp: Short[int] = 1
     """Tensor parallel size: processes that share every layer."""
-    pp: Annotated[int, arg(aliases=["--pp"])] = 1
+    pp: Short[int] = 1
     """Pipeline parallel size: stages of consecutive layers."""
-    partition: Annotated[str, arg(aliases=["--partition"])] = "flops"
+    partition: Short[Partition] = Partition()
     """How layers become stages: flops | parameters | uniform | explicit block counts such as 3,4,4,3."""
-    zero_stage: Annotated[Literal[0, 1, 2, 3], arg(aliases=["--zero-stage"])] = 1
+    zero_stage: Short[Literal[0, 1, 2, 3]] = 1
     """DeepSpeed ZeRO: shard 1 optimizer states, 2 also gradients, 3 also parameters (2 and 3 need pp=1)."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory and step there (needs zero_stage >= 1 and pp=1)."""
-    recompute: Annotated[bool, arg(aliases=["--recompute"])] = False
+    recompute: Short[bool] = False
     """Recompute each block in the backward pass instead of storing its activations."""
 
     def __post_init__(self) -> None:
         positive("parallel", self, "tp", "pp")
+        parsed(self, "partition", Partition)
         require(
             not (self.pp > 1 and self.zero_stage > 1),
             f"parallel.zero_stage={self.zero_stage} with parallel.pp={self.pp}",
             "cannot be combined (a pipeline keeps gradients over micro-batches)",
             "use --zero-stage 1, or --pp 1",
+            *("parallel.zero_stage", "parallel.pp"),
         )
         require(
             not self.offload_optimizer or (self.pp == 1 and self.zero_stage >= 1),
             f"parallel.offload_optimizer with pp={self.pp}, zero_stage={self.zero_stage}",
             "needs pp=1 and zero_stage of at least 1",
             "drop --parallel.offload-optimizer, or use --pp 1 --zero-stage 1",
+            *("parallel.offload_optimizer", "parallel.pp", "parallel.zero_stage"),
         )
 
 
@@ -50,41 +52,45 @@ class ParallelConfig:
 class DataConfig:
     """What is read."""
 
-    data_path: Annotated[tuple[str, ...], arg(aliases=["--data-path"])] = ()
+    data_path: Short[DataPath] = DataPath()
     """Prefix of an indexed dataset, or a blend: 0.7 A 0.3 B. Default: the Python standard library's text."""
-    split: Annotated[str, arg(aliases=["--split"])] = "949,50,1"
+    split: Short[Split] = Split.parse("949,50,1")
     """Shares of documents for train, validation, test."""
     cache_dir: str | None = None
     """Where the default corpus and its tokenizer are kept; default $XDG_CACHE_HOME/megagpt."""
     verify: bool = False
     """Read all the data first: the hash of each .bin, every token (without it: index, hash of it, size of .bin)."""
-    tokenizer: Annotated[Literal["gpt2", "sentencepiece", "hf", "bytes"] | None, arg(aliases=["--tokenizer"])] = None
+    tokenizer: Short[Literal["gpt2", "sentencepiece", "hf", "bytes"] | None] = None
     """Kind of the tokenizer; default: the one recorded beside the data."""
-    tokenizer_model: Annotated[str | None, arg(aliases=["--tokenizer-model"])] = None
+    tokenizer_model: Short[str | None] = None
     """Model file of a sentencepiece or hf tokenizer."""
-    vocab_file: Annotated[str | None, arg(aliases=["--vocab-file"])] = None
+    vocab_file: Short[str | None] = None
     """vocab.json of the gpt2 tokenizer."""
-    merge_file: Annotated[str | None, arg(aliases=["--merge-file"])] = None
+    merge_file: Short[str | None] = None
     """merges.txt of the gpt2 tokenizer."""
+
+    def __post_init__(self) -> None:
+        parsed(self, "data_path", DataPath)
+        parsed(self, "split", Split)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """What is saved and kept, and what a run goes on from."""
 
-    save: Annotated[str | None, arg(aliases=["--save"])] = None
+    save: Short[str | None] = None
     """Run folder: checkpoints, metrics.jsonl, TensorBoard, loss curve. Default: a new folder under runs/."""
-    load: Annotated[str | None, arg(aliases=["--load"])] = None
+    load: Short[str | None] = None
     """What to go on from: RUN, RUN@best, RUN@STEP, or the folder of a checkpoint."""
-    auto_resume: Annotated[bool, arg(aliases=["--auto-resume"])] = False
+    auto_resume: Short[bool] = False
     """Go on with the run in --save if it has a checkpoint; start it if not."""
-    load_fallback: Annotated[bool, arg(aliases=["--load-fallback"])] = False
+    load_fallback: Short[bool] = False
     """Where a checkpoint is damaged, take the newest one before it that is whole."""
-    save_interval: Annotated[int | None, arg(aliases=["--save-interval"])] = None
+    save_interval: Short[int | None] = None
     """Steps between checkpoints; default only at the end."""
-    async_save: Annotated[bool, arg(aliases=["--async-save"])] = False
+    async_save: Short[bool] = False
     """Write checkpoints while training goes on, from a copy in host memory."""
-    keep_last: Annotated[int | None, arg(aliases=["--keep-last"])] = None
+    keep_last: Short[int | None] = None
     """Keep this many of the newest checkpoints; default all."""
     keep_every: int | None = None
     """Keep those at multiples of this step too."""
@@ -98,6 +104,7 @@ class CheckpointConfig:
             f"checkpoint.auto_resume with save={self.save}, load={self.load}",
             "needs to know the run folder, and looks there for what to load",
             "give --save RUN, and no --load",
+            *("checkpoint.auto_resume", "checkpoint.save", "checkpoint.load"),
         )
 
 
@@ -105,7 +112,7 @@ class CheckpointConfig:
 class FaultConfig:
     """What happens when something goes wrong, and when the time is up."""
 
-    exit_after_minutes: Annotated[float | None, arg(aliases=["--exit-after-minutes"])] = None
+    exit_after_minutes: Short[float | None] = None
     """Save and end (exit code 75) after this time; default no limit."""
     heartbeat_timeout_s: float = 60.0
     """A process that gives no sign of life for this long counts as dead or stopped."""
@@ -119,7 +126,7 @@ class FaultConfig:
     """Write a spike down, or also go back to the last checkpoint and skip the samples that made it."""
     max_rewinds: int = 3
     """Rewinds before the run gives up."""
-    skip_steps: str = ""
+    skip_steps: StepSet = StepSet()
     """Steps whose batch is not trained on, such as 57,60-62; a rewind adds to them by itself."""
     slow_rank_factor: float = 1.5
     """Name a process that is busy this many times as long as its peers; 0: never."""
@@ -127,29 +134,18 @@ class FaultConfig:
     def __post_init__(self) -> None:
         positive("faults", self, "exit_after_minutes", "heartbeat_timeout_s", "progress_timeout_s", "max_bad_steps")
         not_negative("faults", self, "spike_zscore", "slow_rank_factor", "max_rewinds")
-        skipped_steps(self.skip_steps)  # raises
-
-
-def skipped_steps(text: str) -> frozenset[int]:
-    """The steps that faults.skip_steps names, counted from 1: "57,60-62".  Raises UserError."""
-    found: set[int] = set()
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        first, _, last = part.partition("-")
-        ok = first.isdigit() and (last or first).isdigit() and 1 <= int(first) <= int(last or first)
-        require(ok, f"faults.skip_steps={text!r}", f"has {part!r}, which is no step or range", "write 57,60-62")
-        found.update(range(int(first), int(last or first) + 1))
-    return frozenset(found)
+        parsed(self, "skip_steps", StepSet)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """What is shown and measured, and how often."""
 
-    log_interval: Annotated[int, arg(aliases=["--log-interval"])] = 1
+    log_interval: Short[int] = 1
     """Steps between log lines."""
-    eval_interval: Annotated[int, arg(aliases=["--eval-interval"])] = 100
+    eval_interval: Short[int] = 100
     """Steps between validations; one more comes at the end."""
-    eval_steps: Annotated[int, arg(aliases=["--eval-steps"])] = 5
+    eval_steps: Short[int] = 5
     """Global batches of one validation; 0 turns validation off."""
     noise_scale: bool = False
     """Measure the gradient noise scale, about the largest batch that pays (McCandlish et al. 2018)."""
@@ -189,3 +185,19 @@ class RunConfig:
 
 
 SECTIONS = tuple(f.name for f in fields(RunConfig))
+
+
+def plain(config: Any) -> Any:
+    """A configuration, or a section, as nested dicts of texts, numbers and lists: as it stands in files.
+
+    `megagpt.cli.read_config` makes a RunConfig of it again.
+    """
+    if isinstance(config, DataPath):
+        return config.words
+    if isinstance(config, tuple):
+        return [plain(value) for value in config]
+    if hasattr(config, "parse"):
+        return str(config)
+    if is_dataclass(config):
+        return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
+    return config

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from megagpt.cli import parse_run_config
 from megagpt.config import ModelConfig, RunConfig
-from megagpt.inventory.sizes import layer_sizes
+from megagpt.inventory.layers import layers
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.parameter import part_of
@@ -89,7 +89,7 @@ def load(name: str) -> RunConfig:
 
 
 def params(model: ModelConfig) -> int:
-    return sum(layer.params for layer in layer_sizes(model, tp=1))
+    return sum(layer.params for layer in layers(model))
 
 
 def test_all_presets_are_held():
@@ -107,7 +107,7 @@ def test_parameters(name):
         with torch.device("meta"):
             built = GPT(model, Axis(group=None, rank=0, size=tp))
         assert sum(torch.Size(part_of(p).shape).numel() for p in built.parameters()) == header.n_params
-        local = sum(layer.params_local for layer in layer_sizes(model, tp))
+        local = sum(layer.params_local(tp) for layer in layers(model))
         assert sum(p.numel() for p in built.parameters()) == local
     if name not in MOSAIC_STATED:  # whose card counts another shape, see below
         assert header.n_params == pytest.approx(number(header.stated), rel=0.02)
