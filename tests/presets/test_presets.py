@@ -178,6 +178,10 @@ def test_a_preset_names_its_source_and_can_be_cut(name):
     first_line, *rest = preset_path(name).read_text().splitlines()
     assert first_line.startswith("# ")
     assert rest[0].startswith("# ")
+    if name != "tiny":
+        header = read_header(name)
+        assert header.source.endswith(".") and len(header.source) > 20
+        assert header.layout is not None or header.n_params < 1e9
     assert config.model.n_layers >= 4  # pp 4
     assert config.optim.warmup_steps < config.train.train_steps
 
