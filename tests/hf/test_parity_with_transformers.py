@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.data.loader import MicroBatch
 from megagpt.model.gpt import GPT, Embedding, Head, layer_list
+from megagpt.model.stream import Stream
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.mesh import Mesh, build_mesh
 from megagpt.parallel.parameter import Part, part_of
@@ -146,22 +147,24 @@ def one_stage(work: Work, mesh: Mesh) -> Result:
     x_BTD = torch.empty(*work.tokens_BT.shape, config.d_model, dtype=work.dtype)
     loss = columns = None
     if pipe.rank == 0:
-        x = (work.tokens_BT, ids_B)
+        stream = Stream(work.tokens_BT, ids_B)
         for module in modules:
-            x = module(x)
-        dist.send(x[0].detach(), group=pipe.group, group_dst=1)
+            stream = module(stream)
+        dist.send(stream.x.detach(), group=pipe.group, group_dst=1)
         dist.recv(x_BTD, group=pipe.group, group_src=1)
-        x[0].backward(x_BTD)
+        stream.x.backward(x_BTD)
     else:
         dist.recv(x_BTD, group=pipe.group, group_src=0)
-        x = (x_BTD.requires_grad_(), ids_B)
-        for module in modules:
-            x = module(x)
-        head = modules[-1]
+        stream = Stream(x_BTD.requires_grad_(), ids_B)
+        *blocks, head = modules
         assert isinstance(head, Head)
-        columns = whole_columns(x, part_of(head.tokens.weight))
-        loss = head.loss(x, work.labels_BT)
+        for module in blocks:
+            stream = module(stream)
+        logits_BTV = head(stream)
+        columns = whole_columns(logits_BTV, part_of(head.tokens.weight))
+        loss = head.loss(logits_BTV, work.labels_BT)
         loss.backward()
+        assert x_BTD.grad is not None
         dist.send(x_BTD.grad, group=pipe.group, group_dst=0)
         loss = loss.detach()
     if config.tied_embeddings:
