@@ -38,8 +38,12 @@ class LowRank(Product):
 
     def check(self) -> None:
         D, F, rank = self.model.d_model, self.model.ff_width, self.model.mlp_rank
-        got = f"model.mlp=low_rank with model.mlp_rank={rank}"
-        require(rank is not None, got, "needs mlp_rank", "give mlp_rank, such as 8")
+        require(
+            rank is not None,
+            f"model.mlp=low_rank with model.mlp_rank={rank}",
+            "needs mlp_rank",
+            "give mlp_rank, such as 8",
+        )
         require(
             self.rank <= min(D, F),
             f"model.mlp_rank={rank}",
