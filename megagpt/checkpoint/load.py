@@ -1,4 +1,4 @@
-"""Loading: a whole checkpoint that a run may go on from, into a run of any layout; or its weights into a model alone."""
+"""Loading: a whole checkpoint that a run may go on from, into a run of any layout; or its weights into a model."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def attention_status(config: ModelConfig, kernels: Kernels) -> Status:
 
 @dataclass(frozen=True)
 class Layer:
-    """One entry of the layer list: what it declares, and how to build it (so that a stage builds only its own)."""
+    """One entry of the layer list: how to build it (so that a stage builds only its own)."""
 
     name: str
     kind: type[nn.Module]
@@ -177,6 +177,8 @@ class GPT(nn.Module):
         positions_BT: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
+        if cache is not None and positions_BT is None:
+            raise ValueError("got a cache without positions_BT; wanted where the tokens stand in their texts")
         if sample_ids_B is None:  # only dropout looks at them
             sample_ids_B = torch.zeros(len(tokens_BT), dtype=torch.int64, device=tokens_BT.device)
         stream = self.embedding(Stream(tokens_BT, sample_ids_B, positions_BT, cache))
