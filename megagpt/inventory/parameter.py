@@ -12,6 +12,10 @@ from typing import Literal
 
 Shape = tuple[int, ...]
 
+# Keys of what a run keeps of a parameter, beside what its optimizer names.
+WEIGHT = "weight"
+AVERAGE = "ema"  # exponential moving average of the weights
+
 
 @dataclass(frozen=True)
 class Init:
