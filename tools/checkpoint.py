@@ -30,9 +30,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from megagpt.checkpoint import compare, folders, rewrite
+from megagpt.checkpoint.integrity import damage_of
 from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
 from megagpt.checkpoint.state import State, read_state
-from megagpt.checkpoint.whole import damage_of
 from megagpt.errors import ArgumentParser, UserError, run_cli
 
 _LARGE_BYTES = 1 << 30

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from megagpt.config.checks import fraction, not_negative, positive, require
+from megagpt.config.checks import fraction, not_negative, positive
 from megagpt.config.values import Short
+from megagpt.errors import require
+from megagpt.optim import OPTIMIZERS
+
+if TYPE_CHECKING:
+    OptimizerName = str
+else:  # flags and YAML files offer what is listed there
+    OptimizerName = Literal[*OPTIMIZERS]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer, its schedule, clipping, and what is added to the loss."""
 
-    optimizer: Short[Literal["adamw", "adam", "adafactor", "adafactor_unfactored", "lion", "muon"]] = "adamw"
+    optimizer: Short[OptimizerName] = "adamw"
     """AdamW; Adam (decay within the gradient); Adafactor, or with whole second moments (PaLM); Lion; Muon, with AdamW
     for what is no matrix of a block."""
     lr: Short[float] = 2e-3
@@ -66,13 +73,7 @@ class OptimConfig:
         for name in ("min_lr_fraction", "decay_fraction"):
             key, value = f"optim.{name}", getattr(self, name)
             require(0 <= value <= 1, f"{key}={value}", "must be between 0 and 1", "0.1 is usual", key)
-        require(
-            self.optimizer != "adam" or self.weight_decay_times == "lr",
-            f"optim.weight_decay_times={self.weight_decay_times} with optim.optimizer=adam",
-            "cannot work: its decay is part of the gradient",
-            "use adamw, or weight_decay_times lr",
-            *("optim.weight_decay_times", "optim.optimizer"),
-        )
+        OPTIMIZERS[self.optimizer].check(self)
         if self.ema_decay is not None:
             fraction("optim", self, "ema_decay")
 

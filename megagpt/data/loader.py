@@ -44,22 +44,18 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """The micro-batches of one data-parallel rank in a step that reads these positions over all ranks, in order.
 
-    **Raises** `UserError` when the batch does not divide, or the samples end before it does; and, at the micro-batch
-    that has it, for a token that the model has no embedding for.
+    Their number is a multiple of micro_batch_size * dp_size: the plan has checked every batch of the run.
+    **Raises** `UserError` when the samples end before the batch does; and, at the micro-batch that has it, for a token
+    that the model has no embedding for.
     """
-    size, micro_batch_size = len(positions), config.train.micro_batch_size
+    micro_batch_size = config.train.micro_batch_size
     chunk = micro_batch_size * dp_size
-    if size % chunk:
-        raise UserError(
-            f"a batch of {size} sequences must be a multiple of micro_batch_size * dp = "
-            f"{micro_batch_size} * {dp_size} = {chunk}; try {-(-size // chunk) * chunk}"
-        )
     if not 0 <= positions.start < positions.stop <= len(samples):
         raise UserError(
             f"a step reads samples {positions.start} to {positions.stop - 1} of {len(samples)}; "
             "build samples for more steps"
         )
-    # A generator of its own, so that the checks above come at the call and not at the first batch.
+    # A generator of its own, so that the check above comes at the call and not at the first batch.
     starts = range(positions.start + dp_rank * micro_batch_size, positions.stop, chunk)
     return (
         _micro_batch(samples, range(start, start + micro_batch_size), seq_len, config.model.vocab) for start in starts

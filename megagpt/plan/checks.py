@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from megagpt.config import ModelConfig, RunConfig, divisors, require
-from megagpt.config.kernels import attention_lacks
+from megagpt.config import ModelConfig, RunConfig
 from megagpt.config.train import MAX_INCREMENTS
-from megagpt.errors import UserError
-from megagpt.inventory.factorised_sizes import check_mlp
+from megagpt.errors import UserError, divisors, require
+from megagpt.inventory.attention import attention_lacks
+from megagpt.model.mlp import MLPS
 from megagpt.schedule import Schedule
 
 
@@ -38,7 +38,7 @@ def check_model(config: RunConfig) -> None:
         "must divide it, or be a multiple of it",
         f"try {choices}",
     )
-    check_mlp(model, tp)
+    MLPS[model.mlp](model).check_tp(tp)
 
 
 def _shares_kv_heads(model: ModelConfig, tp: int) -> bool:

@@ -6,13 +6,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from megagpt.config.checks import require
 from megagpt.config.values import Partition
-from megagpt.errors import UserError
-from megagpt.inventory.sizes import LayerSize
+from megagpt.errors import UserError, require
+from megagpt.inventory.layers import Layer
 
 
-def stage_bounds(partition: Partition, layers: Sequence[LayerSize], pp: int) -> tuple[int, ...]:
+def stage_bounds(partition: Partition, layers: Sequence[Layer], pp: int) -> tuple[int, ...]:
     """pp + 1 ascending indices into the layer list: stage s holds layers[bounds[s] : bounds[s + 1]].
 
     partition: flops | parameters | uniform (one weight a block), or explicit block counts "3,4,4,3".
@@ -31,7 +30,7 @@ def stage_bounds(partition: Partition, layers: Sequence[LayerSize], pp: int) -> 
     return (0, *ends[1:-1], len(layers))  # … and the head goes with the last block
 
 
-def _counts(partition: Partition, layers: Sequence[LayerSize], pp: int) -> list[int]:
+def _counts(partition: Partition, layers: Sequence[Layer], pp: int) -> list[int]:
     """Blocks of each stage."""
     embedding, *blocks, head = layers
     if partition.method == "uniform":

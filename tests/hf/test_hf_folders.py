@@ -19,19 +19,18 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from megagpt.checkpoint import save as checkpoint
 from megagpt.checkpoint.folders import find
+from megagpt.checkpoint.integrity import damage_of
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import read_state
-from megagpt.checkpoint.whole import damage_of
 from megagpt.cli import read_config
 from megagpt.config import DataConfig, ParallelConfig, RunConfig, TrainConfig, plain
+from megagpt.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megagpt.data.tokenizers.tokenizer import tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.generate.sample import generate
 from megagpt.generate.trained import open_trained
 from megagpt.hf import export_folder as hf_export
-from megagpt.hf import from_hf
 from megagpt.hf import import_folder as hf_import
 from megagpt.hf.export_folder import export
 from megagpt.hf.import_folder import import_model
@@ -39,9 +38,9 @@ from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.parameter import part_of
 from megagpt.processes.local import run_ranks
-from megagpt.train.step import masters
 from tests.checkpoint.written_checkpoint import MODEL, gpt2_tensors, write_checkpoint
 from tests.hf.hf_cases import CASES, theirs
+from tests.hf.load import from_hf
 from tests.logical import Parts, assemble
 from tests.parity.rank import start_engine
 
@@ -298,7 +297,7 @@ def test_tokenizers_of_other_architectures(
 def test_a_tokenizer_that_transformers_reads_otherwise_is_left_out(
     tmp_path: Path, sentencepiece_data: DataConfig, monkeypatch
 ):
-    monkeypatch.setitem(hf_export.SETTINGS, "sentencepiece", {"tokenizer_class": "LlamaTokenizer"})
+    monkeypatch.setattr(SentencePieceTokenizer, "transformers_settings", {"tokenizer_class": "LlamaTokenizer"})
     model = replace(MODEL, vocab_size=600)
     config = plain(RunConfig(model=model, data=sentencepiece_data))
     write_checkpoint(tmp_path / "run", 0, {"weight": gpt2_tensors(model)}, config=config)
@@ -310,15 +309,15 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_left_out(
 def start_from(config: RunConfig, run: Path) -> tuple[Parts, bool]:
     """This rank's weights, and whether a moment is there, of an engine that begins with an imported model."""
     engine = start_engine(config, 1)
-    at = checkpoint.load(engine, find(run))
+    at = engine.load(find(run))
     assert at.step == 0
     weights: Parts = {}
     moments = False
     for n in engine.parameters:
-        weight = masters.read(engine, n, "weight").float().clone()
+        weight = engine.masters.read(n, "weight").float().clone()
         if n.owned:  # a tied one is on two stages
             weights[n.name] = (n.part, weight)
-        moments = moments or bool(masters.read(engine, n, "exp_avg").any())
+        moments = moments or bool(engine.masters.read(n, "exp_avg").any())
     engine.close()
     return weights, moments
 

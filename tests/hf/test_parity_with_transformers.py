@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.data.loader import MicroBatch
-from megagpt.hf import from_hf, load_logical
 from megagpt.model.gpt import GPT, Embedding, Head, layer_list
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.mesh import Mesh, build_mesh
@@ -25,8 +24,8 @@ from megagpt.parallel.parameter import Part, part_of
 from megagpt.plan.plan import make_plan
 from megagpt.processes.local import run_ranks
 from megagpt.train.step.engine import Engine
-from megagpt.train.step.stages import GPTStage
 from tests.hf.hf_cases import CASES, Case, state_of, theirs
+from tests.hf.load import from_hf, load_logical
 from tests.logical import Parts, assemble, gradient_parts
 from tests.tolerances import TOLERANCES, assert_close
 
@@ -143,7 +142,7 @@ def one_stage(work: Work, mesh: Mesh) -> Result:
     mine = layers[:half] if pipe.rank == 0 else layers[half:]
     modules = [layer.kind(*layer.arguments).to(work.dtype) for layer in mine]
     parameters = stage_parameters([layer.name for layer in mine], modules, config)
-    load_logical(parameters, load(work.weights), whole_model=False)
+    load_logical(parameters, load(work.weights))
     ids_B = torch.zeros(len(work.tokens_BT), dtype=torch.int64)
     x_BTD = torch.empty(*work.tokens_BT.shape, config.d_model, dtype=work.dtype)
     loss = columns = None
@@ -197,17 +196,15 @@ def stages_by_engine(work: Work) -> Result:
     )
     mesh = build_mesh("cpu", pp=2, dp=1, tp=tp)
     engine = Engine(run, make_plan(run, dist.get_world_size()), mesh)
-    stage = engine.module
-    assert isinstance(stage, GPTStage)
-    named = stage.canonical_parameters()
-    load_logical([(n.name, n.parameter) for n in named], load(work.weights), whole_model=False)
+    named = engine.parameters
+    load_logical([(n.name, n.parameter) for n in named], load(work.weights))
     grads: Parts = {}
 
     def look(*_) -> None:
         now = gradient_parts((n.name, n.parameter) for n in named if n.owned)
         grads.update({name: (part, grad.clone()) for name, (part, grad) in now.items()})
 
-    engine.base_optimizer.register_step_pre_hook(look)
+    engine.backend.optimizer.register_step_pre_hook(look)
     ids_B = torch.arange(samples)
     rows = [slice(i, i + 1) for i in range(samples)]
     step = engine.train_step(0, [MicroBatch(work.tokens_BT[r], work.labels_BT[r], ids_B[r]) for r in rows])

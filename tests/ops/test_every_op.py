@@ -1,4 +1,4 @@
-"""Every op over every case of megagpt/ops/cases, in every number format that its kernels take.
+"""Every op over every case of tests/ops/cases, in every number format that its kernels take.
 
     pytest tests/ops -k softmax         the loop while writing a kernel
 

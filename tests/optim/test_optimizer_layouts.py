@@ -12,18 +12,16 @@ import torch
 from torch import Tensor
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint import save as checkpoint
 from megagpt.checkpoint.compare import differing_tensors
+from megagpt.checkpoint.load import check_resumable
 from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
 from megagpt.checkpoint.save import Saver
-from megagpt.checkpoint.state import State, check_resumable
+from megagpt.checkpoint.state import State
 from megagpt.config import CheckpointConfig, ModelConfig, OptimConfig, RunConfig, plain
 from megagpt.errors import UserError
-from megagpt.optim import muon
+from megagpt.optim import muon, segments
 from megagpt.processes.local import run_ranks
-from megagpt.train.step import segments
 from megagpt.train.step.engine import Engine
-from megagpt.train.step.masters import read, read_counters
 from tests.parity.rank import RankReport, batches_of, start_engine, train_on_rank
 from tests.parity.walk import (
     BOUNDS,
@@ -139,13 +137,13 @@ def test_a_fault_is_found(fault, name, layout):
 
 def state_of(engine: Engine, step: int) -> State:
     return State(
-        step=step, samples=step * 8, tokens=step * 192, lr=0.1, counters=read_counters(engine),
+        step=step, samples=step * 8, tokens=step * 192, lr=0.1, counters=engine.counters,
         config=plain(engine.config), data={},
     )  # fmt: skip
 
 
 def save(engine: Engine, run: Path, step: int) -> None:
-    saver = Saver(engine, run, CheckpointConfig(keep_last=10))
+    saver = Saver(engine.masters, run, CheckpointConfig(keep_last=10))
     saver.save(state_of(engine, step))
     saver.wait()
 
@@ -158,7 +156,7 @@ def train_and_save(config: RunConfig, dp: int, run: Path, load: Path | None = No
         for number in range(SAVED):
             step(number)
     else:
-        assert checkpoint.load(engine, folders.find(f"{load}@{SAVED}")).step == SAVED
+        assert engine.load(folders.find(f"{load}@{SAVED}")).step == SAVED
     save(engine, run, SAVED)
     losses = [step(number) for number in range(SAVED, STEPS)]
     save(engine, run, STEPS)
@@ -236,8 +234,8 @@ def average_and_weights(config: RunConfig, dp: int) -> tuple[list[Tensor], list[
     (named,) = (n for n in engine.parameters if n.name == "blocks.1.mlp.up.weight")
     averages, weights = [], []
     for step in range(5):
-        averages.append(read(engine, named, AVERAGE).clone())
-        weights.append(read(engine, named, WEIGHT).clone())
+        averages.append(engine.masters.read(named, AVERAGE).clone())
+        weights.append(engine.masters.read(named, WEIGHT).clone())
         plant = Plant("gradient", "head.norm.bias", rank=0, micro_batch=0)
         batches = batches_of(config, step, engine.mesh.data)
         if step == 2:
@@ -263,8 +261,8 @@ def test_the_average_is_that_of_the_weights_and_leaves_out_skipped_steps(layout)
 def load_averaged(config: RunConfig, dp: int, run: Path) -> bool:
     """Whether an average that the run did not keep begins with its weights."""
     engine = start_engine(config, dp)
-    checkpoint.load(engine, folders.find(run))
-    return all(torch.equal(read(engine, n, AVERAGE), read(engine, n, WEIGHT)) for n in engine.parameters)
+    engine.load(folders.find(run))
+    return all(torch.equal(engine.masters.read(n, AVERAGE), engine.masters.read(n, WEIGHT)) for n in engine.parameters)
 
 
 def test_an_average_may_begin_in_the_middle(tmp_path):

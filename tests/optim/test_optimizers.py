@@ -13,21 +13,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megagpt.inventory.optimizer_sizes import MOMENTS, state_bytes
 from torch import Tensor
 
 from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megagpt.errors import UserError
-from megagpt.inventory.optimizer_sizes import MOMENTS, state_bytes
 from megagpt.model.gpt import GPT
 from megagpt.optim.build import build_optimizer, set_rate
 from megagpt.optim.mesh_optimizer import MeshOptimizer
 from megagpt.optim.muon import maps_of, orthogonal, weight_of
 from megagpt.optim.rules import rule_of
+from megagpt.optim.segments import Segment, Segments
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.mesh import single_process_mesh
-from megagpt.train.step.masters import create_moments
-from megagpt.train.step.named import Named, named_parameters
-from megagpt.train.step.segments import find_segments
+from megagpt.parallel.parameter import Named, named_parameters
+from megagpt.train.step.masters import Masters
 
 MODEL = ModelConfig(
     n_layers=2, d_model=24, d_head=5, n_heads=4, n_kv_heads=2, seq_len=8, vocab_size=50, activation="swiglu", d_ff=40
@@ -56,10 +56,7 @@ def train(named: list[Named], config: OptimConfig, precision: str = "fp32") -> l
     """The weights after each step."""
     run = RunConfig(model=MODEL, optim=config, train=TrainConfig(precision=precision))  # type: ignore[arg-type]
     optimizer, _ = build_optimizer(named, run)
-    segments = find_segments(named, optimizer, single_process_mesh(), torch.device("cpu"))
-    create_moments(SimpleNamespace(segments=segments, base_optimizer=optimizer, config=run))  # type: ignore[arg-type]
-    if isinstance(optimizer, MeshOptimizer):
-        optimizer.bind(segments)
+    Masters(SimpleNamespace(parameters=named, segments=segments_of(named), optimizer=optimizer), config)  # type: ignore[arg-type]
     weights = []
     for step, rate in enumerate(RATES):
         set_rate(optimizer, rate, config)
@@ -69,6 +66,10 @@ def train(named: list[Named], config: OptimConfig, precision: str = "fp32") -> l
         optimizer.step()
         weights.append({n.name: weight_in(n).clone() for n in named})
     return weights
+
+
+def segments_of(named: list[Named]) -> Segments:
+    return Segments.listed(map(Segment.whole, named), SINGLE, single_process_mesh(), torch.device("cpu"))
 
 
 def weight_in(named: Named) -> Tensor:
@@ -267,7 +268,7 @@ def test_a_step_without_gradients_moves_nothing():
         named = parameters_of()
         optimizer, _ = build_optimizer(named, RunConfig(model=MODEL, optim=OptimConfig(optimizer=name)))
         assert isinstance(optimizer, MeshOptimizer)
-        optimizer.bind(find_segments(named, optimizer, single_process_mesh(), torch.device("cpu")))
+        optimizer.bind(segments_of(named))
         before = [n.parameter.detach().clone() for n in named]
         optimizer.step()
         assert all(torch.equal(a, n.parameter) for a, n in zip(before, named, strict=True))

@@ -9,7 +9,8 @@ from random import Random
 
 import pytest
 
-from megagpt.checkpoint import folders, sums
+from megagpt.checkpoint import folders
+from megagpt.checkpoint.integrity import read_sums
 from megagpt.checkpoint.state import State, read_state
 from megagpt.config.values import Split
 from megagpt.data.indexed.blend import build_splits
@@ -73,7 +74,7 @@ def outcome(run: Path) -> tuple[dict[str, str], State, list[tuple]]:
     last = folders.pointed(run)
     state = read_state(last)
     assert state.step == STEPS
-    tensors = {name: digest for name, digest in sums.read_sums(last).items() if name.endswith(".safetensors")}
+    tensors = {name: digest for name, digest in read_sums(last).items() if name.endswith(".safetensors")}
     rows = [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in read_rows(run / NAME)]
     assert [step for step, *_ in rows] == list(range(1, STEPS + 1))
     return tensors, state, rows
