@@ -44,16 +44,11 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """The micro-batches of one data-parallel rank in a step that reads these positions over all ranks, in order.
 
-    **Raises** `UserError` when the batch does not divide, or the samples end before it does; and, at the micro-batch
-    that has it, for a token that the model has no embedding for.
+    **Raises** `UserError` when the samples end before the step does; and, at the micro-batch that has it, for a token
+    that the model has no embedding for.
     """
-    size, micro_batch_size = len(positions), config.train.micro_batch_size
-    chunk = micro_batch_size * dp_size
-    if size % chunk:
-        raise UserError(
-            f"a batch of {size} sequences must be a multiple of micro_batch_size * dp = "
-            f"{micro_batch_size} * {dp_size} = {chunk}; try {-(-size // chunk) * chunk}"
-        )
+    micro_batch_size = config.train.micro_batch_size
+    chunk = micro_batch_size * dp_size  # divides every batch of a run: the plan has checked it
     if not 0 <= positions.start < positions.stop <= len(samples):
         raise UserError(
             f"a step reads samples {positions.start} to {positions.stop - 1} of {len(samples)}; "

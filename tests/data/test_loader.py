@@ -78,11 +78,6 @@ def test_a_step_beyond_the_samples_is_told_at_the_call(samples, step):
         read(samples, step, 1)
 
 
-def test_a_batch_that_does_not_divide_is_told_at_the_call(samples):
-    with pytest.raises(UserError, match=r"batch of 24 sequences must be a multiple .*5 \* 2 = 10; try 30"):
-        read(samples, 0, 5, dp_size=2)
-
-
 def test_a_shorter_sequence_is_the_beginning_of_the_sample(samples):
     for batch in read(samples, 1, 3, seq_len=5):
         assert batch.tokens_BT.shape == batch.labels_BT.shape == (3, 5)
