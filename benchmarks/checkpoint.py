@@ -22,16 +22,14 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.machine import conditions, headline
-from megagpt.checkpoint import save as checkpoint
 from megagpt.checkpoint.folders import find
-from megagpt.checkpoint.restore import damage_of
+from megagpt.checkpoint.load import shared_damage_of
 from megagpt.checkpoint.save import Saved, Saver
 from megagpt.checkpoint.state import State
 from megagpt.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.errors import run_cli
 from megagpt.processes.local import run_ranks
 from megagpt.train.step.engine import Engine
-from megagpt.train.step.masters import read_counters
 from tests.parity.rank import batches_of, start_engine
 
 BLOCK = 16 * 2**20
@@ -69,8 +67,8 @@ def _config(a: argparse.Namespace) -> RunConfig:
 def _measure(config: RunConfig, dp: int, n_rounds: int, folder: Path) -> list[dict[str, float]]:
     """The rounds, on one of the ranks; the first, which warms up, is left out."""
     engine = start_engine(config, dp)
-    sync = Saver(engine, folder / "sync", CheckpointConfig(keep_last=1))
-    beside = Saver(engine, folder / "async", CheckpointConfig(keep_last=1, async_save=True))
+    sync = Saver(engine.masters, folder / "sync", CheckpointConfig(keep_last=1))
+    beside = Saver(engine.masters, folder / "async", CheckpointConfig(keep_last=1, async_save=True))
     return [_round(engine, number, sync, beside, folder) for number in range(n_rounds + 1)][1:]
 
 
@@ -83,8 +81,8 @@ def _round(engine: Engine, number: int, sync: Saver, beside: Saver, folder: Path
     n_bytes = sum(p.stat().st_size for p in path.iterdir())
     dist.barrier()
     disk_s = _timed(lambda: _write_plainly(folder / "plain", n_bytes) if dist.get_rank() == 0 else None)
-    verify_s = _timed(lambda: damage_of(path))
-    load_s = _timed(lambda: checkpoint.load(engine, path))
+    verify_s = _timed(lambda: shared_damage_of(path))
+    load_s = _timed(lambda: engine.load(path))
     mib = n_bytes / 2**20
     return {
         "checkpoint_mib": mib,
@@ -126,9 +124,7 @@ def _timed(work: Callable[[], Any]) -> float:
 
 
 def _state(engine: Engine, step: int) -> State:
-    return State(
-        step=step, samples=0, tokens=0, lr=0.0, counters=read_counters(engine), config=_as_saved(engine), data={}
-    )
+    return State(step=step, samples=0, tokens=0, lr=0.0, counters=engine.counters, config=_as_saved(engine), data={})
 
 
 def _as_saved(engine: Engine) -> dict[str, Any]:

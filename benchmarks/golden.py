@@ -25,13 +25,17 @@ REPOSITORY = Path(__file__).parents[1]
 
 SMALL = "--n-layers 4 --d-model 64 --n-heads 4 --seq-len 64 --global-batch-size 8 --micro-batch-size 2 --train-steps 12"
 DROPOUT = "--model.dropout-attention 0.1 --model.dropout-residual 0.1 --model.dropout-embedding 0.1"
+MAKE_TRAIN = "make train"
 RUNS = {  # name -> (processes, flags after SMALL)
     "gpt2 one process, dropout": (1, DROPOUT),
     "gpt2 tp 2 pp 2, dropout": (4, f"--tp 2 --pp 2 {DROPOUT}"),
     "gpt2 tp 2 dp 2, ZeRO 2, bf16": (4, "--tp 2 --zero-stage 2 --precision bf16"),
     "gpt2 dp 4, ZeRO 3, recompute": (4, "--zero-stage 3 --recompute"),
     "llama tp 2 pp 2": (4, "--preset llama-7b --model.d-ff 176 --vocab-size 4096 --tp 2 --pp 2"),
-    "palm tp 4": (4, "--preset palm-8b --model.d-ff 256 --model.d-head 16 --vocab-size 4096 --train.batch-steps= --tp 4"),
+    "palm tp 4": (
+        4,
+        "--preset palm-8b --model.d-ff 256 --model.d-head 16 --vocab-size 4096 --train.batch-steps= --tp 4",
+    ),
     "gpt1 pp 2 dp 2": (4, "--preset gpt1 --vocab-size 4096 --model.d-ff 256 --pp 2"),
     "alibi tp 2 dp 2, muon": (4, "--preset gpt-580m-alibi --vocab-size 4096 --model.d-ff 256 --tp 2 --optimizer muon"),
     "t5, bigbird, monarch tp 2 pp 2": (
@@ -42,7 +46,7 @@ RUNS = {  # name -> (processes, flags after SMALL)
     "transformer_xl, butterfly tp 2, lion, ema": (
         2,
         "--model.position transformer_xl --model.mlp butterfly --tp 2 --optimizer lion --optim.ema-decay 0.9 "
-        "--model.tied-embeddings False --model.bias-head True",
+        "--model.no-tied-embeddings --model.bias-head",
     ),
 }  # fmt: skip
 
@@ -51,21 +55,24 @@ def main() -> int:
     """Run, then record or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help=f"write {RESULTS.name} anew")
-    parser.add_argument("--only", default="", help="runs whose name has this in it")
+    parser.add_argument("--only", default="", help=f'runs whose name has this in it; "{MAKE_TRAIN}": its 500 steps')
     options = parser.parse_args()
     chosen = {name: run for name, run in RUNS.items() if options.only in name}
+    if options.only == MAKE_TRAIN:  # minutes, so that it runs only where it is named
+        chosen = {MAKE_TRAIN: (4, "--tp 2 --pp 2")}
     if not chosen:
         raise UserError(f"--only {options.only!r} leaves no run; wanted part of one of: {', '.join(RUNS)}")
-    recorded = {} if options.record else json.loads(RESULTS.read_text(encoding="utf-8"))["losses"]
+    recorded = json.loads(RESULTS.read_text(encoding="utf-8"))["losses"] if RESULTS.exists() else {}
     found, differing = {}, []
     for name, (n_processes, flags) in chosen.items():
-        found[name] = losses_of(n_processes, f"{SMALL} {flags}".split())
+        found[name] = losses_of(n_processes, (flags if name == MAKE_TRAIN else f"{SMALL} {flags}").split())
         same = options.record or found[name] == recorded[name]
         differing += [] if same else [name]
         print(f"{name:<45}{float.fromhex(found[name][-1]):10.6f}  {'ok' if same else 'DIFFERS'}", flush=True)
     if options.record:
         RESULTS.write_text(
-            json.dumps({**conditions("benchmarks.golden", "cpu"), "losses": found}, indent=1) + "\n", encoding="utf-8"
+            json.dumps({**conditions("benchmarks.golden", "cpu"), "losses": recorded | found}, indent=1) + "\n",
+            encoding="utf-8",
         )
     return 1 if differing else 0
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.random import RandomState
 
 from megagpt.config import ModelConfig, RunConfig, TrainConfig
+from megagpt.config.values import Split
 from megagpt.data.indexed import index_builder as maps
 from megagpt.data.indexed.blend import build_splits
 from megagpt.data.indexed.dataset import IndexedDataset, IndexedWriter
@@ -100,7 +101,7 @@ def reading_us(seq_len: int, micro_batch_size: int) -> float:
             for length in random.geometric(1 / 500, 20_000):
                 writer.add_document(random.integers(0, 50_000, length))
         batch = 64 * micro_batch_size
-        samples = build_splits([str(prefix)], "1", seq_len, 1234, (batch, 0, 0))[0]
+        samples = build_splits([IndexedDataset(prefix)], (), Split.parse("1"), seq_len, 1234, (batch, 0, 0))[0]
         assert samples is not None
         config = RunConfig(
             model=ModelConfig(seq_len=seq_len, vocab_size=50_000),

@@ -28,7 +28,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Difference:
+class TensorDifference:
     """Two tensors that are not bitwise the same.
 
     what: in words. n_tensors: that this is about. n_values: that differ. largest: absolute; relative: to the first
@@ -60,19 +60,21 @@ def summaries(reader: Reader) -> Iterator[Summary]:
             yield Summary(key, name, reader.shape(key, name), norm, low, high, n_bad)
 
 
-def differing_tensors(a: Reader, b: Reader, tick: Callable[[int], None] = lambda n_bytes: None) -> Iterator[Difference]:
+def differing_tensors(
+    a: Reader, b: Reader, tick: Callable[[int], None] = lambda n_bytes: None
+) -> Iterator[TensorDifference]:
     """The tensors that are not bitwise equal, and those that only one of them has. tick: told bytes read."""
     for key in _weights_first(a.index.keys() | b.index.keys()):
         ours, theirs = a.index.get(key, {}), b.index.get(key, {})
         if not (ours and theirs):  # the mean of weights and imported ones have no moments at all
             which, n_tensors = _only_in(bool(ours)), len(ours or theirs)
-            yield Difference(key, f"all {n_tensors}", which, n_tensors=n_tensors)
+            yield TensorDifference(key, f"all {n_tensors}", which, n_tensors=n_tensors)
             continue
         for name in sorted(ours.keys() | theirs.keys(), key=_in_order):
             if name not in theirs or name not in ours:
-                yield Difference(key, name, _only_in(name in ours))
+                yield TensorDifference(key, name, _only_in(name in ours))
             elif ours[name].shape != theirs[name].shape:
-                yield Difference(key, name, f"shape {ours[name].shape} and {theirs[name].shape}")
+                yield TensorDifference(key, name, f"shape {ours[name].shape} and {theirs[name].shape}")
             else:
                 found = _difference(a, b, key, name)
                 tick(4 * math.prod(ours[name].shape))
@@ -87,7 +89,7 @@ def differing_fields(a: State, b: State) -> list[tuple[str, Any, Any]]:
     return [(n, ours.get(n), theirs.get(n)) for n in names if ours.get(n) != theirs.get(n)]
 
 
-def _difference(a: Reader, b: Reader, key: str, name: str) -> Difference | None:
+def _difference(a: Reader, b: Reader, key: str, name: str) -> TensorDifference | None:
     n_values, largest, scale = 0, 0.0, 0.0
     for start, shape in row_boxes(a.shape(key, name)):
         x, y = a.read(key, name, start, shape), b.read(key, name, start, shape)
@@ -102,7 +104,7 @@ def _difference(a: Reader, b: Reader, key: str, name: str) -> Difference | None:
         return None
     relative = largest / scale if scale > 0 else math.nan
     what = "NaN or Inf" if not math.isfinite(largest) else "values differ"
-    return Difference(key, name, what, n_values, largest, relative)
+    return TensorDifference(key, name, what, n_values, largest, relative)
 
 
 def _only_in(first: bool) -> str:

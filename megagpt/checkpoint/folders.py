@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megagpt.checkpoint import state, sums
+from megagpt.checkpoint import state
+from megagpt.checkpoint.integrity import SUMS, damage_to, read_sums
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
-from megagpt.files import flush, replace_text, require_regular
+from megagpt.files import flush, replace_text, require_regular, sha256_of
 
 LATEST = "latest"
 BEST = "best"
@@ -45,8 +46,8 @@ def step_of(folder: Path) -> int:
 def find(path: str | Path) -> Path:
     """The checkpoint that --load means: RUN, RUN@latest, RUN@best, RUN@STEP, or the folder of a checkpoint.
 
-    Raises UserError naming what is there instead. Hashes are not looked at (`sums.damage` does), but for the one that
-    `latest` has.
+    Raises UserError naming what is there instead. Hashes are not looked at (`integrity.damage_of` does), but for the
+    one that `latest` has.
     """
     try:
         if _is_checkpoint(Path(path)):
@@ -74,7 +75,7 @@ def older_than(folder: Path) -> list[Path]:
 
 def point_to(folder: Path) -> None:
     """Make `latest` mean this checkpoint, from one moment to the next."""
-    digest = sums.sha256_of(folder / sums.NAME)
+    digest = sha256_of(folder / SUMS)
     replace_text(folder.parent / LATEST, f"{folder.name} {digest}\n")
 
 
@@ -94,10 +95,10 @@ def pointed(run: Path) -> Path:
         )
     for name in (match[1], match[1] + REPLACED):  # the second: a crash between two renames
         folder = pointer.parent / name
-        if (folder / sums.NAME).is_file() and sums.sha256_of(folder / sums.NAME) == match[2]:
+        if (folder / SUMS).is_file() and sha256_of(folder / SUMS) == match[2]:
             return folder
     raise UserError(
-        f"{pointer} names {match[1]}, whose {sums.NAME} is missing or not the one that was written; "
+        f"{pointer} names {match[1]}, whose {SUMS} is missing or not the one that was written; "
         f"give --load {run}@ and one of {_steps(run)}, or add --load-fallback"
     )
 
@@ -212,7 +213,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return _NAME.fullmatch(path.name) is not None or (path / sums.NAME).exists()
+    return _NAME.fullmatch(path.name) is not None or (path / SUMS).exists()
 
 
 def _split(path: str | Path) -> tuple[Path, str]:
@@ -230,7 +231,7 @@ def _points_to(run: Path, folder: Path) -> bool:
 
 def _validation_loss(folder: Path) -> float | None:
     try:
-        if sums.damage(folder, [state.NAME], sums.read_sums(folder)):
+        if damage_to(folder, [state.NAME], read_sums(folder)):
             return None
         return state.read_state(folder).validation_loss
     except UserError:  # damaged, which whoever loads or verifies it says

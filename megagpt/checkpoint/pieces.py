@@ -22,9 +22,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from megagpt.checkpoint.sums import sha256_of
 from megagpt.errors import UserError
-from megagpt.files import flush, require_regular
+from megagpt.files import flush, require_regular, sha256_of
 
 NAME = "index.json"
 WEIGHT = "weight"
@@ -53,8 +52,8 @@ class Logical:
     pieces: tuple[Piece, ...]
 
 
-Index = dict[str, dict[str, Logical]]
-"""key ("weight" or a moment) -> canonical name of the parameter -> its tensor."""
+TensorIndex = dict[str, dict[str, Logical]]
+"""key ("weight" or a moment) -> canonical name of the parameter -> its tensor: what index.json says."""
 
 
 def file_name(key: str, rank: int, world_size: int) -> str:
@@ -80,14 +79,14 @@ def write_pieces(path: Path, pieces: dict[str, np.ndarray]) -> str:
     return digest
 
 
-def merge(parts: Iterable[Index]) -> Index:
+def merge(parts: Iterable[TensorIndex]) -> TensorIndex:
     """One index of what several ranks wrote.  Raises ValueError for holes and overlaps: a bug in whoever wrote."""
     merged: dict[str, dict[str, tuple[tuple[int, ...], list[Piece]]]] = {}
     for part in parts:
         for key, tensors in part.items():
             for name, logical in tensors.items():
                 merged.setdefault(key, {}).setdefault(name, (logical.shape, []))[1].extend(logical.pieces)
-    index: Index = {}
+    index: TensorIndex = {}
     for key, tensors in merged.items():
         for name, (shape, pieces) in tensors.items():
             index.setdefault(key, {})[name] = Logical(shape, tuple(sorted(pieces, key=lambda p: p.start)))
@@ -95,13 +94,13 @@ def merge(parts: Iterable[Index]) -> Index:
     return index
 
 
-def index_json(index: Index) -> str:
+def index_json(index: TensorIndex) -> str:
     """The text of index.json."""
     plain = {key: {name: asdict(tensor) for name, tensor in tensors.items()} for key, tensors in index.items()}
     return json.dumps(plain, indent=0, sort_keys=True) + "\n"
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path) -> TensorIndex:
     """The index of a checkpoint.  Raises UserError where it is missing or not an index."""
     path = folder / NAME
     try:

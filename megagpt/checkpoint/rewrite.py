@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.checkpoint import pieces, sums
+from megagpt.checkpoint import pieces
 from megagpt.checkpoint.chunks import Shape, read_chunks, row_boxes, write_chunks
-from megagpt.checkpoint.pieces import WEIGHT, Index, Logical, Piece, Reader
+from megagpt.checkpoint.integrity import write_tables
+from megagpt.checkpoint.pieces import WEIGHT, Logical, Piece, Reader, TensorIndex
 from megagpt.checkpoint.state import State, read_state
-from megagpt.checkpoint.whole import write_tables
 from megagpt.errors import UserError
-from megagpt.files import flush
+from megagpt.files import flush, sha256_of
 
 Rows = Callable[[str, str, range], Iterable[np.ndarray]]
 """(key, name, rows) -> the values of these rows in order, in parts of any size."""
@@ -82,24 +82,27 @@ def write_checkpoint(
     if not 1 <= n_files <= most_rows:
         raise UserError(f"--files {n_files}: the largest tensor has {most_rows} rows; give 1 to {most_rows}")
     with new_folder(out) as folder:
-        parts: list[Index] = []
+        parts: list[TensorIndex] = []
         hashes = {}
         for key, tensors in shapes.items():
             for number in range(n_files):
                 file = pieces.file_name(key, number, n_files)
-                shares = {name: _share(shape, number, n_files) for name, shape in tensors.items()}
-                held = {name: _part(tensors[name], rows) for name, rows in shares.items() if len(rows)}
+                held = {
+                    name: Piece(file, *_box(shape, rows))
+                    for name, shape in tensors.items()
+                    if (rows := _rows_of_file(shape, number, n_files))
+                }
 
-                def chunks(name: str, key: str = key, shares: dict[str, range] = shares) -> Iterator[np.ndarray]:
-                    for chunk in rows_of(key, name, shares[name]):
+                def chunks(name: str, key: str = key, held: dict[str, Piece] = held) -> Iterator[np.ndarray]:
+                    piece = held[name]
+                    first, n_rows = (*piece.start, 0)[0], (*piece.shape, 1)[0]
+                    for chunk in rows_of(key, name, range(first, first + n_rows)):
                         yield chunk
                         tick(chunk.nbytes)
 
-                write_chunks(folder / file, {name: shape for name, (_, shape) in held.items()}, chunks)
-                hashes[file] = sums.sha256_of(folder / file)
-                parts.append(
-                    {key: {n: Logical(tensors[n], (Piece(file, start, shape),)) for n, (start, shape) in held.items()}}
-                )
+                write_chunks(folder / file, {name: piece.shape for name, piece in held.items()}, chunks)
+                hashes[file] = sha256_of(folder / file)
+                parts.append({key: {name: Logical(tensors[name], (piece,)) for name, piece in held.items()}})
         write_tables(folder, pieces.merge(parts), at, hashes)
 
 
@@ -135,7 +138,7 @@ def _mean(readers: Sequence[Reader], key: str, _: str, name: str, rows: range) -
         yield total.astype(np.float32)
 
 
-def _share(shape: Shape, number: int, n_files: int) -> range:
+def _rows_of_file(shape: Shape, number: int, n_files: int) -> range:
     """The rows of a tensor that one of several files has: as equal as can be, the larger ones first."""
     n_rows = shape[0] if shape else 1
     few, larger = divmod(n_rows, n_files)
@@ -143,6 +146,6 @@ def _share(shape: Shape, number: int, n_files: int) -> range:
     return range(first, first + few + (number < larger))
 
 
-def _part(shape: Shape, rows: range) -> tuple[tuple[int, ...], Shape]:
+def _box(shape: Shape, rows: range) -> tuple[tuple[int, ...], Shape]:
     """Rows of a tensor as a box: start and shape."""
     return ((rows.start, *[0] * (len(shape) - 1)), (len(rows), *shape[1:])) if shape else ((), ())

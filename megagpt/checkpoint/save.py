@@ -1,6 +1,6 @@
-"""Saving and loading a training run: the engine's fp32 weights and moments, and where the run stands.
+"""Saving a training run: its fp32 weights and moments, and where it stands.
 
-A checkpoint is first written beside its place, by all ranks at once: each its own share of the logical tensors, so that
+A checkpoint is first written beside its place, by all ranks at once: each some pieces of the logical tensors, so that
 data-parallel ranks neither hold nor write the same twice. Its name appears when every rank has flushed and hashed what
 it wrote; `latest` moves after that. A crash at any moment leaves the checkpoints before, or this one as well.
 """
@@ -14,23 +14,24 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch.distributed as dist
 
-from megagpt.checkpoint import folders, pieces, state
-from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Index, Logical, Piece, Reader
-from megagpt.checkpoint.restore import read_part
+from megagpt.checkpoint import folders, pieces
+from megagpt.checkpoint.integrity import write_tables
+from megagpt.checkpoint.pieces import Logical, Piece, TensorIndex
 from megagpt.checkpoint.state import State
-from megagpt.checkpoint.whole import write_tables
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
-from megagpt.optim.rules import place_of
+from megagpt.optim.segments import place_of
 from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.parameter import Named
 from megagpt.processes.agree import together
-from megagpt.train.step.engine import Engine
-from megagpt.train.step.masters import kept, read, write, write_counters
-from megagpt.train.step.named import Named
+
+if TYPE_CHECKING:
+    from megagpt.train.step.masters import Masters
 
 Held = dict[str, dict[str, np.ndarray]]
 """key -> canonical name -> this rank's piece, in host memory."""
@@ -56,9 +57,9 @@ class Saved:
 class Saver:
     """Saves checkpoints of one run, one at a time; with async_save from a copy, while training goes on."""
 
-    def __init__(self, engine: Engine, run: Path, config: CheckpointConfig, resumed_from: Path | None = None) -> None:
+    def __init__(self, masters: Masters, run: Path, config: CheckpointConfig, resumed_from: Path | None = None) -> None:
         """Comm: collective over all ranks (a group for the files alone, which the training does not wait on)."""
-        self._engine, self._run, self._config, self._newest = engine, run, config, resumed_from
+        self._masters, self._run, self._config, self._newest = masters, run, config, resumed_from
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)  # every rank is in it
         self._group = group
@@ -66,7 +67,7 @@ class Saver:
         self._outcome: Saved | Exception | None = None
 
     def save(self, at: State) -> None:
-        """Save the engine as it is. A save that is still going on is waited for.
+        """Save the run as it is now. A save that is still going on is waited for.
 
         Comm: collective over all ranks.  Raises a RankError on all of them where one cannot write, or holds a NaN or
         Inf; with async_save not here but at the next call of `wait`.
@@ -74,13 +75,13 @@ class Saver:
         start = time.perf_counter()
         self.wait()
         if self._config.async_save:
-            held = {key: _copied(_share(self._engine, key)) for key in kept(self._engine)}
+            held = {key: _copied(_pieces_to_write(self._masters, key)) for key in self._masters.kept}
             stopped_s = time.perf_counter() - start
             self._thread = Thread(target=self._run_in_background, args=(held, at, stopped_s), name="save")
             self._thread.start()
         else:
             # One key in memory at a time.
-            chunks = ({key: dict(_share(self._engine, key))} for key in kept(self._engine))
+            chunks = ({key: dict(_pieces_to_write(self._masters, key))} for key in self._masters.kept)
             self._outcome = self._write(chunks, at, None)
 
     @property
@@ -121,12 +122,12 @@ class Saver:
     def _write(self, chunks: Iterable[Held], at: State, stopped_s: float | None) -> Saved:
         """Write a checkpoint. Comm: collective over this object's group."""
         start = time.perf_counter()
-        final, rank_0 = folders.folder_of(self._run, at.step), self._engine.mesh.rank == 0
+        final, rank_0 = folders.folder_of(self._run, at.step), self._masters.mesh.rank == 0
         temporary = final.with_name(final.name + ".tmp")
         try:
             together(lambda: _make_room(temporary) if rank_0 else None, self._group)
             written = [
-                together(lambda held=held: _write_share(held, self._engine, temporary), self._group) for held in chunks
+                together(lambda held=held: _write_files(held, self._masters, temporary), self._group) for held in chunks
             ]
             ranks: list[list[Written]] | None = [[]] * dist.get_world_size() if rank_0 else None
             dist.gather_object(written, ranks, group=self._group)
@@ -141,36 +142,11 @@ class Saver:
         return Saved(final, n_bytes, write_s, write_s if stopped_s is None else stopped_s)
 
 
-def load(engine: Engine, folder: Path) -> State:
-    """Read a checkpoint into the engine, whatever layout wrote it.
-
-    Memory: one tensor of this rank at a time, beside the engine's own.
-    Comm: collective over all ranks.  Raises a RankError where the architectures differ, or a file cannot be read.
-    """
-
-    def read_all() -> State:
-        at = state.read_state(folder)
-        state.check_resumable(engine.config, at, folder)
-        with Reader(folder) as reader:
-            for key, parameters in kept(engine).items():
-                # An average that was not kept begins with the weights, moments of imported ones with zeros.
-                source = WEIGHT if key == AVERAGE and key not in reader.index else key
-                if source in reader.index or at.step > 0:
-                    for named in parameters:
-                        values = read_part(reader, source, named.name, place_of(named, key))
-                        write(engine, named, key, values.to(engine.device))
-        return at
-
-    at = together(read_all)
-    write_counters(engine, at.step, at.counters)
-    return at
-
-
 @dataclass(frozen=True)
 class Written:
     """What one rank has written of a checkpoint."""
 
-    index: Index
+    index: TensorIndex
     sums: dict[str, str]
     n_bytes: int
 
@@ -186,32 +162,32 @@ def assign_writers(parameters: list[Named], mesh: Mesh) -> dict[str, int]:
     return chosen
 
 
-def _share(engine: Engine, key: str) -> Iterator[tuple[str, np.ndarray]]:
+def _pieces_to_write(masters: Masters, key: str) -> Iterator[tuple[str, np.ndarray]]:
     """This rank's pieces of all weights (or of what else is kept under a key), by canonical name.
 
     Comm: collective over the data axis, parameter by parameter.
     """
-    mesh, writers = engine.mesh, assign_writers(engine.parameters, engine.mesh)
-    for named in kept(engine)[key]:
-        local = read(engine, named, key)  # a collective: every rank takes part, whoever keeps the result
+    mesh, writers = masters.mesh, assign_writers(masters.parameters, masters.mesh)
+    for named in masters.kept[key]:
+        local = masters.read(named, key)  # a collective: every rank takes part, whoever keeps the result
         is_shared_out = place_of(named, key).dim is not None
         mine = writers[named.name] == mesh.data.rank and (is_shared_out or mesh.model.rank == 0)
         if named.owned and mine and local.numel() > 0:
             yield named.name, local.float().cpu().contiguous().numpy()
 
 
-def _copied(share: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _copied(found: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Values that stay as they are while training goes on."""
-    return {name: values.copy() for name, values in share}
+    return {name: values.copy() for name, values in found}
 
 
-def _write_share(held: Held, engine: Engine, folder: Path) -> Written:
+def _write_files(held: Held, masters: Masters, folder: Path) -> Written:
     """Write this rank's files, one a key, and hash them as they can be read back."""
-    by_name = {named.name: named for named in engine.parameters}
-    index: Index = {}
+    by_name = {named.name: named for named in masters.parameters}
+    index: TensorIndex = {}
     hashes: dict[str, str] = {}
     for key, tensors in held.items():
-        file = pieces.file_name(key, engine.mesh.rank, engine.mesh.world_size)
+        file = pieces.file_name(key, masters.mesh.rank, masters.mesh.world_size)
         index[key] = {}
         for name, values in tensors.items():
             if not np.isfinite(values).all():

@@ -44,17 +44,18 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """The micro-batches of one data-parallel rank in a step that reads these positions over all ranks, in order.
 
-    **Raises** `UserError` when the samples end before the step does; and, at the micro-batch that has it, for a token
+    Their number is a multiple of micro_batch_size * dp_size: the plan has checked every batch of the run.
+    **Raises** `UserError` when the samples end before the batch does; and, at the micro-batch that has it, for a token
     that the model has no embedding for.
     """
     micro_batch_size = config.train.micro_batch_size
-    chunk = micro_batch_size * dp_size  # divides every batch of a run: the plan has checked it
+    chunk = micro_batch_size * dp_size
     if not 0 <= positions.start < positions.stop <= len(samples):
         raise UserError(
             f"a step reads samples {positions.start} to {positions.stop - 1} of {len(samples)}; "
             "build samples for more steps"
         )
-    # A generator of its own, so that the checks above come at the call and not at the first batch.
+    # A generator of its own, so that the check above comes at the call and not at the first batch.
     starts = range(positions.start + dp_rank * micro_batch_size, positions.stop, chunk)
     return (
         _micro_batch(samples, range(start, start + micro_batch_size), seq_len, config.model.vocab) for start in starts

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from megagpt.checkpoint import restore
+from megagpt.checkpoint.load import find_whole, load_weights
 from megagpt.checkpoint.pieces import AVERAGE, WEIGHT
 from megagpt.checkpoint.state import read_state
 from megagpt.cli import read_config
@@ -55,11 +55,11 @@ def open_trained(path: str | Path, fallback: bool = False, weights: Weights = "l
     tp = int(os.environ.get("WORLD_SIZE", "1"))
     with distributed(pp=1, dp=1, tp=tp) as (mesh, _):
         say = partial(print, file=sys.stderr) if mesh.rank == 0 else lambda _: None
-        folder = restore.find_whole(path, fallback, say, newest_will_do=fallback, keys=[key])
+        folder = find_whole(path, fallback, say, newest_will_do=fallback, keys=[key])
         state = read_state(folder)
         config = read_config(state.config, f"{folder}/state.json")
         model = GPT(config.model, mesh.model)
-        together(lambda: restore.load_weights(model, folder, key))
+        together(lambda: load_weights(model, folder, key))
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         tokenizer = tokenizer_of_run(config.data)
         yield Trained(model, config, tokenizer, folder, state.step, mesh)

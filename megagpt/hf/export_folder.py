@@ -109,13 +109,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int) -> str | 
             _transformers().GPT2Tokenizer.from_pretrained(folder).backend_tokenizer.save(str(written[-1]))
         theirs: Any = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
         same = theirs(_TEXT, add_special_tokens=False)["input_ids"] == tokenizer.encode(_TEXT)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # what its readers raise for files of another kind
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # what it raises for files of another kind
         same = False
     if same:
         return None

@@ -6,19 +6,18 @@ python -m megagpt.ops new NAME    the four files of a new op, ready to run: in t
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import subprocess
 import sys
 from pathlib import Path
 
-from megagpt.errors import UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, run_cli
 from megagpt.ops.library import DTYPES, kernel_status, op_names
 
 
 def main() -> int:
     """Parse the command line and run it."""
-    parser = argparse.ArgumentParser(prog="python -m megagpt.ops", description="The fused operators.")
+    parser = ArgumentParser(prog="python -m megagpt.ops", description="The fused operators.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("list", help="which implementation each op has on a CPU and on a GPU, and why (the default)")
     new = commands.add_parser("new", help="lay the four files of a new op, ready to run")

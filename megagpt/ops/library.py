@@ -12,13 +12,15 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megagpt.config.kernels import Kernels
 from megagpt.errors import UserError
+
+if TYPE_CHECKING:
+    from megagpt.config.kernels import Kernels
 
 LIBRARY = torch.library.Library("megagpt", "DEF")
 KERNELS: set[tuple[str, str]] = set()  # (op, device) of what is compiled; filled while ops are declared

@@ -7,23 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from megagpt.parallel.axis import SINGLE, Axis
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Built once in train.py; a layer receives only the axis that it uses.
-
-    stage: torch's view of the ranks of this pipeline stage (axes data, model), for sharded checkpoints; None in a
-    program that never started torch.distributed.
-    """
+    """Built once at the start; a layer receives only the axis that it uses."""
 
     pipe: Axis
     data: Axis
     model: Axis
-    stage: DeviceMesh | None
 
     @property
     def rank(self) -> int:
@@ -48,7 +43,7 @@ def rank_name(rank: int, *, dp: int, tp: int) -> str:
 
 def single_process_mesh() -> Mesh:
     """The mesh of a program that never started torch.distributed."""
-    return Mesh(pipe=SINGLE, data=SINGLE, model=SINGLE, stage=None)
+    return Mesh(pipe=SINGLE, data=SINGLE, model=SINGLE)
 
 
 def build_mesh(device_type: str, *, pp: int, dp: int, tp: int) -> Mesh:
@@ -62,4 +57,4 @@ def build_mesh(device_type: str, *, pp: int, dp: int, tp: int) -> Mesh:
         group = mesh.get_group(name)
         return Axis(group=group, rank=mesh.get_local_rank(name), size=group.size())
 
-    return Mesh(pipe=axis("pipe"), data=axis("data"), model=axis("model"), stage=mesh["data", "model"])
+    return Mesh(pipe=axis("pipe"), data=axis("data"), model=axis("model"))

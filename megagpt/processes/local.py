@@ -21,8 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# The last one, and with it torch's compiler, DeepSpeed imports at each start of ZeRO: 4 s a rank, if not done here.
-PRELOAD = ("torch", "deepspeed", "megagpt.train.loop", "deepspeed.runtime.zero.muon.muon_optimizer")
+PRELOAD = ("torch", "megagpt.train.loop", "megagpt.train.step.deepspeed.preload")
 
 
 def run_ranks(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,18 +13,16 @@ import numpy as np
 import torch
 
 from megagpt import metrics
-from megagpt.checkpoint import save as checkpoint
-from megagpt.checkpoint.restore import find_whole
+from megagpt.checkpoint.load import find_whole
 from megagpt.checkpoint.save import Saver
 from megagpt.checkpoint.state import State
-from megagpt.config import RunConfig
-from megagpt.config.kernels import Kernels
+from megagpt.config import RunConfig, plain
 from megagpt.data.indexed.blend import Samples, sources
 from megagpt.data.indexed.index_builder import fallback_note
 from megagpt.data.loader import MicroBatch, micro_batches
+from megagpt.data.opened import OpenedData
 from megagpt.errors import Stopped
-from megagpt.model.attention import attention_status
-from megagpt.model.gpt import ops_used
+from megagpt.model.gpt import attention_status, ops_used
 from megagpt.ops.library import check_kernels, kernel_rows
 from megagpt.plan.plan import make_plan
 from megagpt.plan.table import config_table, plan_table
@@ -42,11 +39,10 @@ from megagpt.train.plot import plot_runs
 from megagpt.train.report import Reporter, kernel_table
 from megagpt.train.run import Run, find_run
 from megagpt.train.step.engine import Engine, StepResult
-from megagpt.train.step.masters import read_counters
 
 
-def train(config: RunConfig) -> None:
-    """Train what the configuration says, on the processes that were started.
+def train(config: RunConfig, data: OpenedData) -> None:
+    """Train what the configuration says on its data, on the processes that were started.
 
     Raises UserError (a RankError once the ranks are connected, of which one rank speaks), and Stopped where it was
     asked to end early and has saved.
@@ -59,21 +55,16 @@ def train(config: RunConfig) -> None:
         Stopper(faults.exit_after_minutes) as stopper,
         ExitStack() as stack,
     ):
-        run = find_run(config, plan, mesh, stack)
+        run = find_run(config, data, plan, mesh, stack)
         if run is None:
             return
         watch.write_to(run.folder / "faults")
-        engine = Engine(config, plan, mesh)
-        kernels = Kernels.parse(config.train.kernels)
-        together(lambda: check_kernels(kernels, ops_used(config.model, kernels), engine.device.type))
-        resumed = checkpoint.load(engine, run.resume_from) if run.resume_from else None
-        with _start_report(run, engine, resumed) as report:
+        engine = _start_engine(run)
+        resumed = engine.load(run.resume_from) if run.resume_from else None
+        with _reporter(run, engine, resumed) as report:
             parts = _parts(run, engine, report, resumed)
             stopped = _loop(parts, watch, stopper, resumed.step if resumed else 0)
-        if mesh.rank == 0:
-            plot_runs([run.folder], run.folder / "loss.png")
-            report.message(f"run folder: {run.folder} (loss curve: {run.folder / 'loss.png'})")
-        engine.close()
+        _finish(parts)
     if stopped:
         raise Stopped(f"{stopped}; go on with: --load {run.folder}", speaks=mesh.rank == 0)
 
@@ -119,30 +110,62 @@ def _due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
 
 
+def _start_engine(run: Run) -> Engine:
+    engine, kernels = Engine(run.config, run.plan, run.mesh), run.config.train.kernels
+    together(lambda: check_kernels(kernels, ops_used(run.config.model, kernels), engine.device.type))
+    return engine
+
+
 def _parts(run: Run, engine: Engine, report: Reporter, resumed: State | None) -> Parts:
+    """What guards, saves and reports, as the checkpoint knows it; and what is going to be trained, in words."""
+    _say_what_runs(run, engine, report)
+    if resumed:
+        report.message(f"going on from {run.resume_from} after {resumed.step} steps")
+        if resumed.data and resumed.data != run.data_identity:
+            report.message("note: its text was another one, or had another tokenizer: --data-path differs")
     notes = FaultNotes(run.folder, run.train_samples, run.tokenizer, writes=run.mesh.rank == 0)
     guard = Guard(engine, notes, report.message, partial(_training_batches, run, engine.schedule))
     if resumed and run.resume_from:
-        _go_on_from(engine, guard, resumed, run.resume_from)
+        guard.go_on_from(resumed, run.resume_from)
     if guard.left_out:
         report.message(f"steps that are left out: {', '.join(map(str, guard.left_out))}")
-    return Parts(run, engine, guard, Saver(engine, run.folder, run.config.checkpoint, run.resume_from), report)
+    saver = Saver(engine.masters, run.folder, run.config.checkpoint, run.resume_from)
+    return Parts(run, engine, guard, saver, report)
 
 
-def _go_on_from(engine: Engine, guard: Guard, state: State, folder: Path) -> None:
-    """Take over what a checkpoint knows beside its tensors."""
-    guard.go_on_from(state, folder)
-    if engine.noise:
-        engine.noise.go_on_from(state.noise_scale)
+def _reporter(run: Run, engine: Engine, resumed: State | None) -> Reporter:
+    """What shows and records the run, on rank 0."""
+    config, plan = run.config, run.plan
+    device = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
+    return Reporter(
+        run.folder,
+        schedule=engine.schedule,
+        start_step=resumed.step if resumed else 0,
+        flops_per_token=plan.flops_per_token,
+        peak_flops=metrics.peak_flops(device, config.train.precision),
+        n_processes=plan.world_size,
+        enabled=run.mesh.rank == 0,
+        wandb_project=config.log.wandb_project,
+        config=plain(config),
+        log_interval=config.log.log_interval,
+    )
 
 
-def _go_back(parts: Parts, folder: Path) -> int:
-    """Be as the run was when it saved this checkpoint; returns the steps that were done by then."""
-    whole = find_whole(folder, True, parts.report.message)
-    state = checkpoint.load(parts.engine, whole)
-    _go_on_from(parts.engine, parts.guard, state, whole)
-    parts.report.go_back(state.step)
-    return state.step
+def _say_what_runs(run: Run, engine: Engine, report: Reporter) -> None:
+    config, kernels = run.config, run.config.train.kernels
+    report.show(config_table(config))
+    report.show(plan_table(config, run.plan))
+    rows = kernel_rows(kernels, ops_used(config.model, kernels), engine.device.type)
+    report.show(kernel_table([*rows, attention_status(config.model, kernels)]))
+    report.message(f"optimizer: {engine.backend.optimizer_name}")
+    if note := fallback_note():
+        report.message(note)
+    for dataset in sources(run.train_samples):
+        if dataset.meta is None:
+            report.message(
+                f"note: {dataset.prefix} has no .json beside it, as preprocess_data.py writes it: of the index only "
+                "the structure was checked, not the hash"
+            )
 
 
 def _report_step(parts: Parts, step: int, result: StepResult, notes: list[str]) -> None:
@@ -161,50 +184,13 @@ def _report_step(parts: Parts, step: int, result: StepResult, notes: list[str]) 
     )
 
 
-def _start_report(run: Run, engine: Engine, resumed: State | None) -> Reporter:
-    """What shows and records the run; on rank 0 it begins with the tables."""
-    config, plan = run.config, run.plan
-    device = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
-    report = Reporter(
-        run.folder,
-        schedule=engine.schedule,
-        start_step=resumed.step if resumed else 0,
-        flops_per_token=plan.flops_per_token,
-        peak_flops=metrics.peak_flops(device, config.train.precision),
-        n_processes=plan.world_size,
-        enabled=run.mesh.rank == 0,
-        wandb_project=config.log.wandb_project,
-        config=dataclasses.asdict(config),
-        log_interval=config.log.log_interval,
-    )
-    report.show(config_table(config))
-    report.show(plan_table(config, plan))
-    kernels = Kernels.parse(config.train.kernels)
-    rows = kernel_rows(kernels, ops_used(config.model, kernels), engine.device.type)
-    report.show(kernel_table([*rows, attention_status(config.model, kernels)]))
-    report.message(f"optimizer: {engine.optimizer_name}")
-    if note := fallback_note():
-        report.message(note)
-    for dataset in sources(run.train_samples):
-        if dataset.meta is None:
-            report.message(
-                f"note: {dataset.prefix} has no .json beside it, as preprocess_data.py writes it: of the index only "
-                "the structure was checked, not the hash"
-            )
-    if resumed:
-        report.message(f"going on from {run.resume_from} after {resumed.step} steps")
-        if resumed.data and resumed.data != run.data_identity:
-            report.message("note: its text was another one, or had another tokenizer: --data-path differs")
-    return report
-
-
-def _training_batches(run: Run, schedule: Schedule, step: int) -> Iterator[MicroBatch]:
-    return _batches(run, run.train_samples, schedule.positions(step), schedule.seq_len(step))
-
-
-def _batches(run: Run, samples: Samples, positions: range, seq_len: int) -> Iterator[MicroBatch]:
-    data = run.mesh.data
-    return micro_batches(samples, run.config, positions, seq_len, dp_rank=data.rank, dp_size=data.size)
+def _go_back(parts: Parts, folder: Path) -> int:
+    """Be as the run was when it saved this checkpoint; returns the steps that were done by then."""
+    whole = find_whole(folder, True, parts.report.message)
+    state = parts.engine.load(whole)
+    parts.guard.go_on_from(state, whole)
+    parts.report.go_back(state.step)
+    return state.step
 
 
 def _validate(parts: Parts, step: int) -> float | None:
@@ -223,19 +209,37 @@ def _validate(parts: Parts, step: int) -> float | None:
     return loss
 
 
+def _training_batches(run: Run, schedule: Schedule, step: int) -> Iterator[MicroBatch]:
+    return _batches(run, run.train_samples, schedule.positions(step), schedule.seq_len(step))
+
+
+def _batches(run: Run, samples: Samples, positions: range, seq_len: int) -> Iterator[MicroBatch]:
+    data = run.mesh.data
+    return micro_batches(samples, run.config, positions, seq_len, dp_rank=data.rank, dp_size=data.size)
+
+
 def _state(parts: Parts, step: int, lr: float, validation_loss: float | None) -> State:
-    config, plan, schedule = parts.run.config, parts.run.plan, parts.engine.schedule
+    config, plan, engine = parts.run.config, parts.run.plan, parts.engine
     return State(
         step=step,
-        samples=schedule.samples_before(step),
-        tokens=schedule.tokens_before(step),
+        samples=engine.schedule.samples_before(step),
+        tokens=engine.schedule.tokens_before(step),
         lr=lr,
-        counters=read_counters(parts.engine),
-        config=dataclasses.asdict(config),
+        counters=engine.counters,
+        config=plain(config),
         data=parts.run.data_identity,
         layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp, "zero_stage": plan.zero_stage},
         skipped_steps=parts.guard.left_out,
         guard=parts.guard.state,
-        noise_scale=parts.engine.noise.state if parts.engine.noise else {},
+        noise_scale=engine.noise.state if engine.noise else {},
         validation_loss=validation_loss,
     )
+
+
+def _finish(parts: Parts) -> None:
+    """The loss curve beside the run's files, and the end of the engine."""
+    folder = parts.run.folder
+    if parts.run.mesh.rank == 0:
+        plot_runs([folder], folder / "loss.png")
+        parts.report.message(f"run folder: {folder} (loss curve: {folder / 'loss.png'})")
+    parts.engine.close()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megagpt.checkpoint import chunks
-from megagpt.checkpoint.compare import Difference, differing_fields, differing_tensors, summaries
+from megagpt.checkpoint.compare import TensorDifference, differing_fields, differing_tensors, summaries
 from megagpt.checkpoint.pieces import Reader
 from tests.checkpoint.written_checkpoint import gpt2_tensors, state_of, write_checkpoint
 
@@ -19,7 +19,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 128)
 
 
-def differences(tmp_path: Path, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[Difference]:
+def differences(tmp_path: Path, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[TensorDifference]:
     """Of two checkpoints with these weights, which are cut differently."""
     one = write_checkpoint(tmp_path / "a", tensors={"weight": a}, n_files=1)
     two = write_checkpoint(tmp_path / "b", tensors={"weight": b}, n_files=3)

@@ -17,11 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint.sums import sha256_of
-from megagpt.checkpoint.whole import damage_of
+from megagpt.checkpoint.integrity import damage_of
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
-from megagpt.files import replace_text
+from megagpt.files import replace_text, sha256_of
 from tests.checkpoint.written_checkpoint import write_checkpoint
 
 TINY = {"weight": {"x": np.zeros(2, np.float32)}}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from megagpt.checkpoint import pieces
-from megagpt.checkpoint.pieces import Index, Logical, Piece, Reader
+from megagpt.checkpoint.pieces import Logical, Piece, Reader, TensorIndex
 from megagpt.errors import UserError
 from tests.checkpoint.written_checkpoint import seal, write_checkpoint
 
@@ -43,7 +43,7 @@ def test_any_box_of_any_cut_is_what_numpy_slices(case):
     values, boxes, wanted = case
     with TemporaryDirectory() as name:
         folder = Path(name)
-        parts: list[Index] = []
+        parts: list[TensorIndex] = []
         for rank, box in enumerate(boxes):
             file = pieces.file_name("weight", rank, len(boxes))
             pieces.write_pieces(folder / file, {"x": np.ascontiguousarray(values[box])})
@@ -101,7 +101,9 @@ def test_two_pieces_of_a_tensor_are_not_in_one_file():
 def test_scalars_and_empty_tensors(tmp_path: Path):
     tensors = {"scalar": np.array(2.5, np.float32), "none": np.zeros((0, 3), np.float32)}
     pieces.write_pieces(tmp_path / "f", tensors)
-    index: Index = {"weight": {n: Logical(t.shape, (Piece("f", (0,) * t.ndim, t.shape),)) for n, t in tensors.items()}}
+    index: TensorIndex = {
+        "weight": {n: Logical(t.shape, (Piece("f", (0,) * t.ndim, t.shape),)) for n, t in tensors.items()}
+    }
     (tmp_path / pieces.NAME).write_text(pieces.index_json(index))
     assert pieces.read_index(tmp_path) == index
     with Reader(tmp_path) as reader:

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 
 from megagpt.checkpoint import chunks, rewrite
 from megagpt.checkpoint.chunks import row_boxes, write_chunks
+from megagpt.checkpoint.integrity import damage_of
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import read_state
-from megagpt.checkpoint.whole import damage_of
 from megagpt.errors import UserError
 from tests.checkpoint.written_checkpoint import KEYS, gpt2_tensors, write_checkpoint
 

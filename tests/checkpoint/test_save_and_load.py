@@ -19,18 +19,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint import save as checkpoint
+from megagpt.checkpoint.integrity import damage_of
+from megagpt.checkpoint.load import check_resumable, find_whole
 from megagpt.checkpoint.pieces import WEIGHT
-from megagpt.checkpoint.restore import damage_of, find_whole
 from megagpt.checkpoint.save import Saver, assign_writers
-from megagpt.checkpoint.state import State, check_resumable, read_state
-from megagpt.config import CheckpointConfig, ModelConfig, RunConfig
+from megagpt.checkpoint.state import State, read_state
+from megagpt.config import CheckpointConfig, ModelConfig, RunConfig, plain
 from megagpt.errors import UserError
 from megagpt.processes.agree import RankError
 from megagpt.processes.local import run_ranks
 from megagpt.train.step.engine import Engine
-from megagpt.train.step.masters import kept, read_counters
-from tests.parity.rank import Piece, batches_of, pieces_of, start_engine
+from tests.parity.rank import LocalPart, batches_of, pieces_of, start_engine
 from tests.parity.walk import Layout, merge, parity_config, spread_out
 
 SAVED, LAST = 3, 6
@@ -63,18 +62,18 @@ class Leg:
 
     losses: list[float]
     skipped: list[bool]
-    pieces: dict[str, list[Piece]]
+    pieces: dict[str, list[LocalPart]]
     counters: dict[str, float]
 
 
 def state_of(engine: Engine, step: int = SAVED) -> State:
-    config = dataclasses.asdict(engine.config)
-    counters = read_counters(engine)
+    config = plain(engine.config)
+    counters = engine.counters
     return State(step=step, samples=step * 8, tokens=step * 128, lr=0.1, counters=counters, config=config, data={})
 
 
 def save(engine: Engine, run: Path, step: int = SAVED, **settings) -> None:
-    saver = Saver(engine, run, CheckpointConfig(**settings))
+    saver = Saver(engine.masters, run, CheckpointConfig(**settings))
     saver.save(state_of(engine, step))
     saver.wait()
 
@@ -83,8 +82,8 @@ def steps(engine: Engine, first: int, last: int) -> list:
     return [engine.train_step(step, batches_of(engine.config, step, engine.mesh.data)) for step in range(first, last)]
 
 
-def tensors_of(engine: Engine) -> dict[str, list[Piece]]:
-    return {key: pieces_of(engine, key) for key in kept(engine)}
+def tensors_of(engine: Engine) -> dict[str, list[LocalPart]]:
+    return {key: pieces_of(engine, key) for key in engine.masters.kept}
 
 
 def write_leg(config: RunConfig, dp: int, target: Path) -> Leg:
@@ -94,17 +93,17 @@ def write_leg(config: RunConfig, dp: int, target: Path) -> Leg:
     tensors = tensors_of(engine)
     save(engine, target)
     results = steps(engine, SAVED, LAST)
-    return Leg([r.loss for r in results], [r.skipped for r in before + results], tensors, read_counters(engine))
+    return Leg([r.loss for r in results], [r.skipped for r in before + results], tensors, engine.counters)
 
 
 def read_legs(config: RunConfig, dp: int, sources: list[Path]) -> list[Leg]:
     """From each of the checkpoints in turn train to the end."""
     engine, legs = start(config, dp), []
     for source in sources:
-        assert checkpoint.load(engine, folders.find(source)).step == SAVED
+        assert engine.load(folders.find(source)).step == SAVED
         tensors = tensors_of(engine)
         results = steps(engine, SAVED, LAST)
-        legs.append(Leg([r.loss for r in results], [r.skipped for r in results], tensors, read_counters(engine)))
+        legs.append(Leg([r.loss for r in results], [r.skipped for r in results], tensors, engine.counters))
     return legs
 
 
@@ -236,13 +235,13 @@ def save_beside_training(config: RunConfig, dp: int, run: Path) -> tuple[list[fl
     """Save in the background while three more steps train; then load that, and train them again."""
     engine = start_engine(config, dp)
     steps(engine, 0, SAVED)
-    saver = Saver(engine, run, CheckpointConfig(async_save=True))
+    saver = Saver(engine.masters, run, CheckpointConfig(async_save=True))
     saver.save(state_of(engine))
     beside = [r.loss for r in steps(engine, SAVED, LAST)]
     saver.wait()
     saved = saver.finished()
     assert saved is not None and saved.write_s > 0 and saver.finished() is None
-    checkpoint.load(engine, folders.find(run))
+    engine.load(folders.find(run))
     return beside, [r.loss for r in steps(engine, SAVED, LAST)]
 
 
@@ -255,7 +254,7 @@ def test_a_save_in_the_background_holds_the_step_it_began_at(layout, tmp_path):
 def fail_to_save(config: RunConfig, run: Path, async_save: bool, limit: int) -> tuple[str, list[str], str]:
     """Save step 1; then find the disk full on rank 1 at step 2. Returns the message, what is there, `latest`."""
     engine = start_engine(config, 2)
-    saver = Saver(engine, run, CheckpointConfig(async_save=async_save))
+    saver = Saver(engine.masters, run, CheckpointConfig(async_save=async_save))
     saver.save(state_of(engine, 1))
     saver.wait()
     saver.finished()
@@ -384,7 +383,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered_or_taken(runs,
 
 
 def state_in_memory() -> State:
-    config = json.loads(json.dumps(dataclasses.asdict(config_of(Layout()))))
+    config = plain(config_of(Layout()))
     return State(step=7, samples=56, tokens=56 * MODEL.seq_len, lr=0.1, counters={}, config=config, data={})
 
 

@@ -31,12 +31,6 @@ def test_a_choice_for_all_and_exceptions():
     assert Kernels.parse("auto") == Kernels.parse("") == AUTO
 
 
-@pytest.mark.parametrize("text", ["fast", "auto,norm=fast", "norm=", "=cpu,x"])
-def test_what_is_no_choice(text):
-    with pytest.raises(UserError, match=r"is no choice; use auto \| cuda \| cpu \| reference"):
-        Kernels.parse(text)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

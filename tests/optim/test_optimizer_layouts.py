@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,18 +12,16 @@ import torch
 from torch import Tensor
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint import save as checkpoint
 from megagpt.checkpoint.compare import differing_tensors
+from megagpt.checkpoint.load import check_resumable
 from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
 from megagpt.checkpoint.save import Saver
-from megagpt.checkpoint.state import State, check_resumable
-from megagpt.config import CheckpointConfig, ModelConfig, OptimConfig, RunConfig
+from megagpt.checkpoint.state import State
+from megagpt.config import CheckpointConfig, ModelConfig, OptimConfig, RunConfig, plain
 from megagpt.errors import UserError
-from megagpt.optim import muon
+from megagpt.optim import muon, segments
 from megagpt.processes.local import run_ranks
-from megagpt.train.step import segments
 from megagpt.train.step.engine import Engine
-from megagpt.train.step.masters import read, read_counters
 from tests.parity.rank import RankReport, batches_of, start_engine, train_on_rank
 from tests.parity.walk import (
     BOUNDS,
@@ -140,13 +137,13 @@ def test_a_fault_is_found(fault, name, layout):
 
 def state_of(engine: Engine, step: int) -> State:
     return State(
-        step=step, samples=step * 8, tokens=step * 192, lr=0.1, counters=read_counters(engine),
-        config=json.loads(json.dumps(dataclasses.asdict(engine.config))), data={},
+        step=step, samples=step * 8, tokens=step * 192, lr=0.1, counters=engine.counters,
+        config=plain(engine.config), data={},
     )  # fmt: skip
 
 
 def save(engine: Engine, run: Path, step: int) -> None:
-    saver = Saver(engine, run, CheckpointConfig(keep_last=10))
+    saver = Saver(engine.masters, run, CheckpointConfig(keep_last=10))
     saver.save(state_of(engine, step))
     saver.wait()
 
@@ -159,7 +156,7 @@ def train_and_save(config: RunConfig, dp: int, run: Path, load: Path | None = No
         for number in range(SAVED):
             step(number)
     else:
-        assert checkpoint.load(engine, folders.find(f"{load}@{SAVED}")).step == SAVED
+        assert engine.load(folders.find(f"{load}@{SAVED}")).step == SAVED
     save(engine, run, SAVED)
     losses = [step(number) for number in range(SAVED, STEPS)]
     save(engine, run, STEPS)
@@ -222,7 +219,7 @@ def test_files_hold_what_each_optimizer_keeps(tmp_path):
 
 @pytest.mark.bad_input(48)
 def test_another_optimizer_is_refused():
-    trained = json.loads(json.dumps(dataclasses.asdict(config_of("muon"))))
+    trained = plain(config_of("muon"))
     at = State(step=3, samples=24, tokens=9, lr=0.1, counters={}, config=trained, data={})
     with pytest.raises(UserError, match=r"was trained with optim\.optimizer=muon, this run wants lion; ") as caught:
         check_resumable(config_of("lion"), at, Path("run/checkpoints/step-000003"))
@@ -237,8 +234,8 @@ def average_and_weights(config: RunConfig, dp: int) -> tuple[list[Tensor], list[
     (named,) = (n for n in engine.parameters if n.name == "blocks.1.mlp.up.weight")
     averages, weights = [], []
     for step in range(5):
-        averages.append(read(engine, named, AVERAGE).clone())
-        weights.append(read(engine, named, WEIGHT).clone())
+        averages.append(engine.masters.read(named, AVERAGE).clone())
+        weights.append(engine.masters.read(named, WEIGHT).clone())
         plant = Plant("gradient", "head.norm.bias", rank=0, micro_batch=0)
         batches = batches_of(config, step, engine.mesh.data)
         if step == 2:
@@ -264,8 +261,8 @@ def test_the_average_is_that_of_the_weights_and_leaves_out_skipped_steps(layout)
 def load_averaged(config: RunConfig, dp: int, run: Path) -> bool:
     """Whether an average that the run did not keep begins with its weights."""
     engine = start_engine(config, dp)
-    checkpoint.load(engine, folders.find(run))
-    return all(torch.equal(read(engine, n, AVERAGE), read(engine, n, WEIGHT)) for n in engine.parameters)
+    engine.load(folders.find(run))
+    return all(torch.equal(engine.masters.read(n, AVERAGE), engine.masters.read(n, WEIGHT)) for n in engine.parameters)
 
 
 def test_an_average_may_begin_in_the_middle(tmp_path):

@@ -19,15 +19,14 @@ from megagpt.config import RunConfig
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.mesh import build_mesh
+from megagpt.parallel.parameter import Named
 from megagpt.plan.plan import make_plan
 from megagpt.processes.start import quiet
 from megagpt.schedule import Schedule
 from megagpt.train.step.engine import Engine, StepResult
-from megagpt.train.step.masters import read
-from megagpt.train.step.named import Named
 
 
-class Piece(NamedTuple):
+class LocalPart(NamedTuple):
     """A rank's part of a logical tensor. dim: along which it is cut (None: whole); place: its number along dim."""
 
     name: str
@@ -41,8 +40,8 @@ class RankReport:
     """What one rank saw, and the pieces that it speaks for."""
 
     steps: list[StepResult]
-    gradients: list[Piece]
-    weights: list[Piece]
+    gradients: list[LocalPart]
+    weights: list[LocalPart]
 
 
 def train_on_rank(config: RunConfig, dp: int) -> RankReport:
@@ -78,7 +77,7 @@ def batches_of(config: RunConfig, step: int, data: Axis = SINGLE) -> Iterator[Mi
     return micro_batches(samples, config, positions, seq_len, dp_rank=data.rank, dp_size=data.size)
 
 
-def gradients_as_stepped(engine: Engine) -> Callable[[], list[Piece]]:
+def gradients_as_stepped(engine: Engine) -> Callable[[], list[LocalPart]]:
     """Remember what the optimizer is given at the next step; call the result after it, for this rank's pieces.
 
     Comm: of that call, collective over all ranks.
@@ -89,30 +88,30 @@ def gradients_as_stepped(engine: Engine) -> Callable[[], list[Piece]]:
         masters = [master for group in optimizer.param_groups for master in group["params"]]
         kept.update({m: m.grad.detach().clone() for m in masters if m.grad is not None})
 
-    handle = engine.base_optimizer.register_step_pre_hook(keep)
+    handle = engine.backend.optimizer.register_step_pre_hook(keep)
 
-    def pieces() -> list[Piece]:
+    def pieces() -> list[LocalPart]:
         handle.remove()
-        whole = lambda s: s.named.part.unpadded(engine.segments.whole(s, kept[s.master]))  # noqa: E731
-        return _pieces(engine, lambda named: whole(engine.segments.of[named.name]))
+        whole = lambda s: s.named.part.unpadded(engine.masters.segments.whole(s, kept[s.master]))  # noqa: E731
+        return _pieces(engine, lambda named: whole(engine.masters.segments.of[named.name]))
 
     return pieces
 
 
-def pieces_of(engine: Engine, key: str) -> list[Piece]:
+def pieces_of(engine: Engine, key: str) -> list[LocalPart]:
     """This rank's pieces of all weights (or of moments), unless another rank has the same.
 
     Comm: collective over all ranks.
     """
-    return _pieces(engine, lambda named: read(engine, named, key))
+    return _pieces(engine, lambda named: engine.masters.read(named, key))
 
 
-def _pieces(engine: Engine, values_of: Callable[[Named], Tensor]) -> list[Piece]:
+def _pieces(engine: Engine, values_of: Callable[[Named], Tensor]) -> list[LocalPart]:
     mesh, pieces = engine.mesh, []
     for named in engine.parameters:
         values = values_of(named).cpu().clone()
         if named.owned and mesh.data.rank == 0 and (named.part.dim is not None or mesh.model.rank == 0):
-            pieces.append(Piece(named.name, named.part.dim, mesh.model.rank, values))
+            pieces.append(LocalPart(named.name, named.part.dim, mesh.model.rank, values))
     return pieces
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineModule
-from torch import Tensor
 
 from megagpt.config import ModelConfig, RunConfig
 from megagpt.data import loader
 from megagpt.model.dropout import Dropout
 from megagpt.parallel import collectives, parameter
 from megagpt.processes.local import run_ranks
-from megagpt.train.step.stages import GPTStage
+from megagpt.train.step.deepspeed import backend
+from megagpt.train.step.deepspeed.stages import GPTStage
 from tests.parity.rank import RankReport, train_on_rank
 from tests.parity.walk import (
     BOUNDS,
@@ -109,14 +109,7 @@ def test_all_layouts_are_what_the_promise_says():
 
 def copies_are_not_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sharded parameters without the flag that DeepSpeed's clipping looks for: each rank clips by its own norm."""
-    tagged = parameter._tagged
-
-    def without_flag(local: Tensor, part: parameter.Part) -> torch.nn.Parameter:
-        found = tagged(local, part)
-        found.model_parallel = False  # type: ignore[attr-defined]
-        return found
-
-    monkeypatch.setattr(parameter, "_tagged", without_flag)
+    monkeypatch.setattr(backend, "_mark_sharded", lambda parameters: None)
 
 
 def tied_copy_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:

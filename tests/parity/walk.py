@@ -20,7 +20,7 @@ from torch import Tensor
 from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.processes.local import run_ranks
 from megagpt.schedule import Schedule
-from tests.parity.rank import Piece, RankReport, train_on_rank
+from tests.parity.rank import LocalPart, RankReport, train_on_rank
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -181,9 +181,9 @@ def outcome_of(ranks: list[RankReport]) -> Outcome:
     )
 
 
-def merge(ranks: list[list[Piece]]) -> dict[str, Tensor]:
+def merge(ranks: list[list[LocalPart]]) -> dict[str, Tensor]:
     """The logical tensors that the pieces of all ranks make, in the order of the model."""
-    found: dict[str, list[Piece]] = {}
+    found: dict[str, list[LocalPart]] = {}
     for piece in itertools.chain(*ranks):
         found.setdefault(piece.name, []).append(piece)
     merged = {}

@@ -24,8 +24,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from megagpt.checkpoint.restore import find_whole
-from megagpt.checkpoint.whole import damage_of
+from megagpt.checkpoint.integrity import damage_of
+from megagpt.checkpoint.load import find_whole
 from megagpt.errors import UserError
 from megagpt.processes.local import run_ranks
 from tests.checkpoint.written_checkpoint import KEYS, write_checkpoint

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt.checkpoint import folders, pieces, sums
+from megagpt.checkpoint import folders, integrity, pieces
 
 # In the order in which a save goes through them.
 WINDOWS = (
@@ -54,7 +54,7 @@ def look(run: Path) -> Look:
 
 
 def _window(names: list[str]) -> str:
-    if sums.NAME in names:
+    if integrity.SUMS in names:
         return SUMS
     if pieces.NAME in names:
         return INDEX

@@ -8,18 +8,19 @@ from typing import Any
 
 import megagpt.train.loop
 import megagpt.train.run
-from megagpt.checkpoint import save as checkpoint
+from megagpt.train.step.engine import Engine
+from megagpt.train.step.masters import Masters
 
 
 def one_step_off() -> None:
     """The run goes on one step before where it stood."""
-    load = checkpoint.load
+    load = Engine.load
 
     def early(*args: Any) -> Any:
         state = load(*args)
         return dataclasses.replace(state, step=state.step - 1)
 
-    checkpoint.load = early
+    Engine.load = early
 
 
 def dropout_keyed_anew() -> None:
@@ -35,34 +36,34 @@ def dropout_keyed_anew() -> None:
 
 def moment_not_restored() -> None:
     """Adam's second moment begins with zeros, but for its count."""
-    write = checkpoint.write
+    write = Masters.write
 
-    def most(engine: Any, named: Any, key: str, values: Any) -> None:
-        write(engine, named, key, values * 0 if key == "exp_avg_sq" else values)
+    def most(self: Masters, named: Any, key: str, values: Any) -> None:
+        write(self, named, key, values * 0 if key == "exp_avg_sq" else values)
 
-    checkpoint.write = most
+    Masters.write = most
 
 
 def one_bit_of_one_weight() -> None:
     """The last bit of one weight is another one."""
-    write = checkpoint.write
+    write = Masters.write
     left = ["weight"]
 
-    def nearly(engine: Any, named: Any, key: str, values: Any) -> None:
+    def nearly(self: Masters, named: Any, key: str, values: Any) -> None:
         if key in left:
             left.remove(key)
             values.flatten()[0] *= 1 + 2**-23
-        write(engine, named, key, values)
+        write(self, named, key, values)
 
-    checkpoint.write = nearly
+    Masters.write = nearly
 
 
 def other_samples() -> None:
     """The order of the samples is another one, with the same count."""
     build_splits = megagpt.train.run.build_splits
 
-    def another(data_path: Any, split: Any, seq_len: Any, seed: int, counts: Any) -> Any:
-        return build_splits(data_path, split, seq_len, seed + 1, counts)
+    def another(datasets: Any, weights: Any, split: Any, seq_len: Any, seed: int, counts: Any) -> Any:
+        return build_splits(datasets, weights, split, seq_len, seed + 1, counts)
 
     megagpt.train.run.build_splits = another
 

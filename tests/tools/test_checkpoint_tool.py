@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from megagpt.checkpoint.folders import find
-from megagpt.checkpoint.restore import load_weights
-from megagpt.checkpoint.state import check_resumable, read_state
-from megagpt.checkpoint.whole import damage_of
+from megagpt.checkpoint.integrity import damage_of
+from megagpt.checkpoint.load import check_resumable, load_weights
+from megagpt.checkpoint.state import read_state
 from megagpt.config import RunConfig
 from megagpt.errors import UserError, run_cli
 from megagpt.model.gpt import GPT

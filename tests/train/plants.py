@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megagpt.config import ModelConfig, RunConfig
 from megagpt.model.gpt import Head
 from megagpt.train.step.engine import Engine
-from megagpt.train.step.masters import kept, read
-from megagpt.train.step.stages import GPTStage
 from tests.parity.walk import Layout, parity_config, spread_out
 
 MODEL = ModelConfig(n_layers=4, d_model=32, n_heads=4, seq_len=16, vocab_size=211, dropout_residual=0.1)
@@ -61,7 +59,7 @@ def planted(engine: Engine, plant: Plant) -> Iterator[None]:
         return spoilt
 
     if plant.what == "loss":
-        head = layers_of(engine)["head"]
+        head = dict(engine.backend.layers)["head"]
         assert isinstance(head, Head)
         right = head.loss
         # Infinite with a gradient as it was.
@@ -75,26 +73,19 @@ def planted(engine: Engine, plant: Plant) -> Iterator[None]:
         handle.remove()
     else:
         layer, _, name = plant.where.partition("/")
-        module = layers_of(engine)[layer].get_submodule(name)
+        module = dict(engine.backend.layers)[layer].get_submodule(name)
         handle = module.register_forward_hook(lambda _module, _inputs, output: spoil(output))
         yield
         handle.remove()
     assert len(calls) > plant.micro_batch, "the plant was never reached"
 
 
-def layers_of(engine: Engine) -> dict[str, nn.Module]:
-    if isinstance(engine.module, GPTStage):
-        return dict(engine.module.canonical_layers())
-    model: Any = engine.module
-    blocks = {f"blocks.{i}": block for i, block in enumerate(model.blocks)}
-    return {"embedding": model.embedding, **blocks, "head": model.head}
-
-
 def all_of(engine: Engine) -> list[Tensor]:
     """Everything that a step may change, of this rank: weights, moments, Adam's count, and what it computes with."""
-    held = [read(engine, named, key).clone() for key, named_ones in kept(engine).items() for named in named_ones]
-    held += [getattr(n.parameter, "ds_tensor", n.parameter).detach().clone() for n in engine.parameters]
-    return held + [state["step"].clone() for state in engine.base_optimizer.state.values()]
+    masters, backend = engine.masters, engine.backend
+    held = [masters.read(named, key).clone() for key, named_ones in masters.kept.items() for named in named_ones]
+    held += [backend.local_weights(named)[-1].clone() for named in engine.parameters]
+    return held + [state["step"].clone() for state in backend.optimizer.state.values()]
 
 
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor
 from megagpt.config import RunConfig
 from megagpt.processes.local import run_ranks
 from megagpt.train.step.engine import StepResult
-from megagpt.train.step.masters import read_counters
 from tests.parity.rank import batches_of, start_engine
 from tests.parity.walk import Layout
 from tests.train.plants import BAD, STEPS, Plant, all_of, config_of, planted, same, zero
@@ -33,7 +32,7 @@ def run_with(config: RunConfig, dp: int, plant: Plant | None) -> tuple[bool, lis
             with planted(engine, plant):
                 results.append(engine.train_step(step, batches))
         untouched = same(before, all_of(engine))
-    outcome = read_counters(engine), all_of(engine)
+    outcome = engine.counters, all_of(engine)
     engine.close()
     return untouched, results, *outcome
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megagpt.errors import UserError
-from megagpt.train.step.deepspeed_json import check_deepspeed_json
+from megagpt.train.step.deepspeed.settings import check_deepspeed_json
 
 OWNED = {
     "train_batch_size": 16,

@@ -14,16 +14,16 @@ from torch import Tensor
 from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.config import ModelConfig, OptimConfig, RunConfig
 from megagpt.errors import UserError
-from megagpt.hf import from_hf, hf_config
+from megagpt.hf import hf_config
 from megagpt.model.gpt import GPT
 from megagpt.optim.build import build_optimizer
 from megagpt.parallel.axis import SINGLE
+from megagpt.parallel.parameter import named_parameters
 from megagpt.processes.agree import RankError
 from megagpt.processes.local import run_ranks
 from megagpt.schedule import Schedule
 from megagpt.train.faults.check_ranks import check_ranks
-from megagpt.train.step.masters import write
-from megagpt.train.step.named import named_parameters
+from tests.hf.load import from_hf
 from tests.parity.rank import batches_of, pieces_of, start_engine
 from tests.parity.walk import Layout, merge, parity_config, spread_out
 
@@ -100,7 +100,7 @@ def train_from(config: RunConfig, dp: int, weights: dict[str, Tensor]):
     """Train from given weights: what this rank saw, and its pieces of the last ones."""
     engine = start_engine(config, dp)
     for named in engine.parameters:
-        write(engine, named, WEIGHT, named.part.take(weights[named.name]))
+        engine.masters.write(named, WEIGHT, named.part.take(weights[named.name]))
     steps = [engine.train_step(step, batches_of(config, step, engine.mesh.data)) for step in range(STEPS)]
     pieces = pieces_of(engine, WEIGHT)
     engine.close()
@@ -174,8 +174,7 @@ def disturb(config: RunConfig, dp: int, name: str, rank: int) -> str:
     check_ranks(engine, 0)
     for named in engine.parameters:
         if named.name == name and engine.mesh.rank == rank:
-            values = getattr(named.parameter, "ds_tensor", named.parameter)
-            values.data.view(-1)[1] += 2**-10
+            engine.backend.local_weights(named)[-1].view(-1)[1] += 2**-10
     try:
         check_ranks(engine, 1)
     except RankError as error:
@@ -201,7 +200,8 @@ def test_check_ranks_finds_a_disturbed_copy(layout, name, rank):
 def engine_with_json(config: RunConfig) -> tuple[int, float, str]:
     """What of a user's JSON arrived in DeepSpeed, and the message of one that contradicts."""
     engine = start_engine(config, 1)
-    bucket, period = engine.engine.zero_reduce_bucket_size(), engine.engine.steps_per_print()
+    inner = vars(engine.backend)["_engine"]  # DeepSpeed's own
+    bucket, period = inner.zero_reduce_bucket_size(), inner.steps_per_print()
     engine.close()
     wrong = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip=0.7))
     try:

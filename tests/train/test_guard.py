@@ -21,10 +21,8 @@ from megagpt.errors import UserError
 from megagpt.processes.agree import RankError
 from megagpt.processes.local import run_ranks
 from megagpt.train.faults.guard import Guard
-from megagpt.train.faults.notes import FaultNotes
-from megagpt.train.faults.rewinds import Rewind, add_rewind, read_rewinds
+from megagpt.train.faults.notes import FaultNotes, Rewind, add_rewind, read_rewinds
 from megagpt.train.step.engine import StepResult
-from megagpt.train.step.masters import read_counters
 from tests.parity.rank import batches_of, start_engine
 from tests.parity.walk import Layout
 from tests.train.plants import BAD, STEPS, Plant, all_of, config_of, planted, same, zero
@@ -57,7 +55,7 @@ def run_guarded(config: RunConfig, dp: int, folder: str, plant: Plant | None, ba
                 skipped.append(guard.train_step(step).skipped)
     except RankError as raised:
         error = f"{raised} {raised.speaks}"
-    return skipped, lines, error, (read_counters(engine), all_of(engine))
+    return skipped, lines, error, (engine.counters, all_of(engine))
 
 
 LAYOUTS = {
@@ -140,7 +138,7 @@ def train_in_fp16(config: RunConfig, folder: str, plant: Plant | None, with_guar
             batches = batches_of(config, step, engine.mesh.data)
             result = guard.train_step(step) if with_guard else engine.train_step(step, batches)
             skipped.append(result.skipped)
-    return skipped, lines, read_counters(engine), all_of(engine)
+    return skipped, lines, engine.counters, all_of(engine)
 
 
 def test_fp16_keeps_its_loss_scaling(tmp_path):
@@ -224,7 +222,7 @@ def leave_out_and_go_on(config: RunConfig, folder: str) -> tuple:
     engine = start_engine(config, 1)
     guard = guarded(engine, folder, [])
     results = [guard.train_step(step) for step in range(STEPS)]
-    counters = read_counters(engine), engine.base_optimizer.state[engine.parameters[0].parameter]["step"].item()
+    counters = engine.counters, engine.backend.optimizer.state[engine.parameters[0].parameter]["step"].item()
     other = Path(folder) / "other"
     other.mkdir()
     add_rewind(other, Rewind(40, 20, "loss", 9.0, 20.0))

@@ -12,7 +12,7 @@ from megagpt.config import ModelConfig, RunConfig
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.processes.local import run_ranks
-from tests.parity.rank import Piece, batches_of, start_engine, train_on_rank
+from tests.parity.rank import LocalPart, batches_of, start_engine, train_on_rank
 from tests.parity.walk import Layout, merge, parity_config, spread_out
 
 MODEL = ModelConfig(n_layers=2, d_model=32, n_heads=4, seq_len=16, vocab_size=211)
@@ -41,7 +41,7 @@ def expected() -> tuple[float, dict[str, Tensor]]:
     return plain, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def train_and_evaluate(config: RunConfig, dp: int) -> tuple[float, float, list[Piece]]:
+def train_and_evaluate(config: RunConfig, dp: int) -> tuple[float, float, list[LocalPart]]:
     """The loss of the first step; a validation of the same text before it; and this rank's gradients."""
     engine = start_engine(config, dp)
     batches = list(batches_of(config, 0, engine.mesh.data))

@@ -9,9 +9,12 @@ from random import Random
 
 import pytest
 
-from megagpt.checkpoint import folders, sums
+from megagpt.checkpoint import folders
+from megagpt.checkpoint.integrity import read_sums
 from megagpt.checkpoint.state import State, read_state
+from megagpt.config.values import Split
 from megagpt.data.indexed.blend import build_splits
+from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.text.prepare import TokenizerFiles, prepare
 from megagpt.processes.local import warm_up
 from megagpt.train.metrics_file import NAME, read_rows
@@ -40,7 +43,9 @@ def dataset(tmp_path_factory) -> str:
 def seed_and_step(dataset) -> tuple[int, int]:
     """A seed with which one step, counted from 1, reads all the rubbish: late enough to be judged."""
     for seed in range(2000):
-        samples, _, _ = build_splits([dataset], "1", SEQ_LEN, seed, (STEPS * BATCH, 0, 0))
+        samples, _, _ = build_splits(
+            [IndexedDataset(dataset)], (), Split.parse("1"), SEQ_LEN, seed, (STEPS * BATCH, 0, 0)
+        )
         assert samples is not None
         reads = [i for i in range(STEPS * BATCH) if any(piece[1] == RUBBISH for piece in samples.sources_of(i))]
         steps = {i // BATCH + 1 for i in reads}
@@ -69,7 +74,7 @@ def outcome(run: Path) -> tuple[dict[str, str], State, list[tuple]]:
     last = folders.pointed(run)
     state = read_state(last)
     assert state.step == STEPS
-    tensors = {name: digest for name, digest in sums.read_sums(last).items() if name.endswith(".safetensors")}
+    tensors = {name: digest for name, digest in read_sums(last).items() if name.endswith(".safetensors")}
     rows = [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in read_rows(run / NAME)]
     assert [step for step, *_ in rows] == list(range(1, STEPS + 1))
     return tensors, state, rows

@@ -91,18 +91,36 @@ def tokenizer_for(data: DataConfig, prefix: str | Path) -> Tokenizer | None:
 
     **Raises** `UserError` when its files are gone, or are not those that wrote the dataset.
     """
-    meta = read_meta(prefix)
-    kind = data.tokenizer or (meta.tokenizer if meta else None)
-    if kind is None:
-        return None
+    return tokenizers_for(data, [prefix])[0]
+
+
+def tokenizers_for(data: DataConfig, prefixes: Sequence[str | Path]) -> list[Tokenizer | None]:
+    """`tokenizer_for` each of several datasets; what has the same files is built once."""
+    built: dict[tuple[str | None, ...], Tokenizer] = {}
+    found: list[Tokenizer | None] = []
+    for prefix in prefixes:
+        meta = read_meta(prefix)
+        kind = data.tokenizer or (meta.tokenizer if meta else None)
+        if kind is None:
+            found.append(None)
+            continue
+        files = _files(data, kind, meta, Path(prefix).parent)
+        key = (kind, *files.values())
+        if key not in built:
+            built[key] = build_tokenizer(kind, **files)
+        if meta is not None:
+            _check_same(built[key], meta, prefix)
+        found.append(built[key])
+    return found
+
+
+def _files(data: DataConfig, kind: str, meta: DatasetMeta | None, folder: Path) -> dict[str, str | None]:
+    """By the keys of `FileOption`: the files that data names, else those that meta records."""
     named = _named(data)
     if meta is not None and meta.tokenizer == kind and kind in KINDS:
         for option, path in zip(KINDS[kind].options, meta.tokenizer_files, strict=False):
-            named[option.key] = named[option.key] or _recorded(path, Path(prefix).parent)
-    tokenizer = build_tokenizer(kind, **named)
-    if meta is not None:
-        _check_same(tokenizer, meta, prefix)
-    return tokenizer
+            named[option.key] = named[option.key] or _recorded(path, folder)
+    return named
 
 
 def tokenizer_of_run(data: DataConfig) -> Tokenizer | None:
@@ -111,7 +129,7 @@ def tokenizer_of_run(data: DataConfig) -> Tokenizer | None:
     **Raises** `UserError` as `tokenizer_for`.
     """
     if data.data_path:
-        return tokenizer_for(data, data.data_path[len(data.data_path) > 1])  # a blend begins with a weight
+        return tokenizer_for(data, data.data_path.prefixes[0])
     return build_tokenizer(data.tokenizer, **_named(data)) if data.tokenizer else None
 
 

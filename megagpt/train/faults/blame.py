@@ -9,16 +9,16 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagpt.data.loader import MicroBatch
-from megagpt.model.gpt import GPT
-from megagpt.train.step.engine import Engine, StepResult
-from megagpt.train.step.stages import GPTStage
+
+if TYPE_CHECKING:
+    from megagpt.train.step.engine import Engine, StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,7 @@ def weight_not_finite(engine: Engine) -> Sighting | None:
     """
     mine = None
     for layer, named in enumerate(engine.parameters):
-        shard = getattr(named.parameter, "ds_tensor", None)  # ZeRO 3 computes with small ones whole, with others by it
-        for values in (named.parameter.detach(), *([] if shard is None else [shard])):
+        for values in engine.backend.local_weights(named):
             if mine is None and not bool(torch.isfinite(values).all()):
                 mine = _sighting(engine, named.name, "weight", values, 0, [], layer, 0)
     found: list[Sighting | None] = [None] * dist.get_world_size()
@@ -94,7 +93,7 @@ class _Watch:
         self.first: Sighting | None = None
 
     def __enter__(self) -> _Watch:
-        layers = _layers(self._engine.module)
+        layers = self._engine.backend.layers
         self._handles.append(layers[0][1].register_forward_pre_hook(self._next_micro_batch))
         for name, layer in layers:
             self._handles.append(layer.register_forward_pre_hook(self._begin))
@@ -173,14 +172,6 @@ def _sighting(
         place=engine.mesh.name,
         host=socket.gethostname(),
     )
-
-
-def _layers(module: GPT | GPTStage) -> list[tuple[str, nn.Module]]:
-    """The layers of this rank, in order, by canonical name."""
-    if isinstance(module, GPTStage):
-        return module.canonical_layers()
-    blocks = [(f"blocks.{i}", block) for i, block in enumerate(module.blocks)]
-    return [("embedding", module.embedding), *blocks, ("head", module.head)]
 
 
 def _depth(name: str) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.errors import UserError
+from megagpt.inventory.layers import TIED
 from megagpt.parallel.axis import Axis
 from megagpt.processes.agree import together
-from megagpt.train.step.engine import Engine
-from megagpt.train.step.stages import TIED
+
+if TYPE_CHECKING:
+    from megagpt.train.step.engine import Engine
 
 
 def check_ranks(engine: Engine, step: int) -> None:
@@ -22,14 +26,14 @@ def check_ranks(engine: Engine, step: int) -> None:
     """
     mesh, differing = engine.mesh, []
     for named in engine.parameters:
-        print_of_it = _fingerprint(getattr(named.parameter, "ds_tensor", named.parameter).detach())
-        axes = [] if hasattr(named.parameter, "ds_tensor") else [mesh.data]
+        print_of_it = _fingerprint(engine.backend.local_weights(named)[-1])
+        axes = [mesh.data] if engine.backend.data_replicas else []
         axes += [mesh.model] if named.part.dim is None else []
         equal = [_equal_over(print_of_it, axis) for axis in axes]  # all of them: every rank must gather every time
         if not all(equal):
             differing.append(named.name)
     if mesh.pipe.size > 1 and engine.config.model.tied_embeddings and not _tied_ends_equal(engine):
-        differing.append(f"{TIED}.weight")
+        differing.append(TIED)
 
     def report() -> None:
         if differing:
@@ -54,7 +58,7 @@ def _equal_over(value: Tensor, axis: Axis) -> bool:
 
 def _tied_ends_equal(engine: Engine) -> bool:
     """Whether first and last stage hold the same; the stages between take part in the gathering."""
-    here = [n.parameter.detach() for n in engine.parameters if n.name == f"{TIED}.weight"]
+    here = [n.parameter.detach() for n in engine.parameters if n.name == TIED]
     value = _fingerprint(here[0]) if here else torch.zeros((), dtype=torch.int64, device=engine.device)
     values = _gather(value, engine.mesh.pipe)
     return int(values[0]) == int(values[-1])

@@ -1,18 +1,25 @@
-"""RUN/faults/step-000057.json: what went wrong in a step, and the text that it was trained on, to be looked at."""
+"""What is written down of faults.
+
+RUN/faults/step-000057.json: what went wrong in a step, and the text that it was trained on, to be looked at.
+RUN/skipped_steps.json: the steps that a rewind leaves out, written down before anything follows from it: so a run that
+is killed and goes on, and a replay from the start with --faults.skip-steps, do bitwise the same.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megagpt.data.indexed.blend import Samples
 from megagpt.data.tokenizers.tokenizer import Tokenizer
+from megagpt.errors import UserError
 from megagpt.files import replace_text
 
+REWINDS = "skipped_steps.json"
 MOST_TEXTS = 16  # samples whose text is shown; documents are told of all
 MOST_CHARACTERS = 2000  # of a sample
 MOST_TOKENS = 200  # of a sample, where there is no tokenizer to read them
@@ -63,3 +70,42 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list):
         return [_strict(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """A spike that a run went back for. step: the one that is left out from then on, counted from 1."""
+
+    step: int
+    back_to: int
+    what: str
+    value: float
+    zscore: float
+
+
+def read_rewinds(run: Path) -> list[Rewind]:
+    """The rewinds of a run, oldest first.  Raises UserError where the file is none of ours."""
+    path = run / REWINDS
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        rewinds = [Rewind(**entry) for entry in entries]
+        if not isinstance(entries, list) or not all(type(r.step) is int and r.step >= 1 for r in rewinds):
+            raise ValueError("not a list, or a step is no whole number")
+        return rewinds
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not a list of rewinds ({error}); delete it, and name the steps to leave out: --faults.skip-steps"
+        ) from None
+
+
+def add_rewind(run: Path, rewind: Rewind) -> None:
+    """Write down one more, for good.  Raises UserError where that cannot be done."""
+    rewinds = [*read_rewinds(run), rewind]
+    try:
+        replace_text(run / REWINDS, json.dumps([asdict(r) for r in rewinds], indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {run / REWINDS} ({error.strerror}); make room, then go on with --load"
+        ) from error

@@ -1,0 +1,183 @@
+"""Loading: a whole checkpoint that a run may go on from, into a run of any layout; or its weights into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megagpt.checkpoint import folders
+from megagpt.checkpoint.integrity import damage_to, read_tables
+from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
+from megagpt.checkpoint.state import State, read_state
+from megagpt.config import RunConfig, plain
+from megagpt.errors import UserError
+from megagpt.model.gpt import GPT
+from megagpt.optim.segments import place_of
+from megagpt.parallel.parameter import Part, named_parameters
+from megagpt.processes.agree import RankError, together
+from megagpt.schedule import Schedule
+
+if TYPE_CHECKING:
+    from megagpt.train.step.masters import Masters
+
+
+def find_whole(
+    path: str | Path,
+    fallback: bool,
+    say: Callable[[str], None],
+    *,
+    newest_will_do: bool = False,
+    keys: Iterable[str] | None = None,
+) -> Path:
+    """The checkpoint that --load means, after every byte of it was compared with its hash; the ranks share the work.
+
+    fallback: where it is damaged, take the newest whole one before it. newest_will_do: where the run's `latest` means
+    none, as a crash before the first time it is written leaves it, begin with the newest. keys: look at the tensors of
+    these only.
+    Comm: collective over all ranks.  Raises a RankError that names what is damaged, and what is whole.
+    """
+    first = together(lambda: _first(path, newest_will_do))
+    wrong = shared_damage_of(first, keys)
+    if not wrong:
+        return first
+    for older in folders.older_than(first):
+        if not shared_damage_of(older, keys):
+            if fallback:
+                say(f"note: {wrong[0]}; going back to {older} (--load-fallback)")
+                return older
+            step, run = folders.step_of(older), older.parent.parent
+            raise RankError(
+                f"{wrong[0]}{_more(wrong)}; step {step} is whole: --load {run}@{step}, or add --load-fallback",
+                speaks=dist.get_rank() == 0,
+            )
+    raise RankError(f"{wrong[0]}{_more(wrong)}; no checkpoint before it is whole", speaks=dist.get_rank() == 0)
+
+
+def shared_damage_of(folder: Path, keys: Iterable[str] | None = None) -> list[str]:
+    """What is wrong with a checkpoint, the same list on every rank; empty where all is as it was written.
+
+    Comm: one all-gather of the findings: each rank reads its share of the files.
+    """
+    try:
+        hashes = read_tables(folder)
+    except UserError as error:
+        found = [str(error)]
+    else:
+        names = [n for n in sorted(hashes) if keys is None or n.split("-")[0] in set(keys)]
+        found = damage_to(folder, names[dist.get_rank() :: dist.get_world_size()], hashes)
+    ranks: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(ranks, found)
+    return sorted({finding for rank in ranks for finding in rank})
+
+
+def read_part(reader: Reader, key: str, name: str, part: Part) -> torch.Tensor:
+    """This rank's part of a logical tensor, fp32, without padding.
+
+    Raises UserError where the checkpoint has none of that name and shape.
+    """
+    if reader.shape(key, name) != part.shape:
+        raise UserError(
+            f"{reader.folder}: {name} has shape {reader.shape(key, name)}, this model wants {part.shape}; "
+            "it is of another architecture"
+        )
+    start, shape = [0] * len(part.shape), list(part.shape)
+    if part.dim is not None:
+        start[part.dim], shape[part.dim] = part.start, part.length
+    return torch.from_numpy(reader.read(key, name, tuple(start), tuple(shape)))
+
+
+def load_masters(masters: Masters, config: RunConfig, folder: Path) -> State:
+    """Read the tensors of a checkpoint into a run, whatever layout wrote them; returns the rest of what it knows.
+
+    Memory: one tensor of this rank at a time, beside the run's own.
+    Comm: collective over all ranks.  Raises a RankError where the architectures differ, or a file cannot be read.
+    """
+
+    def read_all() -> State:
+        state = read_state(folder)
+        check_resumable(config, state, folder)
+        with Reader(folder) as reader:
+            for key, parameters in masters.kept.items():
+                # An average that was not kept begins with the weights, moments of imported ones with zeros.
+                source = WEIGHT if key == AVERAGE and key not in reader.index else key
+                if source in reader.index or state.step > 0:
+                    for named in parameters:
+                        values = read_part(reader, source, named.name, place_of(named, key))
+                        masters.write(named, key, values.to(masters.device))
+        return state
+
+    return together(read_all)
+
+
+def load_weights(model: GPT, folder: Path, key: str = WEIGHT) -> None:
+    """Read the weights into a model that no engine holds (evaluation, generation), or their average (key "ema").
+
+    Comm: none.  Raises UserError where the checkpoint has none.
+    """
+    with Reader(folder) as reader:
+        if key == AVERAGE and key not in reader.index:
+            raise UserError(
+                f"{folder} has no average of the weights: its run had no --optim.ema-decay; use --weights last"
+            )
+        for named in named_parameters(model):
+            named.part.unpadded(named.parameter.data).copy_(read_part(reader, key, named.name, named.part))
+
+
+def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
+    """What a run that goes on must keep: the architecture, the optimizer, and what the samples' order follows from.
+
+    Dropout, layout, precision, learning rate and the number of steps may change, and batches that are still to come.
+    Weights that no sample was consumed for (imported ones) keep the architecture alone.
+    """
+    if state.origin and state.step > 0:
+        raise UserError(
+            f"{folder} is a {state.origin}: weights without the optimizer's moments, to evaluate, generate and export; "
+            "to go on training, load one that a run saved"
+        )
+    settings, defaults = plain(config), plain(RunConfig())
+    fixed = {f"model.{name}": value for name, value in settings["model"].items() if "dropout" not in name}
+    if state.samples > 0:
+        fixed["train.seed"] = config.train.seed
+    if state.step > 0:
+        fixed["optim.optimizer"] = config.optim.optimizer  # what it keeps of a weight
+    for name, ours in fixed.items():
+        section, key = name.split(".")
+        theirs = state.config.get(section, {}).get(key, defaults[section][key])  # an older one lacks newer settings
+        if theirs != ours:
+            raise UserError(
+                f"{folder} was trained with {name}={theirs}, this run wants {ours}; "
+                f"take the settings of that run: --config {folder.parent.parent / 'config.yaml'}"
+            )
+    if state.samples > 0:
+        _check_position(config, state, folder)
+
+
+def _check_position(config: RunConfig, state: State, folder: Path) -> None:
+    """The next step must read on where that run stopped: no sample twice, and none left out."""
+    schedule = Schedule(config)
+    ours = schedule.samples_before(state.step), schedule.tokens_before(state.step)
+    if ours != (state.samples, state.tokens):
+        was, now = state.config.get("train", {}).get("global_batch_size"), config.train.global_batch_size
+        raise UserError(
+            f"{folder} has read {state.samples:,} samples, {state.tokens:,} tokens in {state.step:,} steps, this run "
+            f"would have read {ours[0]:,} samples, {ours[1]:,} tokens; keep train.global_batch_size, its ramp and that "
+            f"of seq_len, or change the batch from here on: --train.batch-steps {was}@1,{now}@{state.step + 1}"
+        )
+
+
+def _first(path: str | Path, newest_will_do: bool) -> Path:
+    try:
+        return folders.find(path)
+    except UserError:
+        newest = folders.checkpoints_of(folders.run_of(path))[-1:]
+        if not newest_will_do or not newest:
+            raise
+        return newest[0]
+
+
+def _more(findings: list[str]) -> str:
+    return f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
