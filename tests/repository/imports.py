@@ -17,7 +17,7 @@ DOTTED = re.compile(r"(\w+(?:\.\w+)+)(?::\w+)?")  # "a.b.c", or "a.b.c:Name"
 class Import:
     """One edge: `target` (a dotted name, of ours or not) is imported, or named in a string, on this line.
 
-    when: "at once" with the module; "later" in a function; "by name" by whoever reads the string.
+    when: "at once" with the module; "later" in a function; "by name" by whoever reads the string; "for types" never.
     explained: a comment stands on the line, the one above, or above the statement.
     """
 
@@ -48,7 +48,7 @@ def imports_of(file: Path, root: Path, modules: Mapping[str, Path]) -> Iterator[
     place = file.relative_to(root)
     itself = dotted_name(place)
 
-    def walk(node: ast.AST, statement: int, inside: bool) -> Iterator[Import]:
+    def walk(node: ast.AST, statement: int, when: str) -> Iterator[Import]:
         if isinstance(node, ast.stmt):
             statement = node.lineno
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -56,15 +56,17 @@ def imports_of(file: Path, root: Path, modules: Mapping[str, Path]) -> Iterator[
         line = getattr(node, "lineno", statement)
         explained = any("#" in text for i in (line, line - 1, statement - 1) for text in lines[max(i - 1, 0) : i])
         for target in dict.fromkeys(imported(node, place, modules)):
-            yield Import(target, line, "later" if inside else "at once", explained)
+            yield Import(target, line, when, explained)
         for target in dict.fromkeys(named(node, modules)):
             if target != itself:
                 yield Import(target, line, "by name", explained)
-        inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            when = "later"
+        types = node.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" else []
         for child in ast.iter_child_nodes(node):
-            yield from walk(child, statement, inside)
+            yield from walk(child, statement, "for types" if child in types else when)
 
-    yield from walk(tree, 1, False)
+    yield from walk(tree, 1, "at once")
 
 
 def imported(node: ast.AST, place: Path, modules: Mapping[str, Path]) -> Iterator[str]:

@@ -44,9 +44,12 @@ DEEPEST, FROM, TO = 12, "megagpt.train.loop", "megagpt.errors"  # modules one ha
 
 @dataclass(frozen=True)
 class Layers:
-    """rank: room ("train.step", "tools") -> its line on the page. strangers: rooms between bars. no_torch: rooms."""
+    """Room ("train.step", "tools") -> its line on the page; kinds have two: they may be imported behind the first, and
+    import up to the last. strangers: rooms between bars. no_torch: rooms.
+    """
 
-    rank: dict[str, int]
+    first: dict[str, int]
+    last: dict[str, int]
     strangers: set[str]
     no_torch: set[str]
 
@@ -54,19 +57,21 @@ class Layers:
     def read(page: str) -> Layers:
         """The first code block under the heading: "rooms, with | between strangers    what; no torch"."""
         block = page.split(HEADING, 1)[1].split("```")[1].strip("\n")
-        rank, strangers, no_torch = {}, set(), set()
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        strangers, no_torch = set[str](), set[str]()
         for number, line in enumerate(block.splitlines()):
             names, _, what = re.sub(r" {2,}", "  ", line).partition("  ")
             rooms = re.split(r", | \| ", names)
-            rank |= dict.fromkeys(rooms, number)
+            first, last = dict.fromkeys(rooms, number) | first, last | dict.fromkeys(rooms, number)
             strangers |= set(rooms) if "|" in names else set()
             no_torch |= set(rooms) if what.endswith("no torch") else set()
-        return Layers(rank, strangers, no_torch)
+        return Layers(first, last, strangers, no_torch)
 
     def room(self, module: str) -> str | None:
         """The narrowest room of the page that a module lies in; None where there is none."""
         inside = module.removeprefix("megagpt.")
-        return next((place for place in reversed(parents(inside)) if place in self.rank), None)
+        return next((place for place in reversed(parents(inside)) if place in self.first), None)
 
 
 def test_the_project_keeps_the_layers():
@@ -83,15 +88,19 @@ def find_violations(root: Path) -> Iterator[str]:
             for rule in broken_rules(name, place, found, layers):
                 yield f"{place}:{found.line}: imports {found.target}; {rule}"
     known = {layers.room(name) for name in graph}
-    yield from (f"{PAGE}: {room} is no room of megagpt; take it out" for room in layers.rank if room not in known)
+    yield from (f"{PAGE}: {room} is no room of megagpt; take it out" for room in layers.first if room not in known)
     for name in [n for n in graph if n in WITHOUT_TORCH or layers.room(n) in layers.no_torch]:
         if chain := heavy_chain(name, graph):
             yield f"{chain}; {name} works without torch"
-    graph = {name: imports for name, imports in graph.items() if name.split(".")[0] == "megagpt"}
+    graph = {
+        name: [found for found in imports if found.when != "for types"]
+        for name, imports in graph.items()
+        if name.split(".")[0] == "megagpt"
+    }
     cycle = find_cycle(graph)
     if cycle:
         yield f"{' -> '.join(cycle)}: a cycle; what both need belongs below both"
-    elif FROM in graph and len(chain := longest_chain(FROM, TO, graph)) > DEEPEST:
+    elif FROM in graph and len(chain := longest_chain(FROM, TO, at_once(graph))) > DEEPEST:
         yield f"{' -> '.join(chain)}: {len(chain)} modules deep, wanted {DEEPEST} at most"
 
 
@@ -104,9 +113,9 @@ def broken_rules(name: str, place: str, found: Import, layers: Layers) -> Iterat
             yield f"only {', '.join(places)} may import {package}"
     if not place.startswith("megagpt/"):
         return
-    if found.target.split(".")[0] in (*PROGRAMS, "tests"):
+    if found.target.split(".")[0] in (*PROGRAMS, "tests") and not name.endswith(".__main__"):  # a program itself
         yield "megagpt knows neither its programs nor its tests"
-    if not found.target.startswith("megagpt.") or found.target in ONLY_IN:
+    if not found.target.startswith("megagpt.") or found.target in ONLY_IN or found.when == "for types":
         return
     importer, target = layers.room(name), layers.room(found.target)
     for room, module in ((importer, name), (target, found.target)):
@@ -114,9 +123,9 @@ def broken_rules(name: str, place: str, found: Import, layers: Layers) -> Iterat
             yield f"{module} has no place in the layers of {PAGE}; give it one"
     if importer is None or target is None or importer == target:
         return
-    if layers.rank[target] > layers.rank[importer]:
+    if layers.first[target] > layers.last[importer]:
         yield f"{importer} is below {target}"
-    elif {importer, target} <= layers.strangers and layers.rank[importer] == layers.rank[target]:
+    elif {importer, target} <= layers.strangers and layers.first[importer] == layers.first[target]:
         yield f"{importer} and {target} do not know each other"
 
 
@@ -128,7 +137,7 @@ def heavy_chain(name: str, graph: Graph) -> str | None:
     queue, seen = [(module, module) for module in parents(name) if module in graph], {name, *parents(name)}
     for module, chain in queue:
         for found in graph[module]:
-            if found.when != "at once" and found.explained:
+            if found.when == "for types" or (found.when != "at once" and found.explained):
                 continue
             if found.target.split(".")[0] in HEAVY and found.target not in STARTED:
                 return f"{chain}:{found.line} -> {found.target}"
@@ -157,6 +166,11 @@ def find_cycle(graph: Graph) -> list[str]:
     return next((ring for module in graph if (ring := visit(module, []))), [])
 
 
+def at_once(graph: Graph) -> Graph:
+    """What modules import as they load."""
+    return {name: [found for found in imports if found.when == "at once"] for name, imports in graph.items()}
+
+
 def longest_chain(first: str, last: str, graph: Graph) -> list[str]:
     """The longest way from one module to another along imports; [] where there is none. For a graph without cycles."""
     known: dict[str, list[str]] = {last: [last]}
@@ -173,6 +187,7 @@ def longest_chain(first: str, last: str, graph: Graph) -> list[str]:
 
 LOADED = """
 import importlib, runpy, sys
+sys.path.insert(0, "tools")
 for name in sys.argv[1].split():
     importlib.import_module(name)
     assert "torch" not in sys.modules, f"importing {name} loads torch"
@@ -207,10 +222,12 @@ SMALL_PAGE = f"""# A page
 {HEADING}
 
 ```
-errors, config      settings; no torch
+errors              a message; no torch
+model.mlp           kinds, as declared
+config              settings; no torch
 plan                sizes; no torch
 ops | data          two strangers
-model               layers
+model, model.mlp    layers, and kinds as they compute
 train.step          one door
 train               the program
 tools               command lines
@@ -220,10 +237,14 @@ SOUND = {  # a tree that keeps every rule
     PAGE: SMALL_PAGE,
     "megagpt/__init__.py": "",
     "megagpt/errors.py": "import sys\n",
-    "megagpt/config.py": "from dataclasses import dataclass\nfrom megagpt.errors import UserError\n",
+    "megagpt/config.py": "from megagpt.model.mlp import KINDS\nfrom megagpt.errors import UserError\n",
+    "megagpt/model/mlp.py": (
+        "if TYPE_CHECKING:\n    import torch\n    from megagpt.config import Config\n"
+        "def f():\n    import torch  # where it computes\n    from megagpt.ops import norm  # likewise\n"
+    ),
     "megagpt/plan/__init__.py": "",
     "megagpt/plan/plan.py": "from megagpt import config\n",
-    "megagpt/ops/norm.py": "import torch\nfrom megagpt import _C\nfrom megagpt.config import x\n",
+    "megagpt/ops/norm.py": "import torch\nfrom megagpt import _C\nfrom megagpt.errors import x\n",
     "megagpt/data/blend.py": "# opened when one is asked for\nKINDS = {\n    'gpt2': 'megagpt.data.gpt2:GPT2',\n}\n",
     "megagpt/data/gpt2.py": "import torch\n",
     "megagpt/model/gpt.py": "import torch\nfrom ..ops import norm\n",
@@ -245,6 +266,12 @@ BROKEN = {
     "relative": ({"megagpt/model/gpt.py": "from ..train import loop"}, "model is below train"),
     "of the package": ({"megagpt/model/gpt.py": "from megagpt import train"}, "model is below train"),
     "within a folder": ({"megagpt/train/step/a.py": "import megagpt.train.loop"}, "train.step is below train"),
+    "a kind, too far": (
+        {"megagpt/model/mlp.py": "def f():\n    # where it computes\n    import megagpt.train.loop"},
+        "model.mlp is below train",
+    ),
+    "a kind with torch": ({"megagpt/model/mlp.py": "import torch"}, "megagpt.model.mlp:1 -> torch; megagpt.config"),
+    "the module beside kinds": ({"megagpt/config.py": "import megagpt.model.gpt"}, "config is below model"),
     "strangers": ({"megagpt/ops/norm.py": "import megagpt.data.gpt2"}, "ops and data do not know each other"),
     "hidden": ({"megagpt/ops/norm.py": "def f():\n    import megagpt.train  # costly"}, "ops is below train"),
     "by a call": ({"megagpt/ops/norm.py": "f('x')\nimport_module('megagpt.train.loop')"}, "ops is below train"),
@@ -267,7 +294,10 @@ BROKEN = {
         {"megagpt/data/blend.py": "KINDS = {'gpt2': 'megagpt.data.gpt2:GPT2'}"},
         "megagpt.data.blend:1 -> megagpt.data.gpt2:1 -> torch; megagpt.train.pretrain works without",
     ),
-    "a cycle": ({"megagpt/errors.py": "import megagpt.config"}, "megagpt.config -> megagpt.errors -> megagpt.config: "),
+    "a cycle": (
+        {"megagpt/data/gpt2.py": "from megagpt.data import blend"},
+        "megagpt.data.blend -> megagpt.data.gpt2 -> megagpt.data.blend: a cycle",
+    ),
     "depth": (CHAIN, "megagpt.train.m11 -> megagpt.errors: 14 modules deep"),
     "a stale page": ({PAGE: SMALL_PAGE.replace("tools ", "tools, gone")}, "gone is no room of megagpt"),
 }  # fmt: skip
