@@ -21,13 +21,14 @@ from torch import Tensor
 
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.chunks import read_chunks
-from megagpt.checkpoint.pieces import WEIGHT, Reader
+from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
 from megagpt.checkpoint.state import State, read_state
 from megagpt.cli import read_config, to_yaml
 from megagpt.config import ModelConfig, RunConfig
 from megagpt.errors import UserError
 from megagpt.inventory.layers import canonical
+from megagpt.inventory.parameter import WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.model.mlp import MLPS
 from megagpt.model.mlp.kind import Direction, Product

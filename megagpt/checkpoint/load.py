@@ -1,4 +1,4 @@
-"""Loading: a whole checkpoint that a run may go on from, into a run of any layout; or its weights into a model alone."""
+"""Loading: a whole checkpoint that a run may go on from, into a run of any layout; or its weights into a model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.integrity import damage_to, read_tables
-from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
+from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import State, read_state
 from megagpt.config import RunConfig, plain
 from megagpt.errors import UserError
+from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.optim.segments import place_of
 from megagpt.parallel.parameter import Part, named_parameters

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megagpt.checkpoint.chunks import write_chunks
-from megagpt.checkpoint.pieces import WEIGHT, Reader
+from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.rewrite import new_folder
 from megagpt.checkpoint.state import NAME, read_state
 from megagpt.cli import read_config
@@ -24,6 +24,7 @@ from megagpt.config.kernels import Kernels
 from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.hf import hf_config, lazy_to_hf
+from megagpt.inventory.parameter import WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.embedding import gather_logits

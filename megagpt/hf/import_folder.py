@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
 from megagpt.checkpoint.state import State
 from megagpt.cli import to_yaml
@@ -22,6 +21,7 @@ from megagpt.config import DataConfig, ModelConfig, RunConfig, plain
 from megagpt.data.tokenizers.tokenizer import KINDS, tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.hf import config_from_hf, lazy_from_hf
+from megagpt.inventory.parameter import WEIGHT
 
 _PREFERRED = ("gpt2", "hf", "sentencepiece")  # of several tokenizers that are there, the first is taken
 _SETTINGS = "tokenizer_config.json"  # beside their files; of ours, hf reads it

@@ -6,21 +6,14 @@ library only adds kernels for a device. Where there is none, the public function
 
 from __future__ import annotations
 
-import difflib
 import importlib.machinery
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-
-from megagpt.errors import UserError
-
-if TYPE_CHECKING:
-    from megagpt.config.kernels import Kernels
 
 LIBRARY = torch.library.Library("megagpt", "DEF")
 KERNELS: set[tuple[str, str]] = set()  # (op, device) of what is compiled; filled while ops are declared
@@ -102,47 +95,10 @@ def kernel_status(op: str, device: str, choice: str = "auto") -> tuple[str, str]
     return "reference", MISSING_KERNELS or UNUSABLE.get(device) or f"this build has no {device} kernel of it"
 
 
-class Status(NamedTuple):
-    """One line of the start-up table."""
-
-    op: str
-    runs: str
-    why: str
-
-
 def op_names() -> list[str]:
     """The ops that there are: the files of this folder beside this one."""
     files = (file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
     return sorted(name for name in files if name != Path(__file__).stem)
-
-
-def check_kernels(kernels: Kernels, ops: Sequence[str], device: str) -> None:
-    """Raise UserError for an op that does not exist, or a kernel of one of `ops` that is insisted on and not there."""
-    names = ["attention", *op_names()]
-    for op, _ in kernels.exceptions:
-        if op not in names:
-            near = difflib.get_close_matches(op, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
-            raise UserError(f"train.kernels names the op {op}, which does not exist; {hint}")
-    if kernels["attention"] == "flex" and device == "cpu":
-        raise UserError(
-            "train.kernels has attention=flex, but torch's FlexAttention cannot train on the cpu (it has no backward "
-            "pass there); use attention=auto"
-        )
-    for op in ops:
-        choice = kernels[op]
-        if choice not in ("cpu", "cuda"):
-            continue
-        if choice != device:
-            raise UserError(f"train.kernels={choice} for {op}, but this run is on the {device}; use auto or {device}")
-        if not has_kernel(op, device):
-            _, why = kernel_status(op, device, choice)
-            raise UserError(f"train.kernels={choice} for {op}: {why}; or use --kernels auto")
-
-
-def kernel_rows(kernels: Kernels, ops: Sequence[str], device: str) -> list[Status]:
-    """A row for each of `ops`."""
-    return [Status(op, *kernel_status(op, device, kernels[op])) for op in ops]
 
 
 def supports(compiled: Sequence[str], capability: tuple[int, int]) -> bool:

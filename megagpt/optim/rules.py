@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megagpt.checkpoint.pieces import AVERAGE
 from megagpt.config import OptimConfig
-from megagpt.inventory.parameter import Parameter
+from megagpt.inventory.parameter import AVERAGE, Parameter
 from megagpt.optim import OPTIMIZERS
 from megagpt.optim.update import Update
 

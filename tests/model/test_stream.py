@@ -80,9 +80,14 @@ def test_rows_at_different_positions_decode_side_by_side(name):
 def test_attention_dropout_has_no_masks_for_positions():
     model = GPT(replace(BASE, dropout_attention=0.1), SINGLE)
     tokens_BT = torch.zeros(1, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="got positions with attention dropout"):
+    with pytest.raises(ValueError, match="attention dropout knows tokens by their place in the sample"):
         model(tokens_BT, positions_BT=torch.arange(4)[None])
     model.eval()(tokens_BT, positions_BT=torch.arange(4)[None])
+
+
+def test_a_cache_wants_positions():
+    with pytest.raises(ValueError, match="got a cache without positions_BT"):
+        GPT(BASE, SINGLE)(torch.zeros(1, 1, dtype=torch.int64), cache=Cache())
 
 
 def test_a_pipeline_hands_on_what_a_stream_is_made_from():

@@ -17,7 +17,8 @@ DOTTED = re.compile(r"(\w+(?:\.\w+)+)(?::\w+)?")  # "a.b.c", or "a.b.c:Name"
 class Import:
     """One edge: `target` (a dotted name, of ours or not) is imported, or named in a string, on this line.
 
-    when: "at once" with the module; "later" in a function; "by name" by whoever reads the string; "for types" never.
+    when: "at once" with the module; "later" in a function; "by name" by whoever reads the string; "for types", which
+    only a type checker does.
     explained: a comment stands on the line, the one above, or above the statement.
     """
 
@@ -48,7 +49,7 @@ def imports_of(file: Path, root: Path, modules: Mapping[str, Path]) -> Iterator[
     place = file.relative_to(root)
     itself = dotted_name(place)
 
-    def walk(node: ast.AST, statement: int, when: str) -> Iterator[Import]:
+    def walk(node: ast.AST, statement: int, inside: str) -> Iterator[Import]:
         if isinstance(node, ast.stmt):
             statement = node.lineno
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -56,15 +57,15 @@ def imports_of(file: Path, root: Path, modules: Mapping[str, Path]) -> Iterator[
         line = getattr(node, "lineno", statement)
         explained = any("#" in text for i in (line, line - 1, statement - 1) for text in lines[max(i - 1, 0) : i])
         for target in dict.fromkeys(imported(node, place, modules)):
-            yield Import(target, line, when, explained)
+            yield Import(target, line, inside, explained)
         for target in dict.fromkeys(named(node, modules)):
             if target != itself:
                 yield Import(target, line, "by name", explained)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            when = "later"
-        types = node.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" else []
+            inside = "later"
         for child in ast.iter_child_nodes(node):
-            yield from walk(child, statement, "for types" if child in types else when)
+            typing = isinstance(node, ast.If) and child in node.body and ast.unparse(node.test) == "TYPE_CHECKING"
+            yield from walk(child, statement, "for types" if typing else inside)
 
     yield from walk(tree, 1, "at once")
 

@@ -18,12 +18,13 @@ from megagpt.adapt.factorise import write_factorised
 from megagpt.checkpoint.folders import find
 from megagpt.checkpoint.integrity import damage_of
 from megagpt.checkpoint.load import load_weights
-from megagpt.checkpoint.pieces import WEIGHT, Reader
+from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import read_state
 from megagpt.cli import read_config
 from megagpt.config import ModelConfig, RunConfig, plain
 from megagpt.data.text.prepare import TokenizerFiles, prepare
 from megagpt.errors import UserError
+from megagpt.inventory.parameter import WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.processes.local import warm_up

@@ -1,4 +1,4 @@
-"""How attention is computed: an implementation is a file here and a line of IMPLEMENTATIONS. No torch to read these."""
+"""How attention is computed: an implementation is a file here, and a line of IMPLEMENTATIONS. No torch here."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "sdpa": Sdpa(),
     "flex": Flex(),
     "softmax": Steps(),
-    "reference": Steps(),  # with the plain softmax: `Kernels` sees to that
+    "reference": Steps(),  # around the plain softmax: `Kernels` sees to that
 }

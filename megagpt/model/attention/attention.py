@@ -49,8 +49,9 @@ class Attention(nn.Module):
         edges: Edges = SUMMED,
     ) -> None:
         super().__init__()
-        self.choice, self.softmax_kernels = kernels["attention"], kernels["softmax"]
-        self.rotary_kernels = kernels["rotary"]
+        self.choice, self.softmax_kernels, self.rotary_kernels = (
+            kernels[op] for op in ("attention", "softmax", "rotary")
+        )
         lacks = attention_lacks(self.choice, config.position, config.dropout_attention)
         if lacks is not None:
             raise ValueError(f"attention={self.choice} has no {lacks}; use attention=auto")
@@ -107,9 +108,7 @@ class Attention(nn.Module):
         queries_BT = keys_BS = stream.positions_BT
         assert queries_BT is not None and keys_BS is not None
         if self.dropout.active:
-            raise ValueError(
-                "got positions with attention dropout, whose masks go by places in a sample; wanted eval()"
-            )
+            raise ValueError("attention dropout knows tokens by their place in the sample; got other positions")
         k_BGSK, v_BGSK = k_BGTK, v_BGTK
         if stream.cache is not None:
             k_BGSK, v_BGSK, keys_BS = stream.cache.extend(self.layer, k_BGTK, v_BGTK, queries_BT)

@@ -31,7 +31,8 @@ Weights = Mapping[str, "Tensor"]
 class Dense:
     """W itself.
 
-    settings: the settings that this kind alone has.  is_product: whether W is a product of parameters.
+    settings: those of ModelConfig that this kind alone has.  is_product: whether W is a product of parameters.
+    packs: 2 for a gated unit, whose up matrices stand side by side, else 1.  packed: the dim that this puts in front.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()

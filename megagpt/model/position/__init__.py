@@ -1,4 +1,4 @@
-"""Where tokens stand: a kind of position is a file here and a line of POSITIONS. No torch to read what they declare."""
+"""Where tokens stand: a kind of position is a file here, and a line of POSITIONS. No torch here."""
 
 from megagpt.model.position.alibi import Alibi
 from megagpt.model.position.kind import Position
