@@ -46,13 +46,14 @@ DEEPEST, FROM, TO = 12, "megagpt.train.loop", "megagpt.errors"  # modules one ha
 class Layers:
     """rank: room ("train.step", "tools") -> its line on the page. strangers: rooms between bars. no_torch: rooms.
 
-    kinds: rooms of kinds, which declare where they stand, and compute, in functions, with what stands below them.
+    kinds: room of kinds, which declare where they stand -> the line down to which they import in functions, where they
+    compute: the last one with a room of their folder.
     """
 
     rank: dict[str, int]
     strangers: set[str]
     no_torch: set[str]
-    kinds: set[str]
+    kinds: dict[str, int]
 
     @staticmethod
     def read(page: str) -> Layers:
@@ -66,7 +67,10 @@ class Layers:
             strangers |= set(rooms) if "|" in names else set()
             no_torch |= set(rooms) if what.endswith("no torch") else set()
             kinds |= set(rooms) if what.startswith("kinds:") else set()
-        return Layers(rank, strangers, no_torch, kinds)
+        down_to = {
+            room.split(".")[0]: number for room, number in rank.items()
+        }  # the page goes down: the last one stays
+        return Layers(rank, strangers, no_torch, {room: down_to[room.split(".")[0]] for room in kinds})
 
     def room(self, module: str) -> str | None:
         """The narrowest room of the page that a module lies in; None where there is none."""
@@ -123,9 +127,8 @@ def broken_rules(name: str, place: str, found: Import, layers: Layers) -> Iterat
             yield f"{module} has no place in the layers of {PAGE}; give it one"
     if importer is None or target is None or importer == target:
         return
-    if importer in layers.kinds and found.when == "later":
-        return
-    if layers.rank[target] > layers.rank[importer]:
+    computes = importer in layers.kinds and found.when == "later"
+    if layers.rank[target] > (layers.kinds[importer] if computes else layers.rank[importer]):
         yield f"{importer} is below {target}"
     elif {importer, target} <= layers.strangers and layers.rank[importer] == layers.rank[target]:
         yield f"{importer} and {target} do not know each other"
@@ -184,6 +187,7 @@ def longest_chain(first: str, last: str, graph: Graph) -> list[str]:
 
 LOADED = """
 import importlib, runpy, sys
+sys.path.insert(0, "tools")
 for name in sys.argv[1].split():
     importlib.import_module(name)
     assert "torch" not in sys.modules, f"importing {name} loads torch"
@@ -218,7 +222,9 @@ SMALL_PAGE = f"""# A page
 {HEADING}
 
 ```
-errors, config      settings; no torch
+errors              a message; no torch
+model.mlp           kinds: what each declares; no torch
+config              settings; no torch
 plan                sizes; no torch
 ops | data          two strangers
 model               layers
@@ -231,10 +237,14 @@ SOUND = {  # a tree that keeps every rule
     PAGE: SMALL_PAGE,
     "megagpt/__init__.py": "",
     "megagpt/errors.py": "import sys\n",
-    "megagpt/config.py": "from dataclasses import dataclass\nfrom megagpt.errors import UserError\n",
+    "megagpt/config.py": "from megagpt.model.mlp import KINDS\nfrom megagpt.errors import UserError\n",
+    "megagpt/model/mlp.py": (
+        "if TYPE_CHECKING:\n    import torch\n    from megagpt.config import Config\n"
+        "def f():\n    import torch  # where it computes\n    from megagpt.ops import norm  # likewise\n"
+    ),
     "megagpt/plan/__init__.py": "",
     "megagpt/plan/plan.py": "from megagpt import config\n",
-    "megagpt/ops/norm.py": "import torch\nfrom megagpt import _C\nfrom megagpt.config import x\n",
+    "megagpt/ops/norm.py": "import torch\nfrom megagpt import _C\nfrom megagpt.errors import x\n",
     "megagpt/data/blend.py": "# opened when one is asked for\nKINDS = {\n    'gpt2': 'megagpt.data.gpt2:GPT2',\n}\n",
     "megagpt/data/gpt2.py": "import torch\n",
     "megagpt/model/gpt.py": "import torch\nfrom ..ops import norm\n",
@@ -256,6 +266,16 @@ BROKEN = {
     "relative": ({"megagpt/model/gpt.py": "from ..train import loop"}, "model is below train"),
     "of the package": ({"megagpt/model/gpt.py": "from megagpt import train"}, "model is below train"),
     "within a folder": ({"megagpt/train/step/a.py": "import megagpt.train.loop"}, "train.step is below train"),
+    "a kind that computes with too much": (
+        {"megagpt/model/mlp.py": "def f():\n    # where it computes\n    import megagpt.train.loop"},
+        "model.mlp is below train",
+    ),
+    "a kind that computes as it loads": (
+        {"megagpt/model/mlp.py": "import megagpt.ops.norm"},
+        "model.mlp is below ops",
+    ),
+    "a kind with torch": ({"megagpt/model/mlp.py": "import torch"}, "megagpt.model.mlp:1 -> torch; megagpt.config"),
+    "the module beside kinds": ({"megagpt/config.py": "import megagpt.model.gpt"}, "config is below model"),
     "strangers": ({"megagpt/ops/norm.py": "import megagpt.data.gpt2"}, "ops and data do not know each other"),
     "hidden": ({"megagpt/ops/norm.py": "def f():\n    import megagpt.train  # costly"}, "ops is below train"),
     "by a call": ({"megagpt/ops/norm.py": "f('x')\nimport_module('megagpt.train.loop')"}, "ops is below train"),
@@ -278,7 +298,10 @@ BROKEN = {
         {"megagpt/data/blend.py": "KINDS = {'gpt2': 'megagpt.data.gpt2:GPT2'}"},
         "megagpt.data.blend:1 -> megagpt.data.gpt2:1 -> torch; megagpt.train.pretrain works without",
     ),
-    "a cycle": ({"megagpt/errors.py": "import megagpt.config"}, "megagpt.config -> megagpt.errors -> megagpt.config: "),
+    "a cycle": (
+        {"megagpt/data/gpt2.py": "from megagpt.data import blend"},
+        "megagpt.data.blend -> megagpt.data.gpt2 -> megagpt.data.blend: a cycle",
+    ),
     "depth": (CHAIN, "megagpt.train.m11 -> megagpt.errors: 14 modules deep"),
     "a stale page": ({PAGE: SMALL_PAGE.replace("tools ", "tools, gone")}, "gone is no room of megagpt"),
 }  # fmt: skip
