@@ -292,7 +292,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], Result], str]] = {
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ops = sorted(file.stem for file in (ROOT / "megagpt" / "ops" / "cases").glob("[a-z]*.py"))
+    ops = sorted(file.stem for file in (ROOT / "tests" / "ops" / "cases").glob("[a-z]*.py"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda)")
     for flag, choices in (("--parts", list(PARTS)), ("--ops", ops)):
         told = f"of {','.join(choices)} (default: all)"

@@ -118,10 +118,9 @@ def reading_us(seq_len: int, micro_batch_size: int) -> float:
 
 def main() -> None:
     args = parse_arguments()
-    backend = maps.index_builder_backend()
-    if not backend.startswith("C++"):
-        raise UserError(f"the index builder is {backend}")
-    print(f"{args.tokens:.0e} tokens, {args.epochs} epochs, seq_len {args.seq_len}; {backend}\n")
+    if note := maps.fallback_note():
+        raise UserError(note.removeprefix("note: "))
+    print(f"{args.tokens:.0e} tokens, {args.epochs} epochs, seq_len {args.seq_len}\n")
     print(f"{'':20}{'C++':>20}{'NumPy':>20}")
     tasks = {"document index": 1, "sample index": 2, "shuffle index": 1, "blending indices": 2}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

@@ -47,6 +47,17 @@ class UserError(Exception):
         return place + " ".join(filter(None, (self.got, self.wanted))) + (f"; {self.remedy}" if self.remedy else "")
 
 
+def require(ok: bool, got: str, wanted: str, remedy: str, *keys: str) -> None:
+    """Raise `UserError` "got wanted; remedy" unless ok. keys: the settings that it is about ("model.n_layers")."""
+    if not ok:
+        raise UserError(got, wanted, remedy, keys)
+
+
+def divisors(n: int, limit: int = 256) -> list[int]:
+    """The divisors of n up to limit, ascending: what an error message offers."""
+    return [d for d in range(1, min(n, limit) + 1) if n % d == 0]
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """The parser of every tool: a wrong argument is a `UserError`; --json_keys is --json-keys; no abbreviations.
 

@@ -31,9 +31,10 @@ from rich.table import Table
 
 from megagpt.checkpoint import compare, folders, rewrite
 from megagpt.checkpoint.integrity import damage_of
-from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
+from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import State, read_state
 from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.inventory.parameter import AVERAGE, WEIGHT
 
 _LARGE_BYTES = 1 << 30
 _LOAD = "RUN, RUN@best, RUN@STEP, or the folder of a checkpoint"

@@ -28,8 +28,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt.inventory.factorised_sizes import mlp_matrix_params
-from megagpt.inventory.sizes import layer_sizes
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +38,8 @@ from megagpt.config import ModelConfig
 from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.inventory.layers import layers
+from megagpt.model.mlp import MLPS
 
 KIND = ("mlp", "mlp_rank", "mlp_blocks")
 PRETRAIN = Path(__file__).parents[1] / "examples" / "pretrain_gpt.py"
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.fine_tune_steps == 0 and pretrain_flags:
         raise UserError(f"got {pretrain_flags[0]} behind --, which is for fine-tuning; add --fine-tune-steps")
     print("loading torch ...", file=sys.stderr)
-    from megagpt.adapt.factorised_run import step_times, write_factorised  # seconds, which a wrong flag should not take
+    from megagpt.adapt.factorise import step_times, write_factorised  # seconds, which a wrong flag should not take
 
     errors = write_factorised(source, args.out, given)
     report: dict[str, Any] = {
@@ -90,14 +90,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sizes(model: ModelConfig) -> dict[str, float]:
     """Parameters, those of the MLPs' matrices among them, and forward matmul FLOPs of a token."""
-    D, F, of_kind = model.d_model, model.ff_width, (model.mlp_rank, model.mlp_blocks, 1)
-    up, _ = mlp_matrix_params(model.mlp, D, F, *of_kind, "column")
-    down, _ = mlp_matrix_params(model.mlp, F, D, *of_kind, "row")
-    layers = layer_sizes(model, 1)
+    listed, mlp = layers(model), MLPS[model.mlp](model)
+    of_a_block = [p.size for p in [*mlp.up().values(), *mlp.down().values()] if p.kind != "vector"]
     return {
-        "parameters": sum(layer.params for layer in layers),
-        "mlp_parameters": model.n_layers * ((2 if model.gated else 1) * up + down),
-        "flops_per_token": sum(layer.flops_per_token for layer in layers),
+        "parameters": sum(layer.params for layer in listed),
+        "mlp_parameters": model.n_layers * sum(of_a_block),
+        "flops_per_token": sum(layer.flops_per_token for layer in listed),
     }
 
 

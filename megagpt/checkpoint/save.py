@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch.distributed as dist
@@ -28,7 +29,9 @@ from megagpt.optim.segments import place_of
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.parameter import Named
 from megagpt.processes.agree import together
-from megagpt.train.step.masters import Masters
+
+if TYPE_CHECKING:
+    from megagpt.train.step.masters import Masters
 
 Held = dict[str, dict[str, np.ndarray]]
 """key -> canonical name -> this rank's piece, in host memory."""

@@ -1,20 +1,14 @@
-"""Checks that a section's fields need one by one, and the shape that every message has."""
+"""Checks that a section's fields need one by one."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from megagpt.errors import UserError
+from megagpt.errors import require
 
 MAX_INT = 2**63 - 1
 _TOO_LARGE = ("must be at most 2^63 - 1", "use a number that a run can reach")
-
-
-def require(ok: bool, got: str, wanted: str, remedy: str, *keys: str) -> None:
-    """Raise `UserError` "got wanted; remedy" unless ok. keys: the settings that it is about ("model.n_layers")."""
-    if not ok:
-        raise UserError(got, wanted, remedy, keys)
 
 
 def parsed(config: object, name: str, kind: Any) -> None:
@@ -54,8 +48,3 @@ def fraction(section: str, config: object, *names: str) -> None:
         key, value = f"{section}.{name}", getattr(config, name)
         ok = 0.0 <= value < 1.0  # false for NaN too
         require(ok, f"{key}={value}", "must be at least 0 and below 1", "use for example 0.1", key)
-
-
-def divisors(n: int, limit: int = 256) -> list[int]:
-    """The divisors of n up to limit, ascending: what an error message offers."""
-    return [d for d in range(1, min(n, limit) + 1) if n % d == 0]

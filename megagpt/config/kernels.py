@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megagpt.config.checks import require
+from megagpt.errors import require
 from megagpt.model.attention import IMPLEMENTATIONS
-from megagpt.model.position import POSITIONS
 
 CHOICES = ("auto", "cuda", "cpu", "reference")
 ATTENTION_CHOICES = ("auto", *IMPLEMENTATIONS)
@@ -54,28 +53,3 @@ class Kernels:
 
 
 AUTO = Kernels()
-
-
-def attention_lacks(choice: str, position: str, dropout: float) -> str | None:
-    """What a model of these positions and attention dropout needs that this attention has not; None where it has all.
-
-    choice: one of IMPLEMENTATIONS, or auto.
-    """
-    if choice == "auto":
-        return None
-    found, adds = IMPLEMENTATIONS[choice], POSITIONS[position].adds
-    if dropout > 0 and not found.drops:
-        return "attention dropout whose masks do not depend on the layout"
-    if adds is not None and adds not in found.adds:
-        return f"positions of the kind {position}"
-    return None
-
-
-def attention_runs(choice: str, position: str, dropping: bool) -> str:
-    """Which of IMPLEMENTATIONS runs for a choice (`kernels["attention"]`).
-
-    auto: scaled_dot_product_attention, which keeps no probabilities, where it serves.
-    """
-    if choice != "auto":
-        return choice
-    return "softmax" if attention_lacks("sdpa", position, float(dropping)) else "sdpa"

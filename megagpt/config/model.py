@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megagpt.config.checks import divisors, fraction, positive, require
+from megagpt.config.checks import fraction, positive
 from megagpt.config.pattern import Pattern
 from megagpt.config.values import Short
-from megagpt.errors import UserError
+from megagpt.errors import UserError, divisors, require
 from megagpt.model.mlp import MLPS
 from megagpt.model.position import POSITIONS
 

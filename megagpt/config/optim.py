@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megagpt.config.checks import fraction, not_negative, positive, require
+from megagpt.config.checks import fraction, not_negative, positive
 from megagpt.config.values import Short
+from megagpt.errors import require
 from megagpt.optim import OPTIMIZERS
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megagpt.config.checks import require
+from megagpt.errors import require
 from megagpt.model.attention.patterns import PATTERNS, PatternRule
 
 _KEY = "model.attention"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megagpt.config.checks import parsed, positive, require
+from megagpt.config.checks import parsed, positive
 from megagpt.config.kernels import Kernels
 from megagpt.config.values import BatchSteps, Short
+from megagpt.errors import require
 
 _SIZE, _STEPS = "train.global_batch_size", "train.batch_steps"
 MAX_INCREMENTS = 10_000  # of a batch or a sequence length: each is a row of the schedule

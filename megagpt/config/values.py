@@ -12,7 +12,7 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Annotated, TypeVar
 
-from megagpt.config.checks import require
+from megagpt.errors import require
 
 T = TypeVar("T")
 Short = Annotated[T, "short"]

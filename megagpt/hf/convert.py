@@ -6,15 +6,18 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megagpt.config import ModelConfig
 from megagpt.errors import UserError
 from megagpt.hf.architecture import Architecture
 from megagpt.hf.config import architecture_of, few
 from megagpt.hf.rules import Rule, rules
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 _BUFFERS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.inv_freq$|\.embed_positions$|position_ids$")
 """What old files hold beside the weights."""

@@ -14,22 +14,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
 from megagpt.checkpoint.state import State
 from megagpt.cli import to_yaml
 from megagpt.config import DataConfig, ModelConfig, RunConfig, plain
-from megagpt.data.tokenizers.tokenizer import tokenizer_of_run
+from megagpt.data.tokenizers.tokenizer import KINDS, tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.hf import config_from_hf, lazy_from_hf
+from megagpt.inventory.parameter import WEIGHT
 
-TOKENIZER_FILES = {
-    "gpt2": ("vocab.json", "merges.txt"),
-    "hf": ("tokenizer.json",),
-    "sentencepiece": ("tokenizer.model",),
-}
-"""Kind of tokenizer → its files as transformers names them. Of several that are there, the first kind is taken."""
-TOKENIZER_SETTINGS = "tokenizer_config.json"  # beside them; of ours, hf reads it
+_PREFERRED = ("gpt2", "hf", "sentencepiece")  # of several tokenizers that are there, the first is taken
+_SETTINGS = "tokenizer_config.json"  # beside their files; of ours, hf reads it
 
 _WHOLE, _SHARDS = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -119,11 +114,11 @@ def _opened(path: Path) -> Any:
 
 def _copy_tokenizer(source: Path, copy: Path, final: Path) -> DataConfig:
     """Copy what makes a tokenizer, and how to name it once `copy` is called `final`. Raises where it is damaged."""
-    there = [kind for kind, names in TOKENIZER_FILES.items() if all((source / name).exists() for name in names)]
-    if not there:
+    files = {kind: [option.name for option in KINDS[kind].options] for kind in _PREFERRED}
+    kind = next((kind for kind, names in files.items() if all((source / name).exists() for name in names)), None)
+    if kind is None:
         return DataConfig()
-    kind = there[0]
-    names = (*TOKENIZER_FILES[kind], TOKENIZER_SETTINGS) if kind == "hf" else TOKENIZER_FILES[kind]
+    names = [*files[kind], _SETTINGS] if kind == "hf" else files[kind]
     copy.mkdir()
     for name in names:
         if (source / name).exists():
@@ -134,8 +129,8 @@ def _copy_tokenizer(source: Path, copy: Path, final: Path) -> DataConfig:
 
 def _tokenizer_in(folder: Path, kind: str) -> DataConfig:
     """What names the tokenizer of that kind, of files in this folder."""
-    settings = ("vocab_file", "merge_file") if kind == "gpt2" else ("tokenizer_model",)
-    files = dict(zip(settings, (str(folder / name) for name in TOKENIZER_FILES[kind]), strict=True))
+    settings = {"model": "tokenizer_model"}
+    files = {settings.get(option.key, option.key): str(folder / option.name) for option in KINDS[kind].options}
     return DataConfig(tokenizer=kind, **files)  # pyright: ignore[reportArgumentType]  # a kind that it knows
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megagpt.config import ModelConfig
 from megagpt.inventory.parameter import Parameter
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 Parts = tuple[Tensor, Tensor, Tensor]
 """q (H, K, *), k (G, K, *), v (G, K, *)."""

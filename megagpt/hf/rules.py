@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megagpt.config import ModelConfig
 from megagpt.hf.architecture import Architecture
 from megagpt.hf.layouts import ours_of, parts_of_ours
 from megagpt.inventory.layers import canonical
 from megagpt.inventory.parameter import Parameter, Shape
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 Modules = dict[str, dict[str, Parameter]]
 """What our layers declare, by the names of module and leaf."""

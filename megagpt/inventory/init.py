@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def embedding_init(model: ModelConfig) -> Init:
-    """For tables that are looked up in."""
+    """Of tables that are looked up in: tokens, learned positions."""
     stds = {"small": _small(model), "fan_in": 1.0}
     return Init("normal", stds.get(model.init, model.init_std))
 
@@ -29,7 +29,7 @@ def matrix_std(model: ModelConfig, n_inputs: int) -> float:
 
 
 def matrix_init(model: ModelConfig, n_inputs: int) -> Init:
-    """The same, as what draws them."""
+    """The same, as an `Init`."""
     return Init("normal", matrix_std(model, n_inputs))
 
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megagpt.config import ModelConfig
-from megagpt.config.kernels import AUTO, Kernels, attention_runs
+from megagpt.config.kernels import AUTO, Kernels
+from megagpt.inventory.attention import attention_runs
 from megagpt.inventory.init import embedding_init, matrix_init, matrix_std, residual_std
 from megagpt.inventory.parameter import ONES, ZEROS, Kept, Parameter, Parameters, column, row, under
 from megagpt.model.attention import IMPLEMENTATIONS
 from megagpt.model.mlp import MLPS
 from megagpt.model.position import POSITIONS
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 VOCAB_MULTIPLE = 128  # a rank pads its rows of the vocabulary to this: matrix units want aligned sizes
 TIED = "embedding.tokens.weight"  # the canonical name of the matrix that a tied head uses too

@@ -12,6 +12,10 @@ from typing import Literal
 
 Shape = tuple[int, ...]
 
+# Keys of what a run keeps of a parameter, beside what its optimizer names.
+WEIGHT = "weight"
+AVERAGE = "ema"  # exponential moving average of the weights
+
 
 @dataclass(frozen=True)
 class Init:
@@ -32,14 +36,14 @@ ZEROS, ONES = Init("zeros"), Init("ones")
 class Parameter:
     """One logical tensor: what a run of one process holds whole.
 
-    kind: "map" multiplies activations: (O, I) or, for several, their number in front; "table" is a matrix that is
-    looked up in, or a set of coefficients; "vector" is a bias or a gain.
+    kind: "map" multiplies activations: (O, I) or, for several, their number in front; "vector" is a bias or a gain;
+    "table" is any other: rows that are looked up, the output matrix, coefficients of what a map is made from.
     init: how it is drawn.
     sharded: the dim that is cut over the model axis; None where every rank holds all of it.
     heads: the heads that the sharded dim goes by. A head is not cut: with more ranks than heads every rank holds all.
-    maps_per_head: linear maps that lie side by side within a head's rows ([q, k, v]: 3).
+    maps_per_head: linear maps whose rows lie side by side within each head's ([q, k, v]: 3).
     pad_to: a rank pads its share of the sharded dim to a multiple of this.
-    flops: of one token, forward, where it is not twice the elements of a map.
+    flops: of one token, forward, where they are not 2 for each element of a map and 0 for others.
     """
 
     shape: Shape
@@ -136,5 +140,5 @@ class Kept:
 
 
 def kept_numbers(kept: Iterable[Kept], tp: int, micro_batch_size: int) -> int:
-    """All together, of a token on one rank."""
+    """The sum for a token on one of tp ranks."""
     return sum(k.local(tp, micro_batch_size) for k in kept)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megagpt.config import ModelConfig
 from megagpt.config.kernels import AUTO, Kernels
 from megagpt.model.attention.attention import Attention
 from megagpt.model.dropout import Dropout, block_site
@@ -16,6 +17,9 @@ from megagpt.model.stream import Stream
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.linear import OPEN, SUMMED
 from megagpt.parallel.parameter import Declared
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 
 class Block(nn.Module):
@@ -50,8 +54,8 @@ class Block(nn.Module):
         self.dropout_1 = Dropout(config.dropout_residual, seed, block_site(layer, 1), kernels)
         self.dropout_2 = Dropout(config.dropout_residual, seed, block_site(layer, 2), kernels)
 
-    def forward(self, inputs: Stream | tuple[Tensor, ...]) -> Stream:
-        stream = Stream(*inputs)  # a pipeline hands on plain tuples
+    def forward(self, inputs: Stream | tuple[Tensor, Tensor]) -> Stream:
+        stream = Stream.of(inputs)
         if self.recompute and self.training:
             # No random state to preserve: dropout masks are a function of the ids.
             x_BTD = checkpoint(self.steps, self, stream, use_reentrant=False, preserve_rng_state=False)

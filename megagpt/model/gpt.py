@@ -6,25 +6,25 @@ Shapes: B batch, T time, D model, V this rank's part of the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from megagpt.config import ModelConfig
-from megagpt.config.kernels import AUTO, Kernels, attention_lacks, attention_runs
+from megagpt.config.kernels import AUTO, Kernels
 from megagpt.inventory import layers as inventory
-from megagpt.model.attention import IMPLEMENTATIONS
 from megagpt.model.block import Block
 from megagpt.model.dropout import EMBEDDING_SITE, Dropout
 from megagpt.model.loss import PLAIN, LossTerms, vocab_parallel_cross_entropy
 from megagpt.model.norm import Norm
 from megagpt.model.position import POSITIONS
 from megagpt.model.stream import Cache, Stream
-from megagpt.ops.status import Status
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.embedding import VocabParallelEmbedding, vocab_parallel_logits
 from megagpt.parallel.parameter import Declared, part_of
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 
 class Embedding(nn.Module):
@@ -41,8 +41,8 @@ class Embedding(nn.Module):
         self.norm = Norm(config, declared.at("norm"), kernels) if config.embedding_norm else None
         self.dropout = Dropout(config.dropout_embedding, declared.seed, EMBEDDING_SITE, kernels)
 
-    def forward(self, inputs: Stream | tuple[Tensor, ...]) -> Stream:
-        stream = Stream(*inputs)
+    def forward(self, inputs: Stream | tuple[Tensor, Tensor]) -> Stream:
+        stream = Stream.of(inputs)
         x_BTD = self.position.embed(self.tokens(stream.x), stream.positions_BT, self.positions)
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
@@ -76,7 +76,7 @@ class Head(nn.Module):
             self.tokens = VocabParallelEmbedding(declared.at("tokens"), axis)
         self.bias = declared.make_if_any("bias", axis)
 
-    def forward(self, inputs: Stream | tuple[Tensor, ...]) -> Tensor:
+    def forward(self, inputs: Stream | tuple[Tensor, Tensor]) -> Tensor:
         x_BTD = inputs[0]
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
         x_BTD = x_BTD if self.scale == 1.0 else x_BTD * self.scale
@@ -104,28 +104,9 @@ class Head(nn.Module):
         return loss_BT.mean()
 
 
-def ops_used(config: ModelConfig, kernels: Kernels) -> list[str]:
-    """The ops of megagpt/ops that training such a model calls."""
-    attention_drops = config.dropout_attention > 0
-    runs = attention_runs(kernels["attention"], config.position, attention_drops)
-    ops = ["norm", "activation", "bias_dropout_add", "cross_entropy"]
-    ops += ["softmax"] if IMPLEMENTATIONS[runs].keeps_probabilities else []
-    ops += ["dropout"] if attention_drops or config.dropout_embedding > 0 else []
-    return [*ops, *POSITIONS[config.position].ops]
-
-
-def attention_status(config: ModelConfig, kernels: Kernels) -> Status:
-    """Which attention runs in training, and why: for the start-up table."""
-    choice, dropout = kernels["attention"], config.dropout_attention
-    runs = attention_runs(choice, config.position, dropout > 0)
-    lacks = attention_lacks("sdpa", config.position, dropout)
-    why = f"torch's has no {lacks}" if lacks else "has all that is needed"
-    return Status("attention", IMPLEMENTATIONS[runs].title, why if choice == "auto" else "asked for")
-
-
 @dataclass(frozen=True)
 class Layer:
-    """One entry of the layer list: what it declares, and how to build it (so that a stage builds only its own)."""
+    """One entry of the layer list: how to build it (so that a stage builds only its own)."""
 
     name: str
     kind: type[nn.Module]
@@ -174,6 +155,8 @@ class GPT(nn.Module):
         positions_BT: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
+        if cache is not None and positions_BT is None:
+            raise ValueError("got a cache without positions_BT; wanted where the tokens stand in their texts")
         if sample_ids_B is None:  # only dropout looks at them
             sample_ids_B = torch.zeros(len(tokens_BT), dtype=torch.int64, device=tokens_BT.device)
         stream = self.embedding(Stream(tokens_BT, sample_ids_B, positions_BT, cache))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from torch import Tensor, nn
 
-from megagpt.config import ModelConfig
 from megagpt.config.kernels import AUTO, Kernels
 from megagpt.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.parameter import Declared
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 
 class Norm(nn.Module):

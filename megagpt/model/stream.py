@@ -19,12 +19,12 @@ class Cache:
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add these; returns all keys, values and positions of the layer so far: (B, G, S, K) twice, (B, S)."""
-        new = (k_BGTK, v_BGTK, positions_BT)
         if layer in self.layers:
-            before = self.layers[layer]
-            new = tuple(torch.cat(pair, dim=-2 if pair[0].dim() == 4 else -1) for pair in zip(before, new, strict=True))
-        self.layers[layer] = new
-        return new
+            k_before, v_before, positions_before = self.layers[layer]
+            k_BGTK, v_BGTK = torch.cat((k_before, k_BGTK), dim=2), torch.cat((v_before, v_BGTK), dim=2)
+            positions_BT = torch.cat((positions_before, positions_BT), dim=1)
+        self.layers[layer] = k_BGTK, v_BGTK, positions_BT
+        return self.layers[layer]
 
 
 class Stream(NamedTuple):
@@ -40,6 +40,11 @@ class Stream(NamedTuple):
     sample_ids_B: Tensor  # noqa: N815
     positions_BT: Tensor | None = None  # noqa: N815
     cache: Cache | None = None
+
+    @staticmethod
+    def of(inputs: Stream | tuple[Tensor, Tensor]) -> Stream:
+        """From what a layer is handed: a pipeline stage passes plain tuples."""
+        return inputs if isinstance(inputs, Stream) else Stream(*inputs)
 
     @property
     def wire(self) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megagpt.checkpoint.pieces import AVERAGE
+from megagpt.inventory.parameter import AVERAGE
 from megagpt.optim import OPTIMIZERS
 
 if TYPE_CHECKING:

@@ -72,9 +72,9 @@ def _tagged(local: Tensor, part: Part) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class Declared:
-    """What a module, or one inside of it, declares: what it makes its parameters from.
+    """What a module makes its parameters from: those that its layer declares under the module's name.
 
-    name: its canonical name.  parameters: by their names within it.
+    name: canonical, of the module.  parameters: by their names within it.  seed: of the run, for the first values.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Declared:
     seed: int = 0
 
     def at(self, part: str) -> Declared:
-        """What a part of it declares; nothing where there is no such part."""
+        """The same of a module inside of it; with no parameters where there is no such module."""
         inside = {n.removeprefix(f"{part}."): p for n, p in self.parameters.items() if n.startswith(f"{part}.")}
         return Declared(f"{self.name}.{part}", inside, self.seed)
 

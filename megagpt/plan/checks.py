@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from megagpt.config import ModelConfig, RunConfig, divisors, require
-from megagpt.config.kernels import attention_lacks
+from megagpt.config import ModelConfig, RunConfig
 from megagpt.config.train import MAX_INCREMENTS
-from megagpt.errors import UserError
+from megagpt.errors import UserError, divisors, require
+from megagpt.inventory.attention import attention_lacks
 from megagpt.model.mlp import MLPS
 from megagpt.schedule import Schedule
 

@@ -6,9 +6,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from megagpt.config.checks import require
 from megagpt.config.values import Partition
-from megagpt.errors import UserError
+from megagpt.errors import UserError, require
 from megagpt.inventory.layers import Layer
 
 

@@ -18,11 +18,11 @@ from megagpt.checkpoint.save import Saver
 from megagpt.checkpoint.state import State
 from megagpt.config import RunConfig, plain
 from megagpt.data.indexed.blend import Samples, sources
+from megagpt.data.indexed.index_builder import fallback_note
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.data.opened import OpenedData
 from megagpt.errors import Stopped
-from megagpt.model.gpt import attention_status, ops_used
-from megagpt.ops.status import check_kernels, kernel_rows
+from megagpt.model.kernels import attention_status, check_kernels, kernel_rows, ops_used
 from megagpt.plan.plan import make_plan
 from megagpt.plan.table import config_table, plan_table
 from megagpt.processes.agree import together
@@ -157,6 +157,8 @@ def _say_what_runs(run: Run, engine: Engine, report: Reporter) -> None:
     rows = kernel_rows(kernels, ops_used(config.model, kernels), engine.device.type)
     report.show(kernel_table([*rows, attention_status(config.model, kernels)]))
     report.message(f"optimizer: {engine.backend.optimizer_name}")
+    if note := fallback_note():
+        report.message(note)
     for dataset in sources(run.train_samples):
         if dataset.meta is None:
             report.message(

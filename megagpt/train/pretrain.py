@@ -21,11 +21,11 @@ from pathlib import Path
 import psutil
 
 from megagpt.cli import parse_run_config
-from megagpt.config import RunConfig, require
+from megagpt.config import RunConfig
 from megagpt.config.values import DataPath
 from megagpt.data.opened import OpenedData
 from megagpt.data.text.corpus import default_cache_dir, default_corpus
-from megagpt.errors import EXIT_PEER_LOST, UserError, run_cli
+from megagpt.errors import EXIT_PEER_LOST, UserError, require, run_cli
 from megagpt.plan.plan import make_plan
 
 # What would misinform the ranks that this program starts. torchrun's last one is a trap: rank 0 would not open the

@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint.load import find_whole
-from megagpt.checkpoint.state import check_resumable, read_state
+from megagpt.checkpoint.load import check_resumable, find_whole
+from megagpt.checkpoint.state import read_state
 from megagpt.cli import to_yaml
 from megagpt.config import RunConfig
 from megagpt.data.indexed.blend import Samples, build_splits, sources
@@ -24,9 +24,11 @@ from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.files import replace_text
 from megagpt.parallel.mesh import Mesh
-from megagpt.plan.plan import Plan
 from megagpt.processes.agree import together
 from megagpt.schedule import Schedule
+
+if TYPE_CHECKING:
+    from megagpt.plan.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.integrity import damage_of
-from megagpt.checkpoint.load import find_whole
-from megagpt.checkpoint.pieces import WEIGHT
+from megagpt.checkpoint.load import check_resumable, find_whole
 from megagpt.checkpoint.save import Saver, assign_writers
-from megagpt.checkpoint.state import State, check_resumable, read_state
+from megagpt.checkpoint.state import State, read_state
 from megagpt.config import CheckpointConfig, ModelConfig, RunConfig, plain
 from megagpt.errors import UserError
+from megagpt.inventory.parameter import WEIGHT
 from megagpt.processes.agree import RankError
 from megagpt.processes.local import run_ranks
 from megagpt.train.step.engine import Engine

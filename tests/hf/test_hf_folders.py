@@ -25,6 +25,7 @@ from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import read_state
 from megagpt.cli import read_config
 from megagpt.config import DataConfig, ParallelConfig, RunConfig, TrainConfig, plain
+from megagpt.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megagpt.data.tokenizers.tokenizer import tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.generate.sample import generate
@@ -296,7 +297,7 @@ def test_tokenizers_of_other_architectures(
 def test_a_tokenizer_that_transformers_reads_otherwise_is_left_out(
     tmp_path: Path, sentencepiece_data: DataConfig, monkeypatch
 ):
-    monkeypatch.setitem(hf_export.SETTINGS, "sentencepiece", {"tokenizer_class": "LlamaTokenizer"})
+    monkeypatch.setattr(SentencePieceTokenizer, "transformers_settings", {"tokenizer_class": "LlamaTokenizer"})
     model = replace(MODEL, vocab_size=600)
     config = plain(RunConfig(model=model, data=sentencepiece_data))
     write_checkpoint(tmp_path / "run", 0, {"weight": gpt2_tensors(model)}, config=config)

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.compare import differing_tensors
-from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
+from megagpt.checkpoint.load import check_resumable
+from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.save import Saver
-from megagpt.checkpoint.state import State, check_resumable
+from megagpt.checkpoint.state import State
 from megagpt.config import CheckpointConfig, ModelConfig, OptimConfig, RunConfig, plain
 from megagpt.errors import UserError
+from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.optim import segments
 from megagpt.processes.local import run_ranks
 from megagpt.train.step.engine import Engine

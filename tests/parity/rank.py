@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.config import RunConfig
 from megagpt.data.loader import MicroBatch, micro_batches
+from megagpt.inventory.parameter import WEIGHT
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.mesh import build_mesh
 from megagpt.parallel.parameter import Named

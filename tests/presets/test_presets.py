@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import math
 import re
@@ -82,6 +83,7 @@ TOKENS = {  # of the whole run, as published; GPT-1 and GPT-2 never were, PaLM's
 }
 
 
+@functools.cache
 def load(name: str) -> RunConfig:
     return parse_run_config(["--preset", name])
 
@@ -133,10 +135,9 @@ def transformers_model(name: str, model: ModelConfig) -> tuple[str, dict]:
     return "GPT2", {**sizes, "vocab_size": model.vocab}
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in MODELS if n.startswith(("gpt1", "gpt2", "gpt3", "jur", "mt-", "meg", "ll"))]
-)
+@pytest.mark.parametrize("name", ["gpt1", "gpt2-small", "gpt3-small", "jurassic-1-large", "megatron-8.3b", "llama-7b"])
 def test_transformers_counts_the_same(name):
+    """One of each family: the others differ in sizes only, and their numbers are held to what was published."""
     transformers = pytest.importorskip("transformers")
     kind, arguments = transformers_model(name, load(name).model)
     with torch.device("meta"):
@@ -177,6 +178,10 @@ def test_a_preset_names_its_source_and_can_be_cut(name):
     first_line, *rest = preset_path(name).read_text().splitlines()
     assert first_line.startswith("# ")
     assert rest[0].startswith("# ")
+    if name != "tiny":
+        header = read_header(name)
+        assert header.source.endswith(".") and len(header.source) > 20
+        assert header.layout is not None or header.n_params < 1e9
     assert config.model.n_layers >= 4  # pp 4
     assert config.optim.warmup_steps < config.train.train_steps
 

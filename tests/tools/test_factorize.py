@@ -14,21 +14,22 @@ import numpy as np
 import pytest
 import torch
 
-from megagpt.adapt.factorised_run import write_factorised
+from megagpt.adapt.factorise import write_factorised
 from megagpt.checkpoint.folders import find
 from megagpt.checkpoint.integrity import damage_of
 from megagpt.checkpoint.load import load_weights
-from megagpt.checkpoint.pieces import WEIGHT, Reader
+from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import read_state
 from megagpt.cli import read_config
 from megagpt.config import ModelConfig, RunConfig, plain
 from megagpt.data.text.prepare import TokenizerFiles, prepare
 from megagpt.errors import UserError
+from megagpt.inventory.parameter import WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.processes.local import warm_up
 from tests.checkpoint.written_checkpoint import MODEL, gpt2_tensors, write_checkpoint
-from tests.model.plain_factorised import monarch_dense
+from tests.model.mlp.plain_factorised import monarch_dense
 from tests.soak.ranks import start
 
 ROOT = Path(__file__).parents[2]

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.config import ModelConfig, OptimConfig, RunConfig
 from megagpt.errors import UserError
 from megagpt.hf import hf_config
+from megagpt.inventory.parameter import WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.optim.build import build_optimizer
 from megagpt.parallel.axis import SINGLE

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from megagpt.config import ModelConfig
-from megagpt.config.kernels import AUTO, Kernels, attention_lacks, attention_runs
+from megagpt.config.kernels import AUTO, Kernels
+from megagpt.inventory.attention import attention_lacks, attention_runs
 from megagpt.model.attention import IMPLEMENTATIONS
 from megagpt.model.attention.masks import Masks
 from megagpt.model.attention.steps import grouped_scores, weighted_values
@@ -24,13 +25,16 @@ from megagpt.parallel.axis import Axis
 from megagpt.parallel.linear import SUMMED, ColumnParallelLinear, Edges, Epilogue, HeadsLinear, RowParallelLinear
 from megagpt.parallel.parameter import Declared
 
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
+
 
 class Attention(nn.Module):
     """softmax(q kᵀ / √K + position bias, masked) v per head, then a projection back to the residual stream.
 
     Where each query head has keys of its own, qkv.weight holds them head by head, [q, k, v] within a head; else
     q.weight holds the queries, kv.weight the others, [k, v] within a head: so a range of rows is one rank's heads.
-    Shapes: (x_BTD, ids) → y_BTD.  Comm: `edges.enter` of x and `edges.leave` of y; and see `HeadsLinear`.
+    Shapes: stream of x_BTD → y_BTD.  Comm: `edges.enter` of x and `edges.leave` of y; and see `HeadsLinear`.
     Source: Vaswani et al. 2017; Shoeybi et al. 2019, section 3; Ainslie et al. 2023 (grouped queries).
     Raises ValueError for a kernel that lacks what the configuration asks for.
     """
@@ -97,7 +101,10 @@ class Attention(nn.Module):
         return self.position.turn(x_BTGXK, positions_BT, n_turned, self.rotary_kernels)
 
     def _attend_anywhere(self, stream: Stream, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
-        """Of tokens at any positions, and of those in the cache: plain PyTorch, for decoding and for packed texts."""
+        """Of queries at any positions, to their own keys and those in the cache: plain PyTorch, for decoding.
+
+        A key is seen by where it stands: positions that come twice in a row of the batch see each other's keys.
+        """
         queries_BT = keys_BS = stream.positions_BT
         assert queries_BT is not None and keys_BS is not None
         if self.dropout.active:

@@ -1,15 +1,21 @@
-"""The masks of a layer's pattern, as each implementation of attention wants them; those of the last length are kept.
+"""The masks of a layer's pattern, as each implementation of attention wants them; those of the last call are kept.
 
-Shapes: T time.
+Shapes: T queries, S keys.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from megagpt.config.pattern import Pattern
+if TYPE_CHECKING:
+    from megagpt.config.pattern import Pattern
+
+if TYPE_CHECKING:
+    from megagpt.model.attention.patterns.kind import Predicate
 
 
 class Masks:
@@ -17,6 +23,7 @@ class Masks:
 
     def __init__(self, pattern: Pattern, layer: int, seq_len: int) -> None:
         self.pattern, self.rule, self.layer, self.seq_len = pattern, pattern.rule, layer, seq_len
+        self.predicates: dict[torch.device, Predicate] = {}  # one may draw blocks, which decoding needs at each token
         self.kept_dense: tuple[int, torch.device, Tensor] | None = None
         self.kept_blocks: tuple[int, torch.device, BlockMask] | None = None
 
@@ -32,12 +39,16 @@ class Masks:
         """FlexAttention's mask, which knows the blocks that it can skip."""
         kept = self.kept_blocks
         if kept is None or kept[:2] != (T, device):
-            predicate = self.rule.predicate(self.layer, self.seq_len, device)
+            predicate = self._predicate(device)
             mask = create_block_mask(lambda b, h, q, k: predicate(q, k), None, None, T, T, device=str(device))
             self.kept_blocks = kept = (T, device, mask)
         return kept[2]
 
     def between(self, queries: Tensor, keys: Tensor) -> Tensor:
         """For queries and keys at any positions.  Shapes: (…, T) and (…, S) int64 → (…, T, S) bool."""
-        predicate = self.rule.predicate(self.layer, self.seq_len, queries.device)
-        return predicate(queries.unsqueeze(-1), keys.unsqueeze(-2))
+        return self._predicate(queries.device)(queries.unsqueeze(-1), keys.unsqueeze(-2))
+
+    def _predicate(self, device: torch.device) -> Predicate:
+        if device not in self.predicates:
+            self.predicates[device] = self.rule.predicate(self.layer, self.seq_len, device)
+        return self.predicates[device]

@@ -24,10 +24,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megagpt.config.checks import divisors, require
+from megagpt.errors import divisors, require
 from megagpt.inventory.parameter import Init, Kept, Parameter, Parameters
-from megagpt.model.mlp.kind import Direction, Product, Weights, truncated
-from megagpt.model.mlp.monarch import grid_product
+from megagpt.model.mlp.kind import Direction, Product, Weights, grid_product, truncated
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from megagpt.config.checks import divisors, require
+from megagpt.errors import divisors, require
 from megagpt.inventory.init import matrix_std, residual_std
 from megagpt.inventory.parameter import ZEROS, Kept, Parameter, Parameters, column, row
 
@@ -31,7 +31,8 @@ Weights = Mapping[str, "Tensor"]
 class Dense:
     """W itself.
 
-    settings: how the names of the settings begin that play a part.  is_product: whether W is a product of parameters.
+    settings: those of ModelConfig that this kind alone has.  is_product: whether W is a product of parameters.
+    packs: 2 for a gated unit, whose up matrices stand side by side, else 1.  packed: the dim that this puts in front.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
@@ -128,3 +129,19 @@ def truncated(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     right = vectors.transpose(-2, -1) @ weight
     root = right.norm(dim=-1, keepdim=True).sqrt()
     return vectors * root.transpose(-2, -1), right / root.clamp_min(torch.finfo(root.dtype).tiny)
+
+
+def grid_product(x_I: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """x (*, K W), first (K, J R, W), second (J, H, K R) → y (*, J H): two block-diagonal factors, L Pᵀ R x.
+
+    Source: Dao et al. 2022, section 3.1.
+    """
+    import torch  # likewise
+
+    K, _, W = first.shape
+    J, H, _ = second.shape
+    x_KNW = x_I.reshape(-1, K, W).transpose(0, 1)
+    z_KNJR = torch.bmm(x_KNW, first.transpose(1, 2)).unflatten(2, (J, -1))
+    z_JNKR = z_KNJR.permute(2, 1, 0, 3).flatten(2)
+    y_JNH = torch.bmm(z_JNKR, second.transpose(1, 2))
+    return y_JNH.transpose(0, 1).reshape(*x_I.shape[:-1], J * H)

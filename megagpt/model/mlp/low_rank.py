@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megagpt.config.checks import require
+from megagpt.errors import require
 from megagpt.inventory.parameter import Init, Kept, Parameter, Parameters
 from megagpt.model.mlp.kind import Direction, Product, Weights, factor_stds, truncated
 
@@ -38,12 +38,8 @@ class LowRank(Product):
 
     def check(self) -> None:
         D, F, rank = self.model.d_model, self.model.ff_width, self.model.mlp_rank
-        require(
-            rank is not None,
-            f"model.mlp=low_rank with model.mlp_rank={rank}",
-            "needs mlp_rank",
-            "give mlp_rank, such as 8",
-        )
+        got = f"model.mlp=low_rank with model.mlp_rank={rank}"
+        require(rank is not None, got, "needs mlp_rank", "give mlp_rank, such as 8", "model.mlp")
         require(
             self.rank <= min(D, F),
             f"model.mlp_rank={rank}",

@@ -5,9 +5,10 @@ Shapes: I inputs, O outputs, _local a shard over the axis.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
-from megagpt.config import ModelConfig
 from megagpt.config.kernels import AUTO, Kernels
 from megagpt.model.mlp import MLPS
 from megagpt.model.mlp.kind import Direction, Product
@@ -15,6 +16,9 @@ from megagpt.ops.activation import Kind, activation
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.linear import OPEN, SUMMED, ColumnParallelLinear, Edges, Epilogue, RowParallelLinear
 from megagpt.parallel.parameter import Declared
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 GATES: dict[str, Kind] = {"swiglu": "silu", "geglu": "gelu"}  # what a gated unit does to its gate
 

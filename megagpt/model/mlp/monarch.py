@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megagpt.config.checks import divisors, require
+from megagpt.errors import divisors, require
 from megagpt.inventory.parameter import Init, Kept, Parameter, Parameters
-from megagpt.model.mlp.kind import Direction, Product, Weights, factor_stds, truncated
+from megagpt.model.mlp.kind import Direction, Product, Weights, factor_stds, grid_product, truncated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,8 +63,9 @@ class Monarch(Product):
 
     def grid(self, direction: Direction) -> Grid:
         """Of either matrix."""
-        sides = (self.model.d_model, self.model.ff_width)
-        return monarch_grid(*(sides if direction == "up" else sides[::-1]), self.blocks)
+        D, F = self.model.d_model, self.model.ff_width
+        n_inputs, n_outputs = (D, F) if direction == "up" else (F, D)
+        return monarch_grid(n_inputs, n_outputs, self.blocks)
 
     def check(self) -> None:
         D, F, blocks = self.model.d_model, self.model.ff_width, self.model.mlp_blocks
@@ -117,16 +118,3 @@ class Monarch(Product):
             firsts.append(right_KRW)
             seconds.append(left_KHR.transpose(0, 1).flatten(1))
         return {"first": torch.cat(firsts, dim=1), "second": torch.stack(seconds)}
-
-
-def grid_product(x_I: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """x (*, K W), first (K, J R, W), second (J, H, K R) → y (*, J H): the paper's L Pᵀ R x."""
-    import torch  # likewise
-
-    K, _, W = first.shape
-    J, H, _ = second.shape
-    x_KNW = x_I.reshape(-1, K, W).transpose(0, 1)
-    z_KNJR = torch.bmm(x_KNW, first.transpose(1, 2)).unflatten(2, (J, -1))
-    z_JNKR = z_KNJR.permute(2, 1, 0, 3).flatten(2)
-    y_JNH = torch.bmm(z_JNKR, second.transpose(1, 2))
-    return y_JNH.transpose(0, 1).reshape(*x_I.shape[:-1], J * H)

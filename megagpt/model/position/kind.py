@@ -1,7 +1,10 @@
-"""What a kind of position says of itself, and where it takes part in the arithmetic.
+"""What a kind of position declares, and where it takes part in the arithmetic.
 
-A kind is one file beside this one: its settings' checks, what it declares, and how it computes. Torch is imported where
-it computes, so that a plan reads what it declares on a machine without it. `__init__.py` lists the kinds.
+A kind is one file beside this one (its settings' checks, what it declares, how it computes) and a line of POSITIONS.
+Torch is imported where it computes, so that a plan reads what it declares without it.
+
+Shapes: B batch, T queries, S keys, D model, H this rank's heads, G its heads of keys and values, K head width, X what
+is packed side by side within a head: [q, k, v], [q] or [k, v].
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ if TYPE_CHECKING:
 class Position:
     """No position information, in one layer of one model; kinds override what they have.
 
-    settings: how the names of the settings begin that play a part.  adds: what it adds to attention's scores, which
-    not every attention has a place for: "slopes" times the distance, a "bias" of each head, or all that is "relative".
-    part: the name that its parameters have within attention.  score_products: products of queries with T keys, that of
-    the probabilities with the values included.  ops: of megagpt/ops that it calls.  period: after how many layers it
-    repeats itself.
+    settings: how the names of the settings that it reads begin.
+    adds: what it adds to attention's scores, which not every implementation has a place for: "slopes" times the
+    distance; a learned "bias"; or "relative", where it computes the scores itself.
+    part: the name of its parameters within attention; "" where it has none there.
+    score_products: products of T x T x K that a head takes, that of the probabilities with the values included.
+    ops: those of megagpt/ops that it calls.
+    period: after how many layers what it declares repeats itself.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
@@ -54,15 +59,15 @@ class Position:
         return ()
 
     def embed(self, x_BTD: Tensor, positions_BT: Tensor | None, table: Tensor | None) -> Tensor:
-        """The embedded tokens with their positions (None: 0 … T - 1). table: its parameter there, if it has one."""
+        """The embedded tokens with their positions (None: 0 … T - 1). table: `embedding_parameters`' "positions"."""
         return x_BTD
 
     def turn(self, x_BTGXK: Tensor, positions_BT: Tensor | None, n_turned: int | None, kernels: str) -> Tensor:
-        """Queries and keys with their positions: of the X heads of a group the first n_turned (None: all but one)."""
+        """Queries and keys with their positions: the first n_turned of X (None: all but the last, the values)."""
         return x_BTGXK
 
     def slopes(self, heads: range, device: torch.device) -> Tensor | None:
-        """What scores lose for each token of distance.  Shapes: → (H) float32."""
+        """What scores lose for each token of distance; None where they lose nothing.  Shapes: → (H) float32."""
         return None
 
     def bias(self, weights: Mapping[str, Tensor], n_tokens: int) -> Tensor:
@@ -70,14 +75,18 @@ class Position:
         raise NotImplementedError
 
     def relative(self, weights: Mapping[str, Tensor], q_BHTK: Tensor, k_BGTK: Tensor) -> Tensor:
-        """The scores themselves, of queries and keys at 0 … T - 1.  Shapes: → (B, H, T, T), right where k <= q."""
+        """The scores, not yet divided by √K, of queries and keys at 0 … T - 1.
+
+        Shapes: → (B, H, T, T), right where k <= q.
+        """
         raise NotImplementedError
 
     def added(
         self, weights: Mapping[str, Tensor], q_BHTK: Tensor, k_BGSK: Tensor, distance_BTS: Tensor, heads: range
     ) -> Tensor:
-        """What is added to the scaled scores of queries and keys that lie anywhere: the distance is query - key.
+        """What is added to q kᵀ / √K where queries and keys lie anywhere: distances are of positions, query - key.
 
+        heads: which of all heads these are.
         Shapes: → broadcasts to (B, H, T, S), right where the distance is not negative.
         """
         raise NotImplementedError

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megagpt.config.checks import require
+from megagpt.errors import require
 from megagpt.model.position.kind import Position
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from megagpt.config.checks import require
+from megagpt.errors import require
 from megagpt.inventory.init import matrix_init
 from megagpt.inventory.parameter import Parameter, Parameters
 from megagpt.model.position.kind import Position
+from megagpt.model.position.transformer_xl import shift
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +42,6 @@ class T5(Position):
 
     def bias(self, weights: Mapping[str, Tensor], n_tokens: int) -> Tensor:
         import torch  # computes: what is declared is read without it
-
-        from megagpt.model.position.transformer_xl import shift  # likewise
 
         weight = weights["weight"]
         distance_T = torch.arange(n_tokens - 1, -1, -1, device=weight.device)

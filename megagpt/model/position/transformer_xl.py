@@ -1,4 +1,4 @@
-"""Transformer-XL: scores (q_i + u) · k_j + (q_i + v) · W r_{i-j}, r a sinusoid of the distance, u, v and W learned.
+"""Transformer-XL: scores (q_i + u) · k_j + (q_i + v) · W r_{i-j}, r a sinusoid of the distance; u, v, W are learned.
 
 Source: Dai et al. 2019, section 3.3 and appendix B (the shift).
 """
@@ -78,7 +78,7 @@ def shift(x_TT: Tensor) -> Tensor:
     is cut into again, and each begins one element later than the last one.
     Shapes: (…, T, T) → (…, T, T).  Source: Dai et al. 2019, appendix B.
     """
-    import torch.nn.functional as F  # likewise
+    import torch.nn.functional as F  # computes: what is declared is read without torch
 
     T = x_TT.shape[-1]
     return F.pad(x_TT, (1, 0)).flatten(-2)[..., T:].unflatten(-1, (T, T))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,7 +12,9 @@ from megagpt.errors import UserError
 from megagpt.inventory.layers import TIED
 from megagpt.parallel.axis import Axis
 from megagpt.processes.agree import together
-from megagpt.train.step.engine import Engine
+
+if TYPE_CHECKING:
+    from megagpt.train.step.engine import Engine
 
 
 def check_ranks(engine: Engine, step: int) -> None:

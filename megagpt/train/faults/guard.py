@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -21,7 +21,9 @@ from megagpt.train.faults import spikes
 from megagpt.train.faults.blame import Sighting, retry_under_watch, weight_not_finite
 from megagpt.train.faults.notes import FaultNotes, Rewind, add_rewind, read_rewinds
 from megagpt.train.faults.spikes import History, Spike
-from megagpt.train.step.engine import Engine, StepResult
+
+if TYPE_CHECKING:
+    from megagpt.train.step.engine import Engine, StepResult
 
 Batches = Callable[[int], Iterator[MicroBatch]]
 """This rank's micro-batches of a step, counted from 0, as often as they are asked for."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.pieces import AVERAGE, WEIGHT
 from megagpt.config import OptimConfig
+from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.optim.mesh_optimizer import MeshOptimizer
 from megagpt.optim.rules import rule_of, statistic_shape
 from megagpt.optim.segments import Segment

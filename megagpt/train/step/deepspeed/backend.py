@@ -6,7 +6,7 @@ import contextlib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -26,12 +26,14 @@ from megagpt.optim.segments import Segment
 from megagpt.parallel.collectives import all_reduce
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.parameter import Named, named_parameters
-from megagpt.plan.plan import Plan
 from megagpt.train.step.backend import SKIPPED, Backend, Outcome
 from megagpt.train.step.deepspeed import zero
 from megagpt.train.step.deepspeed.settings import deepspeed_settings
 from megagpt.train.step.deepspeed.stages import GPTStage, loss_terms
 from megagpt.train.step.grad_norm import clip, global_grad_norm, nan_to_gradient
+
+if TYPE_CHECKING:
+    from megagpt.plan.plan import Plan
 
 SCALER = (
     "cur_scale",

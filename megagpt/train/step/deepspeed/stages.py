@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from typing import TYPE_CHECKING
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -16,8 +17,10 @@ from megagpt.model.loss import PLAIN, LossTerms
 from megagpt.model.stream import Stream
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.parameter import Named
-from megagpt.plan.plan import Plan
 from megagpt.train.step.grad_norm import nan_to_gradient
+
+if TYPE_CHECKING:
+    from megagpt.plan.plan import Plan
 
 
 class GPTStage(PipelineModule):

@@ -7,19 +7,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megagpt.model.init import Init
-from megagpt.model.relative import T5Buckets, TransformerXL, bucket, shift
 from torch import Tensor
 
 from megagpt.config import ModelConfig
-from megagpt.model.attention import Attention
+from megagpt.inventory import layers as inventory
+from megagpt.model.attention.attention import Attention
+from megagpt.model.position.t5 import bucket
+from megagpt.model.position.transformer_xl import shift
+from megagpt.model.stream import Stream
 from megagpt.parallel.axis import SINGLE
+from megagpt.parallel.parameter import Declared
 from tests.tolerances import assert_close, assert_equal
 
 XL = ModelConfig(
     n_layers=1, d_model=20, n_heads=4, d_head=6, seq_len=16, vocab_size=7, position="transformer_xl", init_std=0.5
 )
 T5 = replace(XL, position="t5", t5_buckets=8, t5_max_distance=12)
+
+
+def attention(config: ModelConfig) -> Attention:
+    return Attention(config, 0, SINGLE, Declared("a", inventory.attention(config, 0), seed=1))
 
 
 def reach(T: int) -> Tensor:
@@ -31,7 +38,8 @@ def reach(T: int) -> Tensor:
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 def test_transformer_xl_scores_are_the_sum_of_four_terms(T, n_kv_heads):
     """Dai et al. 2019, section 3.3: each score by itself."""
-    relative = TransformerXL(XL, SINGLE, Init(XL, 3), "relative").double()
+    module = attention(XL).double()
+    relative = module.get_submodule("relative")
     q_BHTK = torch.randn(2, 4, T, 6, dtype=torch.float64, requires_grad=True)
     k_BGTK = torch.randn(2, n_kv_heads, T, 6, dtype=torch.float64, requires_grad=True)
     leaves = [q_BHTK, k_BGTK, *relative.parameters()]
@@ -50,7 +58,7 @@ def test_transformer_xl_scores_are_the_sum_of_four_terms(T, n_kv_heads):
                     q, k, r = q_BHTK[b, h, i], k_TK[h // (4 // n_kv_heads), j], sinusoid(i - j)
                     rows.append(q @ k + q @ (W @ r) + u @ k + v @ (W @ r))
     expected = torch.stack(rows)
-    scores = relative(q_BHTK, k_BGTK)[:, :, reach(T)].flatten()
+    scores = module.learned(module.position.relative, q_BHTK, k_BGTK)[:, :, reach(T)].flatten()
     assert_close(scores, expected)
     dy = torch.randn_like(expected)
     ours, theirs = (torch.autograd.grad(x, leaves, dy, retain_graph=True) for x in (scores, expected))
@@ -61,8 +69,7 @@ def test_transformer_xl_scores_are_the_sum_of_four_terms(T, n_kv_heads):
 def test_transformer_xl_has_a_projection_more():
     """13 · L · d² parameters in all (Gopher's sizes): 12 and the projection of distances."""
     square = replace(XL, d_model=24)
-    attention = Attention(square, 0, SINGLE, Init(square), "a")
-    assert {n: tuple(p.shape) for n, p in attention.named_parameters() if "relative" in n} == {
+    assert {n: tuple(p.shape) for n, p in attention(square).named_parameters() if "relative" in n} == {
         "relative.weight": (24, 24),
         "relative.content_bias": (4, 6),
         "relative.position_bias": (4, 6),
@@ -109,30 +116,31 @@ def test_t5_attention_is_transformers_own(T):
         layer_idx=0,
     ).double()
     config = replace(T5, bias_attention=False)
-    ours = Attention(config, 0, SINGLE, Init(config, 1), "a").double()
-    assert ours.qkv is not None and ours.buckets is not None
+    ours = attention(config).double()
+    assert ours.qkv is not None
+    buckets = ours.get_parameter("buckets.weight")
     with torch.no_grad():
         q, k, v = ours.qkv.weight.view(4, 3, 6, 20).transpose(0, 1).reshape(3, 24, 20)
         theirs.q.weight.copy_(q / math.sqrt(6))
         theirs.k.weight.copy_(k)
         theirs.v.weight.copy_(v)
         theirs.o.weight.copy_(ours.out.weight)
-        theirs.relative_attention_bias.weight.copy_(ours.buckets.weight)
+        theirs.relative_attention_bias.weight.copy_(buckets)
     x_BTD = torch.randn(2, T, 20, dtype=torch.float64)
     mask = torch.zeros(1, 1, T, T, dtype=torch.float64).masked_fill(~reach(T), -torch.inf)
     expected = theirs(x_BTD, mask=mask)[0]
-    y_BTD = ours(x_BTD, torch.arange(2))
+    y_BTD = ours(Stream(x_BTD, torch.arange(2)))
     assert_close(y_BTD, expected)
     dy = torch.randn_like(expected)
-    (grad,) = torch.autograd.grad(y_BTD, [ours.buckets.weight], dy)
+    (grad,) = torch.autograd.grad(y_BTD, [buckets], dy)
     (wanted,) = torch.autograd.grad(expected, [theirs.relative_attention_bias.weight], dy)
     assert_close(grad, wanted, "gradient of the buckets")
 
 
 def test_t5_bias_is_a_row_of_its_table():
-    buckets = T5Buckets(T5, SINGLE, Init(T5, 1), "buckets")
-    bias_HTT = buckets(16)
+    module = attention(T5)
+    bias_HTT = module.learned(module.position.bias, 16)
     for i in range(16):
         for j in range(i + 1):
             row = bucket(torch.tensor(i - j), 8, 12)
-            assert_equal(bias_HTT[:, i, j], buckets.weight[row])
+            assert_equal(bias_HTT[:, i, j], module.get_parameter("buckets.weight")[row])

@@ -1,4 +1,4 @@
-"""Factorised MLP matrices against dense ones, on one process and over the model axis."""
+"""Each kind of MLP matrices against the matrices written out, on one process and over the model axis."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megagpt.inventory.factorised_sizes import check_mlp, mlp_kept_width, mlp_matrix_flops, mlp_matrix_params
-from megagpt.model.factorised import down_matrix, up_matrix
-from megagpt.model.init import Init
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.config import ModelConfig
 from megagpt.errors import UserError
+from megagpt.inventory.parameter import Parameters, kept_numbers
+from megagpt.model.mlp import MLPS
+from megagpt.model.mlp.kind import Direction, truncated
+from megagpt.model.mlp.mlp import mlp_matrix
 from megagpt.parallel.axis import SINGLE, Axis
+from megagpt.parallel.linear import OPEN
 from megagpt.parallel.mesh import build_mesh
-from megagpt.parallel.parameter import NamedNormal, part_of
+from megagpt.parallel.parameter import Declared
 from megagpt.processes.local import run_ranks
 from tests.logical import Parts, assemble, gradient_parts
-from tests.model.plain_factorised import butterfly_dense, monarch_dense
+from tests.model.mlp.plain_factorised import butterfly_dense, monarch_dense
 from tests.parity.walk import REFERENCE, Layout, compare, parity_config, require_lively, run_layout
 from tests.tolerances import assert_close, assert_equal
 
 # d_model is no power of two; d_ff fills neither whole butterflies nor, with 40, whole groups of their units.
-BASE = ModelConfig(n_layers=1, d_model=12, n_heads=4, d_ff=48, seq_len=8, vocab_size=32)
+BASE = ModelConfig(n_layers=1, d_model=12, n_heads=4, d_ff=48, seq_len=8, vocab_size=32, init="normal", init_std=0.5)
 CASES = {
     "dense": BASE,
     "low_rank": replace(BASE, mlp="low_rank", mlp_rank=5),
@@ -59,9 +61,17 @@ def _one_dense(kind: str, parameters: dict[str, Tensor], config: ModelConfig, di
     return up if direction == "up" else up.T
 
 
-def built(config: ModelConfig, direction: str, axis: Axis) -> nn.Module:
-    make = {"up": up_matrix, "down": down_matrix}[direction]
-    layer = make(config, axis, NamedNormal(3, direction, 0.5)).double()
+def declared_by(config: ModelConfig, direction: Direction) -> Parameters:
+    kind = MLPS[config.mlp](config)
+    return kind.up() if direction == "up" else kind.down()
+
+
+def made(config: ModelConfig, direction: Direction, axis: Axis, seed: int = 3) -> nn.Module:
+    return mlp_matrix(direction, config, axis, Declared(direction, declared_by(config, direction), seed))
+
+
+def built(config: ModelConfig, direction: Direction, axis: Axis) -> nn.Module:
+    layer = made(config, direction, axis).double()
     if getattr(layer, "bias", None) is not None:
         nn.init.constant_(layer.bias, 0.3)  # pyright: ignore[reportArgumentType]
     return layer
@@ -134,23 +144,31 @@ def test_matrices_equal_dense_ones_whatever_tp_is(expected, tp):
             assert_close(gradient, gradients[n], f"{key}: gradient of {n}")
 
 
+def numbers_of(config: ModelConfig, direction: Direction) -> int:
+    """Of one pack, by the papers."""
+    D, F = config.d_model, config.ff_width
+    if config.mlp == "low_rank":
+        return config.mlp_rank * (D + F)
+    if config.mlp == "monarch":
+        return config.mlp_blocks * math.ceil(D / config.mlp_blocks**2) * (D + F)
+    if config.mlp == "butterfly":  # 2 n log2(n) each: 2 numbers for every output of a level
+        levels = math.ceil(math.log2(D))
+        return 2 * 2**levels * levels * math.ceil(F / 2**levels)
+    return D * F
+
+
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("direction", "parallel"), [("up", "column"), ("down", "row")])
-def test_parameters_and_flops_are_those_of_the_formula(name, direction, parallel):
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_numbers_are_those_of_the_papers_and_flops_those_that_torch_counts(name, direction):
     config = CASES[name]
-    sizes = (config.d_model, config.ff_width) if direction == "up" else (config.ff_width, config.d_model)
-    packs = 1 + (config.gated and direction == "up")
-    of_kind = (config.mlp, *sizes, config.mlp_rank, config.mlp_blocks)
-    for tp in (1, 2):
-        layer = built(config, direction, Axis(group=None, rank=tp - 1, size=tp))
-        kept = [p for n, p in layer.named_parameters() if n != "bias"]
-        logical, local = mlp_matrix_params(*of_kind, tp, parallel)  # pyright: ignore[reportArgumentType]
-        assert sum(math.prod(part_of(p).shape) for p in kept) == packs * logical
-        assert sum(p.numel() for p in kept) == packs * local
+    matrices = [p for p in declared_by(config, direction).values() if p.kind != "vector"]
+    packs = 2 if config.gated and direction == "up" else 1
+    assert sum(p.size for p in matrices) == packs * numbers_of(config, direction)
     layer = built(config, direction, SINGLE)
-    counted = [flops_counted(layer, torch.randn(n, sizes[0], dtype=torch.float64)) for n in (3, 10)]
-    of_token = mlp_matrix_flops(*of_kind, parallel)  # pyright: ignore[reportArgumentType]
-    assert counted[1] - counted[0] == 7 * packs * of_token  # what butterflies' levels take, no token multiplies
+    width = config.d_model if direction == "up" else config.ff_width
+    counted = [flops_counted(layer, torch.randn(n, width, dtype=torch.float64)) for n in (3, 10)]
+    # What butterflies' levels take, no token multiplies.
+    assert counted[1] - counted[0] == 7 * sum(p.flops_per_token for p in matrices)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -158,10 +176,10 @@ def test_what_the_backward_pass_keeps_is_that_of_the_formula(name):
     """Beside the parameters, the input and the output: counted by storage, at two numbers of tokens."""
     config = replace(CASES[name], bias_mlp=False)
     kept = 0
-    for direction, width in (("up", config.d_model), ("down", config.ff_width)):
-        layer = built(config, direction, SINGLE)
+    for direction in ("up", "down"):
+        layer, width = built(config, direction, SINGLE), config.d_model if direction == "up" else config.ff_width
         kept += (kept_bytes(layer, width, 9) - kept_bytes(layer, width, 2)) // 7
-    assert kept == 8 * mlp_kept_width(config, 1)
+    assert kept == 8 * kept_numbers(MLPS[config.mlp](config).kept(), tp=1, micro_batch_size=1)
 
 
 def kept_bytes(layer: nn.Module, width: int, n_tokens: int) -> int:
@@ -200,14 +218,14 @@ WIDE_CASES = {
 @pytest.mark.parametrize("name", WIDE_CASES)
 def test_outputs_begin_with_the_variance_of_dense_ones(name, init):
     config = replace(WIDE_CASES[name], init=init, bias_mlp=False)
-    for make, width, draw in ((up_matrix, config.d_model, Init.matrix), (down_matrix, config.ff_width, Init.residual)):
-        x = torch.randn(4000, width)
-        drawn = [draw(Init(config, seed), "blocks.0.mlp") for seed in range(4)]
-        ours, dense = (
-            torch.stack([make(replace(config, **changes), SINGLE, one)(x) for one in drawn]).var().item()
-            for changes in ({}, {"mlp": "dense", "mlp_rank": None, "mlp_blocks": None})
+    dense = replace(config, mlp="dense", mlp_rank=None, mlp_blocks=None)
+    for direction in ("up", "down"):
+        x = torch.randn(4000, config.d_model if direction == "up" else config.ff_width)
+        theirs, ours = (
+            torch.stack([made(one, direction, SINGLE, seed)(x) for seed in range(4)]).var().item()
+            for one in (dense, config)
         )
-        assert ours == pytest.approx(dense, rel=0.12), make  # 4 draws of some thousand numbers
+        assert ours == pytest.approx(theirs, rel=0.12), direction  # 4 draws of some thousand numbers
 
 
 @pytest.mark.parametrize(
@@ -258,8 +276,33 @@ def test_settings_that_do_not_fit_are_one_line(changes, message):
     ],
 )
 def test_a_tp_that_cannot_share_them_out_is_refused(name, tp, message):
+    config = CASES[name]
     with pytest.raises(UserError, match=re.escape(message)):
-        check_mlp(CASES[name], tp)
-    for make in (up_matrix, down_matrix):
+        MLPS[config.mlp](config).check_tp(tp)
+    for direction in ("up", "down"):
         with pytest.raises(UserError, match=re.escape(message)):
-            make(CASES[name], Axis(group=None, rank=0, size=tp), NamedNormal(0, "x"))
+            made(config, direction, Axis(group=None, rank=0, size=tp))
+
+
+def test_a_product_sums_in_between_and_is_no_term_of_a_sum():
+    config = replace(CASES["low_rank"], bias_mlp=False)
+    with pytest.raises(ValueError, match="got terms of a sum of a product of matrices"):
+        mlp_matrix("up", config, SINGLE, Declared("up", declared_by(config, "up")), OPEN)
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9), (3, 9, 14)])
+def test_truncation_is_that_of_the_singular_value_decomposition(shape):
+    weight = torch.randn(shape, dtype=torch.float64)
+    left, right = truncated(weight, 4)
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    assert_close(left @ right, (u[..., :4] * s[..., None, :4]) @ v[..., :4, :])
+    torch.testing.assert_close(left.norm(dim=-2), right.norm(dim=-1))
+
+
+def test_truncation_of_what_has_lower_rank():
+    weight = torch.outer(torch.randn(6).double(), torch.randn(9).double())
+    left, right = truncated(weight, 3)
+    assert left.isfinite().all() and right.isfinite().all()
+    assert_close(left @ right, weight)
+    left, right = truncated(torch.zeros(6, 9, dtype=torch.float64), 2)
+    assert not (left @ right).any()

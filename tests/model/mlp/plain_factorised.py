@@ -1,6 +1,6 @@
 """Factorised matrices written out as dense ones, entry by entry from the papers' definitions; differentiable.
 
-Shapes: I inputs, O outputs; first and second as in megagpt/model/factorised_monarch.py; one matrix, no packs.
+Shapes: I inputs, O outputs; first and second as in megagpt/model/mlp/monarch.py; one matrix, no packs.
 """
 
 from __future__ import annotations

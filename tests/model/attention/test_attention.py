@@ -8,22 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from megagpt.model.init import Init
-from megagpt.model.masks import Masks
 from torch import Tensor
 from torch.nn.attention import flex_attention as torchs_flex_attention
 
 from megagpt.config import ModelConfig
-from megagpt.config.kernels import ATTENTION_CHOICES, AUTO, Kernels, attention_lacks, attention_runs
+from megagpt.config.kernels import ATTENTION_CHOICES, AUTO, Kernels
 from megagpt.config.pattern import Pattern
-from megagpt.model.attention import Attention, attention_ops, attention_status
+from megagpt.inventory import layers as inventory
+from megagpt.inventory.attention import attention_lacks, attention_runs
+from megagpt.model.attention.attention import Attention
+from megagpt.model.attention.masks import Masks
 from megagpt.model.gpt import GPT
+from megagpt.model.kernels import attention_status, ops_used
+from megagpt.model.stream import Stream
 from megagpt.parallel.axis import SINGLE, Axis
-from megagpt.parallel.parameter import part_of
+from megagpt.parallel.parameter import Declared, part_of
 from megagpt.processes.local import run_ranks
 from tests.logical import assemble
+from tests.model.attention.test_patterns import by_loops
 from tests.model.test_gpt import loss_and_gradients, tensor_parallel
-from tests.model.test_masks import by_loops
 from tests.parity.walk import Layout, compare, parity_config, run_layout
 from tests.tolerances import assert_close, assert_equal
 
@@ -49,12 +52,16 @@ POSITIONS: dict[str, dict[str, Any]] = {
 
 def positioned(name: str, **fields: Any) -> ModelConfig:
     position = "rotary" if "rotary" in name else name
-    return replace(CONFIG, position=position, **POSITIONS[name], **fields)  # type: ignore[arg-type]
+    return replace(CONFIG, position=position, **POSITIONS[name], **fields)
+
+
+def declared(config: ModelConfig) -> Declared:
+    return Declared("attention", inventory.attention(config, 1), seed=3)
 
 
 def attention(config: ModelConfig, kernels: Kernels = AUTO, layer: int = 1) -> Attention:
     """In float64, with biases that count."""
-    module = Attention(config, layer, SINGLE, Init(config, 3), "attention", kernels).double()
+    module = Attention(config, layer, SINGLE, declared(config), kernels).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -78,7 +85,7 @@ def plain(module: Attention, config: ModelConfig, x_BTD: Tensor, layer: int = 1)
         (q,), (k, v) = projected("q", 1), projected("kv", 2)
     n = x_BTD.shape[1]
     text = str(config.pattern(layer))
-    if text.startswith("bigbird"):  # proven in test_masks.py
+    if text.startswith("bigbird"):  # proven in test_patterns.py
         allowed = Masks(Pattern.parse(text), layer, config.seq_len).dense(n, torch.device("cpu"))[0, 0]
     else:
         allowed = by_loops(text, n)
@@ -114,7 +121,6 @@ def bias_of_scores(module: Attention, config: ModelConfig, q: Tensor, k: Tensor,
     if config.position == "alibi":
         return -press_slopes(config.n_heads)[h] * distance.double()
     if config.position == "t5":
-        assert module.buckets is not None
         exact, buckets, far = config.t5_buckets // 2, config.t5_buckets, config.t5_max_distance
 
         def bucket(d: int) -> int:
@@ -123,10 +129,9 @@ def bias_of_scores(module: Attention, config: ModelConfig, q: Tensor, k: Tensor,
             return min(buckets - 1, exact + int(math.log(d / exact) / math.log(far / exact) * (buckets - exact)))
 
         rows = [[bucket(max(int(d), 0)) for d in row] for row in distance]
-        return module.buckets.weight[torch.tensor(rows), h]
+        return module.get_parameter("buckets.weight")[torch.tensor(rows), h]
     if config.position == "transformer_xl":  # Dai et al. 2019, section 3.3: the three terms beside q · k
-        relative = module.relative
-        assert relative is not None
+        relative = module.get_submodule("relative")
         D, K = config.d_model, config.head_width
         angles = [[d / 10000 ** (2 * (i // 2) / D) for i in range(D)] for d in range(n)]
         waves = [[math.cos(a) if i % 2 else math.sin(a) for i, a in enumerate(row)] for row in angles]
@@ -168,7 +173,7 @@ def check_all_implementations(
         if attention_lacks(choice, config.position, config.dropout_attention) or (choice == "flex" and not flex):
             continue
         module = attention(config, Kernels.parse(f"auto,attention={choice}"), layer)
-        y_BTD = module(x_BTD, torch.arange(2))
+        y_BTD = module(Stream(x_BTD, torch.arange(2)))
         for name, value in outputs_and_gradients(y_BTD, module, x_BTD, dy_BTD).items():
             assert_close(value, expected[name], f"{choice}: {name}", dtype)
 
@@ -302,7 +307,7 @@ def test_what_an_implementation_lacks_is_an_error():
     ):
         config = replace(CONFIG, **fields)
         with pytest.raises(ValueError, match=f"attention={choice} has no .*; use attention=auto"):
-            Attention(config, 0, SINGLE, Init(config), "a", Kernels.parse(f"auto,attention={choice}"))
+            Attention(config, 0, SINGLE, declared(config), Kernels.parse(f"auto,attention={choice}"))
 
 
 @pytest.mark.parametrize(
@@ -311,6 +316,12 @@ def test_what_an_implementation_lacks_is_an_error():
         ({}, "auto", [], "torch's scaled_dot_product_attention"),
         ({"attention": ("strided:4",), "n_kv_heads": 1}, "auto", [], "torch's scaled_dot_product_attention"),
         ({"position": "rotary"}, "auto,attention=flex", ["rotary"], "torch's FlexAttention"),
+        (
+            {"position": "rotary", "dropout_embedding": 0.1},
+            "auto",
+            ["dropout", "rotary"],
+            "torch's scaled_dot_product_attention",
+        ),
         ({"position": "alibi"}, "auto", ["softmax"], "softmax's steps"),
         ({"dropout_attention": 0.1}, "auto", ["softmax", "dropout"], "softmax's steps"),
         ({}, "cpu", ["softmax"], "softmax's steps"),
@@ -319,7 +330,7 @@ def test_what_an_implementation_lacks_is_an_error():
 )
 def test_what_runs_is_told(fields, kernels, ops, runs):
     config, chosen = replace(CONFIG, **fields), Kernels.parse(kernels)
-    assert attention_ops(config, chosen) == ops
+    assert ops_used(config, chosen) == ["norm", "activation", "bias_dropout_add", "cross_entropy", *ops]
     assert attention_status(config, chosen).runs == runs
 
 

@@ -1,16 +1,20 @@
-"""Which implementation each op of a run takes, and why: checked before the start, shown at the start."""
+"""Which implementation each op of a model's training takes, and why: checked before the start, shown at the start."""
 
 from __future__ import annotations
 
 import difflib
-import pkgutil
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from megagpt.config.kernels import Kernels
 from megagpt.errors import UserError
-from megagpt.ops.library import has_kernel, kernel_status
-from tests.ops import cases
+from megagpt.inventory.attention import attention_lacks, attention_runs
+from megagpt.model.attention import IMPLEMENTATIONS
+from megagpt.model.position import POSITIONS
+from megagpt.ops.library import has_kernel, kernel_status, op_names
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
+    from megagpt.config.kernels import Kernels
 
 
 class Status(NamedTuple):
@@ -21,9 +25,28 @@ class Status(NamedTuple):
     why: str
 
 
+def ops_used(config: ModelConfig, kernels: Kernels) -> list[str]:
+    """The ops of megagpt/ops that training such a model calls."""
+    attention_drops = config.dropout_attention > 0
+    runs = attention_runs(kernels["attention"], config.position, attention_drops)
+    ops = ["norm", "activation", "bias_dropout_add", "cross_entropy"]
+    ops += ["softmax"] if IMPLEMENTATIONS[runs].keeps_probabilities else []
+    ops += ["dropout"] if attention_drops or config.dropout_embedding > 0 else []
+    return [*ops, *POSITIONS[config.position].ops]
+
+
+def attention_status(config: ModelConfig, kernels: Kernels) -> Status:
+    """Which attention runs in training, and why: for the start-up table."""
+    choice, dropout = kernels["attention"], config.dropout_attention
+    runs = attention_runs(choice, config.position, dropout > 0)
+    lacks = attention_lacks("sdpa", config.position, dropout)
+    why = f"torch's has no {lacks}" if lacks else "has all that is needed"
+    return Status("attention", IMPLEMENTATIONS[runs].title, why if choice == "auto" else "asked for")
+
+
 def check_kernels(kernels: Kernels, ops: Sequence[str], device: str) -> None:
     """Raise UserError for an op that does not exist, or a kernel of one of `ops` that is insisted on and not there."""
-    names = ["attention", *(module.name for module in pkgutil.iter_modules(cases.__path__))]
+    names = ["attention", *op_names()]
     for op, _ in kernels.exceptions:
         if op not in names:
             near = difflib.get_close_matches(op, names, n=1)

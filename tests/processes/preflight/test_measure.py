@@ -10,8 +10,7 @@ import torch.distributed as dist
 
 from megagpt.parallel.mesh import build_mesh
 from megagpt.processes.local import run_ranks
-from megagpt.processes.preflight import disk, speed
-from megagpt.processes.preflight import speed_findings as judge_speed
+from megagpt.processes.preflight import findings, measure
 
 CPU = torch.device("cpu")
 HOSTS = ["a", "a", "b", "b"]
@@ -22,7 +21,7 @@ def links_of(axis: str, pp: int, dp: int, tp: int, slow_rank: int) -> list[dict]
     if dist.get_rank() == slow_rank:
         quick = dist.send
         dist.send = lambda *a, **k: (time.sleep(0.05), quick(*a, **k))  # type: ignore[assignment]
-    return speed.link_speeds(mesh, axis, CPU, 1 << 16)
+    return measure.link_speeds(mesh, axis, CPU, 1 << 16)
 
 
 def test_every_link_of_an_axis_is_measured_once():
@@ -35,7 +34,7 @@ def test_every_link_of_an_axis_is_measured_once():
 def test_a_slow_link_is_the_one_that_is_named():
     found = run_ranks(links_of, 4, "model", 1, 2, 2, 3)
     links = [{"axis": "model", **link} for links in found for link in links]
-    (row,) = judge_speed.judge_axes({}, links, HOSTS)
+    (row,) = findings.axes_rows({}, links, HOSTS)
     assert row.state == "fail"
     assert row.finding.startswith("rank 2 (b) to rank 3 (b): ") and "rank 0 (a)" not in row.finding
 
@@ -45,23 +44,23 @@ def axis_and_matmul(slow_rank: int) -> tuple[dict | None, dict | None, float]:
     if dist.get_rank() == slow_rank:
         quick = torch.mm
         torch.mm = lambda *a: (time.sleep(0.2), quick(*a))  # type: ignore[assignment]
-    flops = speed.matmul_flops_per_s(CPU, "fp32", 64)
-    return speed.axis_speed(mesh, "model", CPU, 1 << 16), speed.axis_speed(mesh, "data", CPU, 1 << 16), flops
+    flops = measure.matmul_flops_per_s(CPU, "fp32", 64)
+    return measure.axis_speed(mesh, "model", CPU, 1 << 16), measure.axis_speed(mesh, "data", CPU, 1 << 16), flops
 
 
 def test_a_slow_rank_is_the_one_that_is_named():
     (model, data, fast), (_, _, slow) = run_ranks(axis_and_matmul, 2, 1)
     assert model and model["latency_s"] > 0 and model["bytes_per_s"] > 0 and data is None
-    row = judge_speed.judge_compute([fast, slow], "fp32", HOSTS)
+    row = findings.compute_row([fast, slow], "fp32", HOSTS)
     assert row.state == "fail" and row.finding.startswith("rank 1 (a) slow: ")
 
 
 def disk_on_rank(place, blind_rank: int) -> dict:
     os.environ["MASTER_PORT"] = "1"
     if dist.get_rank() == blind_rank:
-        disk.SEEN_WITHIN_S = 0.2
+        measure.SEEN_WITHIN_S = 0.2
         place = place / "elsewhere"
-    return disk.try_disk(place, dist.get_rank())
+    return measure.try_disk(place, dist.get_rank())
 
 
 def test_the_disk_is_written_by_all_and_left_clean(tmp_path):

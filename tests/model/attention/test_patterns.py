@@ -1,13 +1,16 @@
-"""Which keys each pattern lets a query attend, against the published definitions written out as loops."""
+"""Which keys each pattern lets a query attend, and how many, against the published definitions written out as loops."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from megagpt.model.masks import Masks, random_blocks
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megagpt.config.pattern import Pattern
+from megagpt.model.attention.masks import Masks
+from megagpt.model.attention.patterns.bigbird import random_blocks
 from tests.tolerances import assert_equal
 
 CPU = torch.device("cpu")
@@ -15,20 +18,55 @@ SEQ_LEN = 67
 BIGBIRD = "bigbird:5:2:1:3"
 
 
+def attended(pattern: Pattern, t: int) -> set[int]:
+    """What a query at t attends. Beltagy et al. 2020, section 3.1; Child et al. 2019, section 4.3; Zaheer et al. 2020.
+
+    Of BigBird's random blocks the first ones: which of them are drawn does not change how many.
+    """
+    earlier = range(t + 1)
+    if pattern.kind == "dense":
+        return set(earlier)
+    if pattern.kind == "window":
+        return {s for s in earlier if s > t - pattern.numbers[0]}
+    if pattern.kind == "strided":  # A(1): the last l; A(2): (i - j) mod l = 0
+        (stride,) = pattern.numbers
+        return set(range(max(0, t - stride + 1), t + 1)) | {s for s in earlier if (t - s) % stride == 0}
+    block, window, first, random = pattern.numbers
+    own = t // block
+    blocks = {b for b in range(own + 1) if own - b < window or b < first}
+    blocks |= set([b for b in range(own + 1) if b not in blocks][:random])
+    return {s for s in earlier if s // block in blocks}
+
+
 def by_loops(text: str, T: int) -> Tensor:
-    """Written from the papers: Beltagy et al. 2020, section 3.1; Child et al. 2019, section 4.3."""
+    """The mask of a pattern without random blocks."""
     allowed = torch.zeros(T, T, dtype=torch.bool)
-    kind, *numbers = text.split(":")
-    for i in range(T):
-        for j in range(i + 1):
-            if kind == "window":
-                allowed[i, j] = j > i - int(numbers[0])
-            elif kind == "strided":  # A(1): the last l; A(2): (i - j) mod l = 0
-                stride = int(numbers[0])
-                allowed[i, j] = j in range(max(0, i - stride + 1), i + 1) or (i - j) % stride == 0
-            else:
-                allowed[i, j] = True
+    for t in range(T):
+        allowed[t, list(attended(Pattern.parse(text), t))] = True
     return allowed
+
+
+numbers = st.integers(1, 9)
+patterns = st.one_of(
+    st.just(Pattern("dense")),
+    st.builds(lambda w: Pattern("window", (w,)), numbers),
+    st.builds(lambda s: Pattern("strided", (s,)), numbers),
+    st.builds(lambda *n: Pattern("bigbird", n), numbers, st.integers(1, 4), st.integers(0, 3), st.integers(0, 3)),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(patterns, st.integers(1, 60))
+def test_pairs_are_counted_in_closed_form(pattern, seq_len):
+    assert pattern.rule.attended_pairs(seq_len) == sum(len(attended(pattern, t)) for t in range(seq_len))
+
+
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [("dense", 2048 * 2049 // 2), ("window:256", 256 * 257 // 2 + 1792 * 256), ("window:2048", 2048 * 2049 // 2)],
+)
+def test_pairs_by_hand(text, pairs):
+    assert Pattern.parse(text).rule.attended_pairs(2048) == pairs
 
 
 @pytest.mark.parametrize("T", [1, 8, 9, SEQ_LEN])
@@ -89,6 +127,14 @@ def test_flex_attention_skips_the_blocks_that_nobody_attends():
     """At 128 positions a block: a window of 128 touches two blocks a row, all of them two of which are partial."""
     blocks = Masks(Pattern.parse("window:128"), 0, 1024).blocks(1024, CPU)
     assert blocks.to_dense()[0, 0].sum(-1).tolist() == [1] + 7 * [2]
+
+
+@pytest.mark.parametrize("text", ["dense", "window:9", "strided:7", BIGBIRD])
+def test_queries_and_keys_anywhere_have_their_entries_of_the_mask(text):
+    masks = Masks(Pattern.parse(text), 1, SEQ_LEN)
+    queries_BT, keys_BS = torch.randint(SEQ_LEN, (2, 5)), torch.randint(SEQ_LEN, (2, 40))
+    expected = masks.dense(SEQ_LEN, CPU)[0, 0][queries_BT.unsqueeze(2), keys_BS.unsqueeze(1)]
+    assert_equal(masks.between(queries_BT, keys_BS), expected)
 
 
 def test_masks_are_made_once_for_a_length():

@@ -1,15 +1,13 @@
-"""A whole run: `RunConfig` nests the sections, of which the smaller ones stand here."""
+"""The smaller sections of a run's configuration."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from megagpt.config.checks import not_negative, parsed, positive, require
-from megagpt.config.model import ModelConfig
-from megagpt.config.optim import OptimConfig
-from megagpt.config.train import TrainConfig
+from megagpt.config.checks import not_negative, parsed, positive
 from megagpt.config.values import DataPath, Partition, Short, Split, StepSet
+from megagpt.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,37 +165,3 @@ class DebugConfig:
     """After each step, check that what must be equal across ranks is equal."""
     detect_nan: bool = False
     """Stop at the first module that produces a NaN or Inf, and name it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """A whole run."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    faults: FaultConfig = field(default_factory=FaultConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    debug: DebugConfig = field(default_factory=DebugConfig)
-
-
-SECTIONS = tuple(f.name for f in fields(RunConfig))
-
-
-def plain(config: Any) -> Any:
-    """A configuration, or a section, as nested dicts of texts, numbers and lists: as it stands in files.
-
-    `megagpt.cli.read_config` makes a RunConfig of it again.
-    """
-    if isinstance(config, DataPath):
-        return config.words
-    if isinstance(config, tuple):
-        return [plain(value) for value in config]
-    if hasattr(config, "parse"):
-        return str(config)
-    if is_dataclass(config):
-        return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
-    return config

@@ -9,16 +9,20 @@ import pytest
 from megagpt.config import CheckpointConfig, RunConfig, TrainConfig
 from megagpt.processes.preflight.facts import Facts
 from megagpt.processes.preflight.findings import (
+    Row,
+    alike_rows,
+    axes_rows,
+    binary,
     checkpoints_kept,
-    judge_alike,
-    judge_clocks,
-    judge_disk,
-    judge_hosts,
-    judge_limits,
-    judge_memory,
+    clocks_row,
+    compute_row,
+    disk_rows,
+    hosts_row,
+    limits_row,
+    memory_row,
+    rate,
+    slowness,
 )
-from megagpt.processes.preflight.row import Row, binary, rate
-from megagpt.processes.preflight.speed_findings import judge_axes, judge_compute, slowness
 
 HOSTS = ["a", "a", "b", "b"]
 GIB = 2**30
@@ -41,11 +45,11 @@ def four(rank: int | None = None, **changes) -> list[Facts]:
 
 
 def alike(found: list[Facts]) -> dict[str, Row]:
-    return {row.check: row for row in judge_alike(found)}
+    return {row.check: row for row in alike_rows(found)}
 
 
 def test_equal_ranks_are_fine():
-    rows = [*judge_alike(four()), judge_memory(four()), judge_limits(four()), judge_hosts(HOSTS, {}, {})]
+    rows = [*alike_rows(four()), memory_row(four()), limits_row(four()), hosts_row(HOSTS, {}, {})]
     assert {row.state for row in rows} == {"ok"}
     assert not any(row.remedy for row in rows)
 
@@ -80,13 +84,13 @@ def test_data_that_one_rank_cannot_read_fails_with_its_remedy():
 
 @pytest.mark.parametrize(("free", "state"), [(0.5, "fail"), (1.1, "warn"), (1.3, "ok")])
 def test_memory_against_the_plan(free: float, state: str):
-    row = judge_memory(four(2, memory_free=int(free * GIB)))
+    row = memory_row(four(2, memory_free=int(free * GIB)))
     assert row.state == state
     assert state == "ok" or ("rank 2 (b) needs 1.0 GiB" in row.finding and "--tp" in row.remedy)
 
 
 def test_few_open_files_are_a_warning():
-    assert judge_limits(four(1, open_files=1024)) == Row(
+    assert limits_row(four(1, open_files=1024)) == Row(
         "open files",
         "warn",
         "rank 1 (a): at most 1024",
@@ -95,9 +99,9 @@ def test_few_open_files_are_a_warning():
 
 
 def test_hosts_that_do_not_reach_each_other_are_named():
-    row = judge_hosts(HOSTS, {}, {0: [2], 1: [3], 2: [], 3: []})
+    row = hosts_row(HOSTS, {}, {0: [2], 1: [3], 2: [], 3: []})
     assert row.state == "fail" and row.finding == "a cannot connect to b"
-    row = judge_hosts(HOSTS, {2: "GLOO_SOCKET_IFNAME=x is no interface; set it"}, {0: [2]})
+    row = hosts_row(HOSTS, {2: "GLOO_SOCKET_IFNAME=x is no interface; set it"}, {0: [2]})
     assert row == Row("hosts", "fail", "rank 2 (b): GLOO_SOCKET_IFNAME=x is no interface", "set it")
 
 
@@ -111,14 +115,14 @@ def saving(**keep) -> RunConfig:
 
 def test_a_run_folder_that_is_not_shared_fails():
     found = [*disk(2), *disk(2, problem="cannot see there what rank 0 has written: it is not shared")]
-    (row,) = judge_disk(found, saving(), "/r", GIB, HOSTS)
+    (row,) = disk_rows(found, saving(), "/r", GIB, HOSTS)
     assert row.state == "fail" and "ranks 2-3 (b) cannot see" in row.finding and "--save" in row.remedy
 
 
 def test_a_folder_that_rank_0_cannot_write_is_told_once():
     found = disk(4, problem="does not see it")
     found[0]["problem"] = "cannot write there (Read-only file system)"
-    (row,) = judge_disk(found, saving(), "/r", GIB, HOSTS)
+    (row,) = disk_rows(found, saving(), "/r", GIB, HOSTS)
     assert row.finding == "/r: rank 0 (a) cannot write there (Read-only file system)"
 
 
@@ -126,7 +130,7 @@ def test_a_folder_that_rank_0_cannot_write_is_told_once():
     ("keep", "free", "state"), [({}, 0.5, "fail"), ({"save_interval": 5}, 10, "warn"), ({}, 2, "ok")]
 )
 def test_space_for_the_checkpoints_that_are_kept(keep: dict, free: float, state: str):
-    rows = {r.check: r for r in judge_disk(disk(free_bytes=int(free * GIB)), saving(**keep), "/r", GIB, HOSTS)}
+    rows = {r.check: r for r in disk_rows(disk(free_bytes=int(free * GIB)), saving(**keep), "/r", GIB, HOSTS)}
     assert rows["disk space"].state == state
     assert rows["disk speed"].finding.startswith("4 GB/s by all ranks at once: a checkpoint takes about 0.3 s")
 
@@ -140,17 +144,17 @@ def test_checkpoints_kept():
 
 
 def test_a_clock_that_is_off_is_named():
-    assert judge_clocks([100.0, 100.001, 100.0, 100.002], HOSTS).finding == "within 2 ms"
-    row = judge_clocks([100.0, 100.0, 100.0, 160.0], HOSTS)
+    assert clocks_row([100.0, 100.001, 100.0, 100.002], HOSTS).finding == "within 2 ms"
+    row = clocks_row([100.0, 100.0, 100.0, 160.0], HOSTS)
     assert row.state == "warn" and "rank 3 (b) up to 60.0 s off" in row.finding
 
 
 def test_a_slow_rank_is_named():
-    assert judge_compute([1e12, 1.1e12, 0.9e12, 1e12], "bf16", HOSTS).state == "ok"
-    row = judge_compute([1e12, 1e12, 0.5e12, 1e12], "bf16", HOSTS)
+    assert compute_row([1e12, 1.1e12, 0.9e12, 1e12], "bf16", HOSTS).state == "ok"
+    row = compute_row([1e12, 1e12, 0.5e12, 1e12], "bf16", HOSTS)
     assert row.state == "warn" and "rank 2 (b) slow: rank 2 does 500 GFLOP/s, the others 1 TFLOP/s" in row.finding
-    assert judge_compute([1e12, 1e12, 0.1e12, 1e12], "bf16", HOSTS).state == "fail"
-    assert judge_compute([1e12], "bf16", HOSTS).state == "ok"  # nothing to compare with
+    assert compute_row([1e12, 1e12, 0.1e12, 1e12], "bf16", HOSTS).state == "fail"
+    assert compute_row([1e12], "bf16", HOSTS).state == "ok"  # nothing to compare with
 
 
 def link(a: int, b: int, bytes_per_s: float = 1e10, latency_s: float = 2e-5, axis: str = "data") -> dict:
@@ -161,23 +165,23 @@ def test_a_slow_link_is_named_beside_its_own_kind():
     """The links between hosts are all 10 times slower than those within: that is their kind, and no fault."""
     between = [link(0, 2, 1e9), link(1, 3, 1e9)]
     within = [link(0, 1, axis="model"), link(2, 3, axis="model")]
-    assert [row.state for row in judge_axes({}, [*between, *within], HOSTS)] == ["ok", "ok"]
-    model, data = judge_axes({}, [link(0, 2, 1e9), link(1, 3, 0.3e9), *within], HOSTS)
+    assert [row.state for row in axes_rows({}, [*between, *within], HOSTS)] == ["ok", "ok"]
+    model, data = axes_rows({}, [link(0, 2, 1e9), link(1, 3, 0.3e9), *within], HOSTS)
     assert (model.state, data.state) == ("ok", "warn")
     assert data.finding.startswith("rank 1 (a) to rank 3 (b): 300 MB/s, 0.02 ms, others of its kind 1 GB/s")
     assert "cable" in data.remedy
-    model, _ = judge_axes({}, [*between, within[0], link(2, 3, 1e9, axis="model")], HOSTS)
+    model, _ = axes_rows({}, [*between, within[0], link(2, 3, 1e9, axis="model")], HOSTS)
     assert model.state == "fail" and "rank 2 (b) to rank 3 (b)" in model.finding and "topo" in model.remedy
 
 
 def test_a_late_link_is_named_although_its_bandwidth_is_fine():
-    (row,) = judge_axes({}, [link(0, 2), link(1, 3, latency_s=2e-2)], HOSTS)
+    (row,) = axes_rows({}, [link(0, 2), link(1, 3, latency_s=2e-2)], HOSTS)
     assert row.state == "fail" and "rank 1 (a) to rank 3 (b): 10 GB/s, 20 ms" in row.finding
 
 
 def test_tensor_parallelism_between_hosts_is_a_warning():
     figures = [{"latency_s": 1e-4, "bytes_per_s": 5e9}] * 4
-    (row,) = judge_axes({"model": figures}, [link(1, 2, axis="model")], HOSTS)
+    (row,) = axes_rows({"model": figures}, [link(1, 2, axis="model")], HOSTS)
     assert row.state == "warn" and "from host to host" in row.finding and "--tp" in row.remedy
     assert "all-reduce 5 GB/s (bus), 0.1 ms" in row.finding
 

@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 
-from megagpt.processes.watch.stacks import Line, stack_of, stacks
+from megagpt.processes.watch.call_site import Line, stack_of, stacks
 
 
 def test_of_a_thread_that_stands_still_it_is_what_the_traceback_module_says():
