@@ -24,9 +24,11 @@ from rich.table import Table
 from benchmarks.machine import conditions, headline
 from megagpt.config import ModelConfig
 from megagpt.config.kernels import Kernels
-from megagpt.model.attention import Attention
-from megagpt.model.init import Init
+from megagpt.inventory.layers import attention
+from megagpt.model.attention.attention import Attention
+from megagpt.model.stream import Stream
 from megagpt.parallel.axis import SINGLE
+from megagpt.parallel.parameter import Declared
 
 BASE = ModelConfig(n_layers=1, d_model=768, n_heads=12, vocab_size=1, position="none")
 
@@ -45,7 +47,7 @@ def rows(seq_len: int, device: str) -> dict[str, tuple[ModelConfig, str]]:
     for n_kv_heads in (4, 1):
         found[f"dense, {n_kv_heads} key heads"] = (replace(base, n_kv_heads=n_kv_heads), "auto")
     for position in ("rotary", "alibi", "t5", "transformer_xl"):
-        found[position] = (replace(base, position=position), "auto")  # type: ignore[arg-type]
+        found[position] = (replace(base, position=position), "auto")
     return found
 
 
@@ -74,7 +76,8 @@ def main() -> None:
 
 def step(config: ModelConfig, kernels: str, args: Any, dtype: torch.dtype) -> Callable[[], float]:
     """A function that does one forward and backward pass and returns its seconds."""
-    layer = Attention(config, 0, SINGLE, Init(config), "attention", Kernels.parse(kernels)).to(args.device, dtype)
+    declared = Declared("attention", attention(config, 0))
+    layer = Attention(config, 0, SINGLE, declared, Kernels.parse(kernels)).to(args.device, dtype)
     shape = (args.batch_size, args.seq_len, config.d_model)
     x_BTD, dy_BTD = (torch.randn(shape, device=args.device, dtype=dtype) for _ in range(2))
     ids_B = torch.arange(args.batch_size, device=args.device)
@@ -84,7 +87,7 @@ def step(config: ModelConfig, kernels: str, args: Any, dtype: torch.dtype) -> Ca
         layer.zero_grad()
         x_BTD.grad = None
         start = time.perf_counter()
-        layer(x_BTD, ids_B).backward(dy_BTD)
+        layer(Stream(x_BTD, ids_B)).backward(dy_BTD)
         if args.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start

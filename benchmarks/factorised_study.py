@@ -36,7 +36,7 @@ from rich.table import Table
 from benchmarks.machine import conditions, headline
 from megagpt.config import ModelConfig
 from megagpt.errors import UserError, run_cli
-from megagpt.inventory.sizes import layer_sizes
+from megagpt.inventory.layers import layers
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 
@@ -92,8 +92,8 @@ def model_of(kind: str, d_model: int, n_layers: int) -> ModelConfig:
 
 def trained(kind: str, model: ModelConfig, budget_flops: float, lr: float, text: np.ndarray) -> Run:
     """Train with AdamW, warm-up and a cosine to a tenth; the same batches for every kind."""
-    layers = layer_sizes(model, 1)
-    flops_per_token = 3 * sum(layer.flops_per_token for layer in layers)  # a backward pass is two forward ones
+    listed = layers(model)
+    flops_per_token = 3 * sum(layer.flops_per_token for layer in listed)  # a backward pass is two forward ones
     steps = max(1, round(budget_flops / (flops_per_token * BATCH * SEQ_LEN)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpt = GPT(model, SINGLE, seed=1).to(device)
@@ -113,7 +113,7 @@ def trained(kind: str, model: ModelConfig, budget_flops: float, lr: float, text:
     time_s = time.perf_counter() - start
     with torch.no_grad():
         losses = [float(_loss(gpt.eval(), text[split:], number, device)) for number in range(VALIDATION_BATCHES)]
-    parameters = sum(layer.params for layer in layers)
+    parameters = sum(layer.params for layer in listed)
     loss = sum(losses) / len(losses)
     return Run(kind, model.d_model, lr, budget_flops, parameters, flops_per_token, steps, loss, time_s)
 

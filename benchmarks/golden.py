@@ -32,7 +32,10 @@ RUNS = {  # name -> (processes, flags after SMALL)
     "gpt2 tp 2 dp 2, ZeRO 2, bf16": (4, "--tp 2 --zero-stage 2 --precision bf16"),
     "gpt2 dp 4, ZeRO 3, recompute": (4, "--zero-stage 3 --recompute"),
     "llama tp 2 pp 2": (4, "--preset llama-7b --model.d-ff 176 --vocab-size 4096 --tp 2 --pp 2"),
-    "palm tp 4": (4, "--preset palm-8b --model.d-ff 256 --model.d-head 16 --vocab-size 4096 --train.batch-steps= --tp 4"),
+    "palm tp 4": (
+        4,
+        "--preset palm-8b --model.d-ff 256 --model.d-head 16 --vocab-size 4096 --train.batch-steps= --tp 4",
+    ),
     "gpt1 pp 2 dp 2": (4, "--preset gpt1 --vocab-size 4096 --model.d-ff 256 --pp 2"),
     "alibi tp 2 dp 2, muon": (4, "--preset gpt-580m-alibi --vocab-size 4096 --model.d-ff 256 --tp 2 --optimizer muon"),
     "t5, bigbird, monarch tp 2 pp 2": (

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu_check --parts prove,bench        some of it, added to the same JSON
     python -m benchmarks.gpu_check --device cpu --quick       the same code on a CPU, to see that it runs
 
-It installs nothing: torch and numpy do for all but training, which needs tyro and PyYAML too. Each op is proven and
+It installs nothing: torch and numpy do for all but training, which needs PyYAML too. Each op is proven and
 measured in a process of its own, since a CUDA error ends all later work of the process that met it.
 The exit status is 0 when all that was asked for ran and passed; a goal that was missed is listed, and no failure.
 """
@@ -37,7 +37,7 @@ from megagpt.errors import UserError, run_cli
 ROOT = Path(__file__).parents[1]
 TIME_LIMIT_S = {"build": 500, "prove": 240, "bench": 300, "train": 400}  # of one process
 GRACE_S = 10  # to end by itself, once it has answered
-FOR_TRAINING = {"tyro": "tyro", "yaml": "PyYAML"}  # package by module
+FOR_TRAINING = {"yaml": "PyYAML"}  # package by module
 # Training runs once for each: with our kernels, and with plain PyTorch (flash attention in both).
 KERNEL_CHOICES = ("auto", "reference,softmax=auto")
 
@@ -292,7 +292,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], Result], str]] = {
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ops = sorted(file.stem for file in (ROOT / "megagpt" / "ops" / "cases").glob("[a-z]*.py"))
+    ops = sorted(file.stem for file in (ROOT / "tests" / "ops" / "cases").glob("[a-z]*.py"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda)")
     for flag, choices in (("--parts", list(PARTS)), ("--ops", ops)):
         told = f"of {','.join(choices)} (default: all)"

@@ -18,7 +18,6 @@ import yaml
 
 from megagpt import metrics
 from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from megagpt.config.kernels import Kernels
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
@@ -116,7 +115,7 @@ def engine_loop(config: RunConfig, plan: Plan, device: str) -> Iterator[Step]:
 @contextmanager
 def plain_loop(config: RunConfig, plan: Plan, device: str) -> Iterator[Step]:
     """What the engine does in bf16, where DeepSpeed is missing: bf16 weights, and fp32 copies that AdamW steps on."""
-    model = GPT(config.model, SINGLE, config.train.seed, kernels=Kernels.parse(config.train.kernels))
+    model = GPT(config.model, SINGLE, config.train.seed, kernels=config.train.kernels)
     model.to(device, torch.bfloat16)
     weights = list(model.parameters())
     masters = [weight.detach().float().requires_grad_() for weight in weights]

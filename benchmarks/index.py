@@ -20,6 +20,7 @@ import numpy as np
 from numpy.random import RandomState
 
 from megagpt.config import ModelConfig, RunConfig, TrainConfig
+from megagpt.config.values import Split
 from megagpt.data.indexed import index_builder as maps
 from megagpt.data.indexed.blend import build_splits
 from megagpt.data.indexed.dataset import IndexedDataset, IndexedWriter
@@ -100,7 +101,7 @@ def reading_us(seq_len: int, micro_batch_size: int) -> float:
             for length in random.geometric(1 / 500, 20_000):
                 writer.add_document(random.integers(0, 50_000, length))
         batch = 64 * micro_batch_size
-        samples = build_splits([str(prefix)], "1", seq_len, 1234, (batch, 0, 0))[0]
+        samples = build_splits([IndexedDataset(prefix)], (), Split.parse("1"), seq_len, 1234, (batch, 0, 0))[0]
         assert samples is not None
         config = RunConfig(
             model=ModelConfig(seq_len=seq_len, vocab_size=50_000),
@@ -117,10 +118,9 @@ def reading_us(seq_len: int, micro_batch_size: int) -> float:
 
 def main() -> None:
     args = parse_arguments()
-    backend = maps.index_builder_backend()
-    if not backend.startswith("C++"):
-        raise UserError(f"the index builder is {backend}")
-    print(f"{args.tokens:.0e} tokens, {args.epochs} epochs, seq_len {args.seq_len}; {backend}\n")
+    if note := maps.fallback_note():
+        raise UserError(note.removeprefix("note: "))
+    print(f"{args.tokens:.0e} tokens, {args.epochs} epochs, seq_len {args.seq_len}\n")
     print(f"{'':20}{'C++':>20}{'NumPy':>20}")
     tasks = {"document index": 1, "sample index": 2, "shuffle index": 1, "blending indices": 2}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

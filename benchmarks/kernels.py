@@ -1,4 +1,4 @@
-"""Every op of megagpt/ops/cases beside plain PyTorch, torch.compile and other packages, in units of a copy's bandwidth.
+"""Every op of tests/ops/cases beside plain PyTorch, torch.compile and other packages, in units of a copy's bandwidth.
 
     python -m benchmarks.kernels                        every op on this machine's device
     python -m benchmarks.kernels softmax                one of them: seconds, once torch.compile has its cache
@@ -239,7 +239,7 @@ def first_line(error: BaseException) -> str:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", metavar="OP", help="files of megagpt/ops/cases (default: all)")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="files of tests/ops/cases (default: all)")
     devices = ("cpu", "cuda")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=devices, default=default, help="(default: cuda where there is a GPU)")

@@ -44,7 +44,7 @@ from torch.profiler import ProfilerActivity, profile
 from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.errors import run_cli
-from megagpt.hf import hf_config, to_hf
+from megagpt.hf import hf_config, lazy_to_hf
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.mesh import build_mesh
@@ -272,7 +272,8 @@ class Peer:
         theirs = GPT2Config(**hf_config(config.model), attn_implementation="sdpa")  # type: ignore[call-arg]
         self.model: Any = GPT2LMHeadModel(theirs)
         self.model.loss_type = "ForCausalLM"  # it would guess this, and warn
-        self.model.load_state_dict(to_hf(_first_weights(config), config.model), strict=False)
+        first = lazy_to_hf(_first_weights(config).__getitem__, config.model)
+        self.model.load_state_dict({name: tensor.get() for name, tensor in first.items()}, strict=False)
         self.model.train()
         if how == "bf16 weights":
             self.masters = [p.detach().clone().requires_grad_() for p in self.model.parameters()]

@@ -84,11 +84,10 @@ void write_gradient(const T* z, T* dz, int64_t columns, int64_t label, acc_t<T> 
   dz[label] = store<T>(exp_below_zero(label_logit - top) * scale - shift - at_label);
 }
 
-// Top, total, label's logit and sum of the logits of every row; then f(row, label's column, top, total) while the row
-// lies in a cache.
-template <typename T, typename F>
-std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_then(const Tensor& logits, const Tensor& labels_in, int64_t first,
-                                                           int64_t n_valid, F&& f) {
+// Top, total, label's logit and sum of the logits of every row.
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& logits, const Tensor& labels_in, int64_t first,
+                                                      int64_t n_valid) {
   using A = acc_t<T>;
   const Tensor labels = dense(labels_in);
   const int64_t n_rows = logits.size(0), columns = logits.size(1);
@@ -105,7 +104,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_then(const Tensor& logits,
       mutable_data<A>(total)[row] = result.total;
       mutable_data<A>(label_logit)[row] = label < 0 ? A(0) : load(z[label]);
       mutable_data<A>(logit_sum)[row] = result.sum;
-      f(row, label, result.top, result.total);
     }
   });
   return {top, total, label_logit, logit_sum};
@@ -117,55 +115,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_cpu(const Tensor& logits_i
   std::tuple<Tensor, Tensor, Tensor, Tensor> result;
   for_dtype("cross_entropy", logits, [&](auto zero) {
     MEGAGPT_BRANCH("cross_entropy.cpu.statistics");
-    result = statistics_then<decltype(zero)>(logits, labels, first, n_valid, [](auto...) {});
+    result = statistics<decltype(zero)>(logits, labels, first, n_valid);
   });
   return result;
 }
 
 void require_dense(const Tensor& logits) {
   STD_TORCH_CHECK(logits.is_contiguous(), "cross_entropy in place: got logits with gaps, wanted contiguous ones");
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> with_gradient_cpu(const Tensor& logits, const Tensor& labels,
-                                                             double expected_grad, int64_t first, int64_t n_valid,
-                                                             int64_t vocab, double label_smoothing, double z_loss) {
-  require_dense(logits);
-  const Loss loss{first, n_valid, vocab, label_smoothing, z_loss};
-  const int64_t columns = logits.size(1);
-  std::tuple<Tensor, Tensor, Tensor, Tensor> result;
-  for_dtype("cross_entropy_with_gradient_", logits, [&](auto zero) {
-    using T = decltype(zero);
-    using A = acc_t<T>;
-    MEGAGPT_BRANCH("cross_entropy.cpu.with_gradient");
-    result = statistics_then<T>(logits, labels, first, n_valid, [&](int64_t row, int64_t label, A top, A total) {
-      T* z = mutable_data<T>(logits) + row * columns;
-      write_gradient(z, z, columns, label, top, total, static_cast<A>(expected_grad), loss);
-    });
-  });
-  return result;
-}
-
-template <typename T>
-MEGAGPT_CLONES void row_scale(T* x, int64_t n, acc_t<T> factor) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) x[i] = store<T>(load(x[i]) * factor);
-}
-
-void rescale_cpu(const Tensor& gradient, const Tensor& grad_in, double expected_grad, int64_t n_valid) {
-  require_dense(gradient);
-  const Tensor grad = dense(grad_in);
-  const int64_t n_rows = gradient.size(0), columns = gradient.size(1);
-  for_dtype("cross_entropy_rescale_", gradient, [&](auto zero) {
-    using T = decltype(zero);
-    using A = acc_t<T>;
-    MEGAGPT_BRANCH("cross_entropy.cpu.rescale");
-    parallel(n_rows, row_grain(n_valid), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const A got = data<A>(grad)[row], expected = static_cast<A>(expected_grad);
-        if (got != expected) row_scale(mutable_data<T>(gradient) + row * columns, n_valid, got / expected);
-      }
-    });
-  });
 }
 
 // Every row's gradient, into `out`, which may be the logits.
@@ -209,8 +165,6 @@ void gradient_in_place_cpu(const Tensor& logits, const Tensor& labels, const Ten
 
 MEGAGPT_CPU_KERNELS(m) {
   m.impl("cross_entropy", TORCH_BOX(&megagpt::statistics_cpu));
-  m.impl("cross_entropy_with_gradient_", TORCH_BOX(&megagpt::with_gradient_cpu));
-  m.impl("cross_entropy_rescale_", TORCH_BOX(&megagpt::rescale_cpu));
   m.impl("cross_entropy_backward", TORCH_BOX(&megagpt::backward_cpu));
   m.impl("cross_entropy_gradient_", TORCH_BOX(&megagpt::gradient_in_place_cpu));
 }

@@ -178,44 +178,6 @@ __global__ void __launch_bounds__(kThreads) gradient(const T* logits, T* out, co
   write_gradient(logits + offset, out + offset, loss.n_valid, loss.columns, row);
 }
 
-// The statistics, and then the gradient over the logits, which the block still finds in the L2 cache.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) with_gradient(T* logits, const int64_t* __restrict__ labels, Statistics out,
-                                                          float expected_grad, Loss loss) {
-  __shared__ float scratch[kWarp];
-  const int64_t index = blockIdx.x;
-  T* z = logits + index * loss.columns;
-  const Online seen = row_statistics(z, loss.n_valid, scratch);
-  const int label = loss.column_of(labels[index]);
-  if (threadIdx.x == 0) out.put(index, seen, label < 0 ? 0.0f : to_float(z[label]));
-  __syncthreads();  // the label's logit is read before it is written
-  const Row row(seen.top, seen.total, expected_grad, label, loss);
-  write_gradient(z, z, loss.n_valid, loss.columns, row);
-}
-
-// Rows whose gradient is not the expected one; the others are not even read.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) rescale(T* gradient, const float* __restrict__ grad, float expected_grad,
-                                                    int64_t columns, int n) {
-  constexpr int kSize = Pack<T>::kSize;
-  const float got = grad[blockIdx.x];
-  if (got == expected_grad) return;
-  const float factor = got / expected_grad;
-  T* row = gradient + blockIdx.x * columns;
-  const Span span = span_of(row, n);
-  for (int i = span.head + threadIdx.x * kSize; i < span.tail; i += blockDim.x * kSize) {
-    float x[kSize];
-    load_pack(row + i, x);
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) x[k] *= factor;
-    store_pack(row + i, x);
-  }
-  for (int j = threadIdx.x; j < span.head + n - span.tail; j += blockDim.x) {
-    T& x = row[j < span.head ? j : j - span.head + span.tail];
-    x = from_float<T>(to_float(x) * factor);
-  }
-}
-
 // Threads for a row: a pack each where that is enough.
 template <typename T>
 int row_threads(int64_t columns) {
@@ -263,32 +225,6 @@ FourTensors statistics_cuda(const Tensor& logits_in, const Tensor& labels_in, in
   return result;
 }
 
-FourTensors with_gradient_cuda(const Tensor& logits, const Tensor& labels_in, double expected_grad, int64_t first,
-                               int64_t n_valid, int64_t vocab, double label_smoothing, double z_loss) {
-  require_dense(logits);
-  const Tensor labels = dense(labels_in);
-  const FourTensors result = new_statistics(logits);
-  const Loss loss = loss_of(logits, first, n_valid, vocab, label_smoothing, z_loss);
-  for_cuda_dtype("cross_entropy_with_gradient_", logits, [&](auto zero) {
-    using T = decltype(zero);
-    MEGAGPT_BRANCH("cross_entropy.cuda.with_gradient");
-    launch(with_gradient<T>, dim3(logits.size(0)), row_threads<T>(n_valid), 0, logits, mutable_data<T>(logits),
-           data<int64_t>(labels), pointers(result), expected_grad, loss);
-  });
-  return result;
-}
-
-void rescale_cuda(const Tensor& gradient, const Tensor& grad_in, double expected_grad, int64_t n_valid) {
-  require_dense(gradient);
-  const Tensor grad = dense(grad_in);
-  for_cuda_dtype("cross_entropy_rescale_", gradient, [&](auto zero) {
-    using T = decltype(zero);
-    MEGAGPT_BRANCH("cross_entropy.cuda.rescale");
-    launch(rescale<T>, dim3(gradient.size(0)), row_threads<T>(n_valid), 0, gradient, mutable_data<T>(gradient),
-           data<float>(grad), expected_grad, gradient.size(1), n_valid);
-  });
-}
-
 void write_gradients(const Tensor& logits, const Tensor& out, const Tensor& labels_in, const Tensor& top_in,
                      const Tensor& total_in, const Tensor& grad_in, const Loss& loss) {
   const Tensor labels = dense(labels_in), top = dense(top_in), total = dense(total_in), grad = dense(grad_in);
@@ -324,8 +260,6 @@ void gradient_in_place_cuda(const Tensor& logits, const Tensor& labels, const Te
 
 MEGAGPT_CUDA_KERNELS(m) {
   m.impl("cross_entropy", TORCH_BOX(&megagpt::statistics_cuda));
-  m.impl("cross_entropy_with_gradient_", TORCH_BOX(&megagpt::with_gradient_cuda));
-  m.impl("cross_entropy_rescale_", TORCH_BOX(&megagpt::rescale_cuda));
   m.impl("cross_entropy_backward", TORCH_BOX(&megagpt::backward_cuda));
   m.impl("cross_entropy_gradient_", TORCH_BOX(&megagpt::gradient_in_place_cuda));
 }

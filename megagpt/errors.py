@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 EXIT_USER = 2  # what the user gave cannot work; the message says why
 EXIT_PEER_LOST = 69  # another process of the run died, stopped or hung
@@ -16,15 +19,68 @@ SILENT_S = 5.0
 
 
 class UserError(Exception):
-    """Something the user gave cannot work. The message says what was got, what was wanted, what to do.
+    """Something the user gave cannot work: what was got, what was wanted, what to do, as "got wanted; remedy".
 
+    Where no setting is concerned, got may be the whole message.
+    keys: the settings that it is about, such as "model.n_layers". where: the file that they stand in, if one is known.
     speaks: whether this process prints it. Of several ranks that fail together exactly one does.
     code: the exit code that it becomes.
     """
 
-    def __init__(self, message: str, speaks: bool = True, code: int = EXIT_USER) -> None:
-        super().__init__(message)
+    def __init__(
+        self,
+        got: str,
+        wanted: str = "",
+        remedy: str = "",
+        keys: Sequence[str] = (),
+        where: str = "",
+        speaks: bool = True,
+        code: int = EXIT_USER,
+    ) -> None:
+        super().__init__(got)
+        self.got, self.wanted, self.remedy = got, wanted, remedy
+        self.keys, self.where = tuple(keys), where
         self.speaks, self.code = speaks, code
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        return place + " ".join(filter(None, (self.got, self.wanted))) + (f"; {self.remedy}" if self.remedy else "")
+
+
+def require(ok: bool, got: str, wanted: str, remedy: str, *keys: str) -> None:
+    """Raise `UserError` "got wanted; remedy" unless ok. keys: the settings that it is about ("model.n_layers")."""
+    if not ok:
+        raise UserError(got, wanted, remedy, keys)
+
+
+def divisors(n: int, limit: int = 256) -> list[int]:
+    """The divisors of n up to limit, ascending: what an error message offers."""
+    return [d for d in range(1, min(n, limit) + 1) if n % d == 0]
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """The parser of every tool: a wrong argument is a `UserError`; --json_keys is --json-keys; no abbreviations.
+
+    description: printed line by line, as it stands.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": formatter, **options})
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        """As argparse's, hyphens and underscores in the names of flags being the same."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_hyphens(word) for word in words], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what run_cli prints on one line."""
+        raise UserError(message, remedy="see --help")
+
+
+def _hyphens(word: str) -> str:
+    flag = re.match(r"--[a-zA-Z][\w.-]*(?==|$)", word)
+    return flag[0].replace("_", "-") + word[flag.end() :] if flag else word
 
 
 def one_line(text: str) -> str:

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megagpt.config import OptimConfig, RunConfig, batch_sizes
+from megagpt.config import OptimConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class _ByStep:
 
     def __init__(self, config: RunConfig) -> None:
         train = config.train
-        self._sizes = batch_sizes(train.batch_steps) if train.batch_steps else {1: train.global_batch_size}
+        self._sizes = dict(train.batch_steps) or {1: train.global_batch_size}
 
     def size(self, step: int, _tokens: int) -> int:
         return self._sizes[max(first for first in self._sizes if first <= step + 1)]

@@ -1,4 +1,4 @@
-"""Logical tensors from what the ranks of a model axis hold."""
+"""Logical tensors from what the ranks of a model axis hold, and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ from torch import Tensor, nn
 from megagpt.parallel.parameter import Part, part_of
 
 Parts = dict[str, tuple[Part, Tensor]]
+
+
+def filled(module: nn.Module, logical: Mapping[str, Tensor]) -> nn.Module:
+    """The module in the dtype of these logical tensors, its parameters this rank's parts of them; all must be named."""
+    module = module.to(next(iter(logical.values())).dtype)
+    parameters = dict(module.named_parameters())
+    assert parameters.keys() == logical.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            part_of(parameter).unpadded(parameter).copy_(part_of(parameter).take(logical[name]))
+    return module
 
 
 def gradient_parts(parameters: Iterable[tuple[str, nn.Parameter]]) -> Parts:
@@ -27,17 +38,17 @@ def gradient_parts(parameters: Iterable[tuple[str, nn.Parameter]]) -> Parts:
 def assemble(ranks: Iterable[Mapping[str, tuple[Part, Tensor]]]) -> dict[str, Tensor]:
     """The logical tensors, by name. A replicated one must be bitwise equal on all ranks; shards must fill the rest."""
     whole: dict[str, Tensor] = {}
-    filled: dict[str, int] = {}
+    n_found: dict[str, int] = {}
     for parts in ranks:
         for name, (part, local) in parts.items():
             if name not in whole:
                 whole[name] = torch.full(part.shape, torch.nan, dtype=local.dtype)
-                filled[name] = 0
+                n_found[name] = 0
             elif part.dim is None:
                 assert torch.equal(whole[name], local), f"{name} differs between ranks"
                 continue
             part.take(whole[name]).copy_(local)
-            filled[name] += local.numel()
+            n_found[name] += local.numel()
     for name, tensor in whole.items():
-        assert filled[name] == tensor.numel(), f"{name}: {filled[name]} of {tensor.numel()} elements"
+        assert n_found[name] == tensor.numel(), f"{name}: {n_found[name]} of {tensor.numel()} elements"
     return whole

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, batch_sizes
+from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megagpt.errors import UserError
 from megagpt.schedule import Schedule
 
@@ -272,11 +272,3 @@ def test_a_size_that_makes_no_sense_is_refused(case):
     settings, message = WRONG_SIZES[case]
     with pytest.raises(UserError, match=message):
         TrainConfig(**settings)
-
-
-@pytest.mark.parametrize(
-    "text", ["4", "4@", "@1", "4@0", "0@1", "4@1,", "4@2", "4@1,4@2", "x@1", "-4@1", "4@" + "1" * 5000]
-)
-def test_batch_steps_that_are_none_are_refused(text):
-    with pytest.raises(UserError, match=r"^train\.batch_steps="):
-        batch_sizes(text)

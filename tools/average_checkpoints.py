@@ -9,18 +9,17 @@ A shorthand for `tools/checkpoint.py average`, which also takes checkpoints one 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint import main as checkpoint_tool
 
-from megagpt.errors import run_cli
+from megagpt.errors import ArgumentParser, run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the mean; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     parser.add_argument("--last", type=int, required=True, metavar="N", help="how many of its newest checkpoints")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder to write (default: RUN/mean-of-last-N)")

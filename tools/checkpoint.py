@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -31,11 +31,13 @@ from rich.table import Table
 
 from megagpt.checkpoint import compare, folders, rewrite
 from megagpt.checkpoint.integrity import damage_of
-from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
+from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import State, read_state
-from megagpt.errors import UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.inventory.parameter import AVERAGE, WEIGHT
 
 _LARGE_BYTES = 1 << 30
+_LOAD = "RUN, RUN@best, RUN@STEP, or the folder of a checkpoint"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -283,56 +285,54 @@ def _progress(what: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
             yield lambda n: progress.advance(task, n)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands (each has a --help)")
-    load = "RUN, RUN@best, RUN@STEP, or the folder of a checkpoint"
 
-    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(command=run)
         return added
 
+    _add_readers(command)
+    _add_writers(command)
+    return parser
+
+
+def _add_readers(command: Callable[..., ArgumentParser]) -> None:
     p = command("list", _list, "the checkpoints of a run, which is the latest and which the best")
     p.add_argument("run", metavar="RUN", help="folder of a run")
     p.add_argument("--verify", action="store_true", help="also read every byte, and say which are whole")
     p = command("inspect", _inspect, "where a checkpoint stands, and its tensors: norm, smallest, largest, NaN or Inf")
-    p.add_argument("checkpoint", metavar="CKPT", help=load)
+    p.add_argument("checkpoint", metavar="CKPT", help=_LOAD)
     p.add_argument("--moments", action="store_true", help="also list the optimizer's moments")
     p = command("verify", _verify, "every byte against its hash, the index against the files; exit code 2 for damage")
-    p.add_argument("checkpoint", metavar="CKPT|RUN", help=f"{load}; a run means all it has")
+    p.add_argument("checkpoint", metavar="CKPT|RUN", help=f"{_LOAD}; a run means all it has")
     p = command("diff", _diff, "what differs between two checkpoints: exit code 0 nothing, 1 something")
-    p.add_argument("a", metavar="A", help=load)
-    p.add_argument("b", metavar="B", help=load)
+    p.add_argument("a", metavar="A", help=_LOAD)
+    p.add_argument("b", metavar="B", help=_LOAD)
     p.add_argument("--tensors-only", action="store_true", help="let the states differ: configuration, step, layout")
-    p = command("reshape", _reshape, "the same checkpoint in another number of files, in bounded memory")
-    p.add_argument("checkpoint", metavar="CKPT", help=load)
-    p.add_argument("--files", type=int, required=True, metavar="N", help="files a kind (weights, each moment)")
-    p = command("average", _average, "the mean of the weights of several checkpoints, in bounded memory")
-    p.add_argument("checkpoints", metavar="CKPT", nargs="+", help=f"{load}; or with --last one RUN")
-    p.add_argument("--last", type=int, metavar="N", help="the newest N of a run")
-    p.add_argument(
-        "--weights", choices=("last", "ema"), default="last", help="ema: of the moving averages that the run kept"
-    )
-    p = command(
-        "export", _export, "a folder for Hugging Face transformers, compared with its own model before it is done"
-    )
-    p.add_argument("checkpoint", metavar="CKPT", help=load)
-    p.add_argument(
-        "--as", dest="architecture", metavar="NAME", help="its architecture there (model_type); default what fits"
-    )
-    p = command("import", _import, "a run that begins with the weights of a Hugging Face folder (safetensors only)")
-    p.add_argument("source", metavar="DIR", type=Path, help="folder with config.json and model.safetensors")
-    for name in ("reshape", "average", "export", "import"):
-        commands.choices[name].add_argument(
-            "--out", type=Path, required=True, metavar="DIR", help="new folder to write"
-        )
-    return parser
+
+
+def _add_writers(command: Callable[..., ArgumentParser]) -> None:
+    reshape = command("reshape", _reshape, "the same checkpoint in another number of files, in bounded memory")
+    reshape.add_argument("checkpoint", metavar="CKPT", help=_LOAD)
+    reshape.add_argument("--files", type=int, required=True, metavar="N", help="files a kind (weights, each moment)")
+    average = command("average", _average, "the mean of the weights of several checkpoints, in bounded memory")
+    average.add_argument("checkpoints", metavar="CKPT", nargs="+", help=f"{_LOAD}; or with --last one RUN")
+    average.add_argument("--last", type=int, metavar="N", help="the newest N of a run")
+    ema = "ema: of the moving averages that the run kept"
+    average.add_argument("--weights", choices=("last", "ema"), default="last", help=ema)
+    what = "a folder for Hugging Face transformers, compared with its own model before it is done"
+    export = command("export", _export, what)
+    export.add_argument("checkpoint", metavar="CKPT", help=_LOAD)
+    name = "its architecture there (model_type); default what fits"
+    export.add_argument("--as", dest="architecture", metavar="NAME", help=name)
+    what = "a run that begins with the weights of a Hugging Face folder (safetensors only)"
+    begin = command("import", _import, what)
+    begin.add_argument("source", metavar="DIR", type=Path, help="folder with config.json and model.safetensors")
+    for p in (reshape, average, export, begin):
+        p.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")
 
 
 if __name__ == "__main__":

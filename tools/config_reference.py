@@ -5,7 +5,6 @@ python tools/config_reference.py
 
 from __future__ import annotations
 
-import ast
 import inspect
 import types
 from collections.abc import Iterator
@@ -13,8 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megagpt.cli.flags import all_flags
-from megagpt.config import SECTIONS, RunConfig
+from megagpt.cli.flags import all_flags, field_helps
+from megagpt.cli.yaml_file import is_words
+from megagpt.config import SECTIONS, RunConfig, plain
 from megagpt.errors import run_cli
 from megagpt.presets import preset_names, preset_path
 
@@ -78,27 +78,17 @@ def _presets() -> Iterator[str]:
 
 def _section(name: str) -> Iterator[str]:
     section: type = get_type_hints(RunConfig)[name]
-    hints, helps, flags = get_type_hints(section), _helps(section), all_flags()
+    hints, helps, flags, defaults = get_type_hints(section), field_helps(section), all_flags(), plain(section())
     yield f"## {name}\n\n{inspect.getdoc(section)}\n"
     yield "| setting | flags | type | default | meaning |\n|---|---|---|---|---|"
     for field in fields(section):
         typed = ", ".join(f"`{flag}`" for flag in flags[f"{name}.{field.name}"])
-        default = "" if field.default in (None, ()) else f"`{field.default}`"
+        default = defaults[field.name]
+        shown = " ".join(default) if isinstance(default, list) else default
+        default = "" if shown in (None, "") else f"`{shown}`"
         kind = _kind(hints[field.name]).replace("|", "\\|")
         yield f"| `{field.name}` | {typed} | {kind} | {default} | {helps[field.name].replace('|', '/')} |"
     yield ""
-
-
-def _helps(section: type) -> dict[str, str]:
-    """Field → the string literal behind it."""
-    (node,) = ast.parse(inspect.getsource(section)).body
-    assert isinstance(node, ast.ClassDef)
-    helps = {}
-    for statement, following in zip(node.body, node.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            assert isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant), statement.target.id
-            helps[statement.target.id] = " ".join(str(following.value.value).split())
-    return helps
 
 
 def _kind(hint: Any) -> str:
@@ -107,9 +97,9 @@ def _kind(hint: Any) -> str:
         return " or ".join(_kind(part) for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
-    if get_origin(hint) is tuple:
+    if is_words(hint):
         return "words"
-    return {int: "integer", float: "number", str: "text", bool: "switch"}[hint]
+    return {int: "integer", float: "number", bool: "switch"}.get(hint, "text")
 
 
 if __name__ == "__main__":

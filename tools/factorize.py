@@ -26,7 +26,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -35,10 +35,11 @@ from megagpt.checkpoint import folders
 from megagpt.checkpoint.state import read_state
 from megagpt.cli import read_config
 from megagpt.config import ModelConfig
-from megagpt.data.indexed.blend import parse_data_path
-from megagpt.errors import UserError, run_cli
-from megagpt.inventory.factorised_sizes import mlp_matrix_params
-from megagpt.inventory.sizes import layer_sizes
+from megagpt.config.values import Split
+from megagpt.data.indexed.dataset import IndexedDataset
+from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.inventory.layers import layers
+from megagpt.model.mlp import MLPS
 
 KIND = ("mlp", "mlp_rank", "mlp_blocks")
 PRETRAIN = Path(__file__).parents[1] / "examples" / "pretrain_gpt.py"
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.fine_tune_steps == 0 and pretrain_flags:
         raise UserError(f"got {pretrain_flags[0]} behind --, which is for fine-tuning; add --fine-tune-steps")
     print("loading torch ...", file=sys.stderr)
-    from megagpt.adapt.factorised_run import step_times, write_factorised  # seconds, which a wrong flag should not take
+    from megagpt.adapt.factorise import step_times, write_factorised  # seconds, which a wrong flag should not take
 
     errors = write_factorised(source, args.out, given)
     report: dict[str, Any] = {
@@ -69,16 +70,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     _show_errors(report["relative_error"])
     for name, seconds in step_times({"dense": dense.model, "factorised": config.model}, args.micro_batch_size).items():
         report[name]["step_time_s"] = seconds
-    prefixes = args.data_path or [prefix for _, prefix in parse_data_path(dense.data.data_path)]
-    if prefixes:
-        report["dense"]["validation_loss"] = _loss(source, prefixes, args)
-        report["factorised"]["validation_loss"] = _loss(args.out, prefixes, args)
+    prefixes = args.data_path or list(dense.data.data_path.prefixes)
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    if datasets:
+        report["dense"]["validation_loss"] = _loss(source, datasets, args)
+        report["factorised"]["validation_loss"] = _loss(args.out, datasets, args)
     if args.fine_tune_steps:
         _fine_tune(args, prefixes, pretrain_flags)
         tuned = {name: report["factorised"][name] for name in ("parameters", "mlp_parameters", "flops_per_token")}
         tuned |= {
             "step_time_s": report["factorised"]["step_time_s"],
-            "validation_loss": _loss(args.out, prefixes, args),
+            "validation_loss": _loss(args.out, datasets, args),
         }
         report["fine-tuned"] = tuned
     _show(report)
@@ -88,27 +90,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sizes(model: ModelConfig) -> dict[str, float]:
     """Parameters, those of the MLPs' matrices among them, and forward matmul FLOPs of a token."""
-    D, F, of_kind = model.d_model, model.ff_width, (model.mlp_rank, model.mlp_blocks, 1)
-    up, _ = mlp_matrix_params(model.mlp, D, F, *of_kind, "column")
-    down, _ = mlp_matrix_params(model.mlp, F, D, *of_kind, "row")
-    layers = layer_sizes(model, 1)
+    listed, mlp = layers(model), MLPS[model.mlp](model)
+    of_a_block = [p.size for p in [*mlp.up().values(), *mlp.down().values()] if p.kind != "vector"]
     return {
-        "parameters": sum(layer.params for layer in layers),
-        "mlp_parameters": model.n_layers * ((2 if model.gated else 1) * up + down),
-        "flops_per_token": sum(layer.flops_per_token for layer in layers),
+        "parameters": sum(layer.params for layer in listed),
+        "mlp_parameters": model.n_layers * sum(of_a_block),
+        "flops_per_token": sum(layer.flops_per_token for layer in listed),
     }
 
 
-def _loss(checkpoint: Path, prefixes: Sequence[str], args: argparse.Namespace) -> float:
+def _loss(checkpoint: Path, datasets: Sequence[IndexedDataset], args: argparse.Namespace) -> float:
     """Mean nats per token over the validation share of all datasets."""
     from megagpt.evaluate.split import evaluate  # after the flags: this takes seconds
     from megagpt.generate.trained import open_trained  # likewise
 
     total, n_tokens = 0.0, 0
     with open_trained(checkpoint) as trained:
-        for prefix in prefixes:
+        for dataset in datasets:
             split = args.split or trained.config.data.split
-            found = evaluate(trained, prefix, split=split, which="validation", max_tokens=args.max_tokens)
+            found = evaluate(trained, dataset, split=split, which="validation", max_tokens=args.max_tokens)
             total, n_tokens = total + found.loss * found.n_tokens, n_tokens + found.n_tokens
     return total / n_tokens
 
@@ -169,17 +169,10 @@ def _print(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         usage="%(prog)s CKPT --mlp KIND --out DIR [options] [-- FLAGS of examples/pretrain_gpt.py, to fine-tune by]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="RUN, RUN@best, RUN@STEP, or the folder of a checkpoint")
     parser.add_argument("--mlp", required=True, choices=("low_rank", "monarch", "butterfly"), help="the new kind")
@@ -187,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mlp-blocks", type=int, help="blocks of each factor of monarch matrices")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new run folder to write")
     parser.add_argument("--data-path", nargs="+", metavar="P", help="text for the losses (default: the run's own)")
-    parser.add_argument("--split", help="shares for train, validation, test (default: the run's)")
+    parser.add_argument("--split", type=Split.parse, help="shares for train, validation, test (default: the run's)")
     parser.add_argument("--max-tokens", type=int, help="measure the loss over at most so many (default: all)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="of the steps that are timed (default: 4)")
     parser.add_argument("--fine-tune-steps", type=int, default=0, metavar="N", help="train on for so many steps")

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from megagpt.config import DataConfig
+from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset, verify
-from megagpt.data.indexed.meta import DatasetMeta, read_meta
+from megagpt.data.indexed.meta import DatasetMeta
 from megagpt.data.indexed.samples import GPTSamples, split_bounds
 from megagpt.data.tokenizers.tokenizer import KINDS, Tokenizer, tokenizer_for
-from megagpt.errors import UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, run_cli
 
 _BAR = 50
 
@@ -32,14 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     prefix = args.prefix.removesuffix(".idx").removesuffix(".bin")
     dataset = IndexedDataset(prefix)
     if args.verify:
-        verify(prefix, args.vocab_size)
-        print(f"{prefix}: verified: index, size, {dataset.n_tokens:,} tokens{_hashed(read_meta(prefix))}")
+        verify(dataset, args.vocab_size)
+        print(f"{prefix}: verified: index, size, {dataset.n_tokens:,} tokens{_hashed(dataset.meta)}")
     elif args.document is not None:
         _show_document(dataset, args.document, _tokenizer(args, prefix))
     elif args.sample is not None:
         _show_sample(dataset, args, _tokenizer(args, prefix))
     else:
-        _show_counts(dataset, read_meta(prefix))
+        _show_counts(dataset, dataset.meta)
         _show_lengths(dataset.lengths)
     return 0
 
@@ -134,9 +135,7 @@ def _hashed(meta: DatasetMeta | None) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("prefix", help="prefix of the dataset, without .bin or .idx")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--document", type=int, metavar="N", help="decode document N")
@@ -145,7 +144,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     order = parser.add_argument_group("the order of samples, as in training")
     order.add_argument("--seq-len", type=int, default=256, help="tokens a sample (default: 256)")
     order.add_argument("--seed", type=int, default=1234, help="seed of the run (default: 1234)")
-    order.add_argument("--split", default="949,50,1", help="shares of train, validation, test (default: 949,50,1)")
+    order.add_argument(
+        "--split", type=Split.parse, default="949,50,1", help="shares of train, validation, test (default: 949,50,1)"
+    )
     order.add_argument("--num-samples", type=int, default=1, help="samples of the run (default: one epoch)")
     words = parser.add_argument_group("the tokenizer, where the .json does not name it")
     words.add_argument("--tokenizer", choices=KINDS)

@@ -173,7 +173,7 @@ def _init(model: ModelConfig) -> str:
 
 def _batch(train: TrainConfig) -> str:
     if train.batch_steps:
-        return train.batch_steps.replace(",", ", ").replace("@", " from step ")
+        return ", ".join(f"{size} from step {step}" for step, size in train.batch_steps.items())
     if train.batch_ramp_tokens is None:
         return f"{train.global_batch_size}"
     by = train.batch_ramp_increment or train.batch_ramp_start
@@ -238,7 +238,7 @@ COLUMNS: dict[str, Callable[[str, RunConfig], str]] = {
     "block and norms": lambda _, c: _block(c.model),
     "biases": lambda _, c: _biases(c.model),
     "positions": lambda _, c: _position(c.model),
-    "attention by layer": lambda _, c: ", ".join(c.model.attention),
+    "attention by layer": lambda _, c: ", ".join(map(str, c.model.attention)),
     "dropout: embedding / attention / residual": lambda _, c: _dropout(c.model),
     "initial weights": lambda _, c: _init(c.model),
     "batch": lambda _, c: _batch(c.train),

@@ -1,10 +1,13 @@
 """Lays the four files of a new op: softcap's, the worked example, under the new name, with the places to fill marked.
 
+    python -m megagpt.ops new NAME    (or python -m tools.new_op NAME)
+
 Copies of what is tested cannot rot as templates do; what is laid compiles, is right, and is changed while it runs.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import keyword
 import re
@@ -14,12 +17,12 @@ import tokenize
 from contextlib import suppress
 from pathlib import Path
 
-from megagpt.errors import UserError
+from megagpt.errors import UserError, run_cli
 
 EXAMPLE = "softcap"
 FILES = {
     "megagpt/ops/{}.py": "the public function, its plain-torch reference, schema and gradient",
-    "megagpt/ops/cases/{}.py": "what proves and measures it",
+    "tests/ops/cases/{}.py": "what proves and measures it",
     "csrc/{}.cpp": "the CPU kernel",
     "csrc/{}.cu": "the CUDA kernel",
 }
@@ -32,6 +35,17 @@ As laid it computes what {example} does. Change what says TODO, and `cap`, to wh
   make bench-kernels OP={name}
 docs/adding-a-kernel.md goes through the four files.
 """
+
+
+def main() -> None:
+    """Lay an op's files, and say what they are and what comes next."""
+    parser = argparse.ArgumentParser(prog="python -m tools.new_op", description="The four files of a new op.")
+    parser.add_argument("name", metavar="NAME")
+    name = parser.parse_args().name
+    lay(Path.cwd(), name)
+    for file, what in FILES.items():
+        print(f"{file.format(name):{len(max(FILES, key=len)) + len(name)}}{what}")
+    print(NEXT.format(example=EXAMPLE, name=name), end="")
 
 
 def lay(root: Path, name: str) -> list[Path]:
@@ -96,3 +110,7 @@ def _tidy(files: list[Path]) -> None:
     for command in (["check", "--select", "I", "--fix"], ["format"]):
         with suppress(OSError):
             subprocess.run([sys.executable, "-m", "ruff", *command, *files], capture_output=True, check=False)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -18,10 +18,11 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megagpt.cli import parse_run_config
-from megagpt.errors import UserError, run_cli
+from megagpt.config import plain
+from megagpt.errors import ArgumentParser, UserError, run_cli
 from tests.parity.shrunken import shrunken
 
 DESCRIPTION = """Train 20 steps of a small GPT in every layout that fits on 1 to 8 processes (gloo, on the CPU), and
@@ -100,7 +101,7 @@ def _write_json(path: Path, config: Any, bounds: Any, rows: list[dict[str, Any]]
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
-        "config": dataclasses.asdict(config),
+        "config": plain(config),
         "bounds": dataclasses.asdict(bounds),
         "layouts": rows,
     }
@@ -111,13 +112,8 @@ def _write_json(path: Path, config: Any, bounds: Any, rows: list[dict[str, Any]]
     print(f"written: {path}")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def _options() -> argparse.ArgumentParser:
-    parser = _Parser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def _options() -> ArgumentParser:
+    parser = ArgumentParser(description=DESCRIPTION)
     parser.add_argument(
         "--layouts", default="", help='only those with these words: "tp=2 pp=2", alternatives by comma: "tp=4, zero=3"'
     )

@@ -5,15 +5,13 @@ python tools/plan.py --preset gpt2-xl --world-size 64 --tp 5 --pp 4 --precision 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
-from typing import NoReturn
 
 from rich.console import Console
 
 from megagpt.cli import parse_run_config
-from megagpt.errors import UserError, run_cli
+from megagpt.errors import ArgumentParser, run_cli
 from megagpt.plan.plan import make_plan
 from megagpt.plan.table import config_table, plan_table
 
@@ -46,14 +44,9 @@ def main() -> int:
     return 0
 
 
-class _OwnFlags(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def _own_flags() -> argparse.ArgumentParser:
-    parser = _OwnFlags(add_help=False, allow_abbrev=False)
-    parser.add_argument("--world-size", "--world_size", type=int)
+def _own_flags() -> ArgumentParser:
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("--world-size", type=int)
     return parser
 
 

@@ -6,15 +6,14 @@ python tools/plot_run.py runs/a runs/b --out compare.png    # both on one plot
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from megagpt.errors import run_cli
+from megagpt.errors import ArgumentParser, run_cli
 from megagpt.train.plot import plot_runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a metrics.jsonl")
     parser.add_argument("--out", type=Path, help="picture to write; default RUN/loss.png, or loss.png for several")
     parser.add_argument("--x", choices=("step", "tokens"), default="step", help="what the x axis counts")

@@ -6,14 +6,12 @@ torchrun --nnodes 2 … tools/preflight.py --tp 2 --pp 2 --data-path my_text_doc
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from megagpt.cli import parse_run_config
-from megagpt.errors import UserError
+from megagpt.errors import ArgumentParser
 from megagpt.train.pretrain import ranks_to_start, run_program, start_ranks
 
 DESCRIPTION = """Check the machines before a run: same versions, settings and data on all ranks; who reaches whom;
@@ -38,13 +36,8 @@ def main() -> None:
     importlib.import_module("megagpt.processes.preflight.program").preflight(config, own.json, own.wait_s)
 
 
-class _OwnFlags(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def _own_flags() -> argparse.ArgumentParser:
-    parser = _OwnFlags(add_help=False, allow_abbrev=False)
+def _own_flags() -> ArgumentParser:
+    parser = ArgumentParser(add_help=False)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--wait-s", type=float, default=120.0)
     return parser

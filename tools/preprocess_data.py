@@ -23,7 +23,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from megagpt.data.text.prepare import Progress, TokenizerFiles, prepare
-from megagpt.errors import run_cli
+from megagpt.errors import ArgumentParser, run_cli
 
 TOKENIZER_NAMES = {
     "gpt2": "gpt2",
@@ -41,7 +41,7 @@ TOKENIZER_NAMES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(sys.argv[1:] if argv is None else argv)
+    args = _parse(argv)
     started = time.perf_counter()
     with _progress(args.log_interval) as report:
         metas = prepare(
@@ -75,15 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
     _add_input(parser.add_argument_group("input").add_argument)
     _add_tokenizer(parser.add_argument_group("tokenizer").add_argument)
     _add_output(parser.add_argument_group("output").add_argument)
     _add_run(parser.add_argument_group("run").add_argument)
-    return parser.parse_args([_dashes(word) for word in argv])
+    return parser.parse_args(argv)
 
 
 def _add_input(add: Callable[..., object]) -> None:
@@ -136,12 +134,6 @@ def _add_run(add: Callable[..., object]) -> None:
         "--log-interval", type=_positive, default=10_000, metavar="N",
         help="documents between progress lines where there is no terminal (default: 10000)",
     )  # fmt: skip
-
-
-def _dashes(word: str) -> str:
-    """--json_keys is --json-keys."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def _positive(text: str) -> int:

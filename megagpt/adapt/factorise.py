@@ -1,122 +1,170 @@
-"""Projecting a dense matrix of the MLP onto its factorised kinds: the parameters whose product is nearest to it.
+"""A run that begins with the weights of another, its MLPs factorised; and what that costs and saves.
 
-Nearest in Frobenius norm: exactly so for low_rank and monarch, whose blocks are independent; a butterfly is split in
-two factors like a Monarch matrix, these again, and so on: exact for what is a butterfly, a good guess for what is not.
-Everything is computed in float64.
+Each dense matrix becomes the product of fewer parameters that is nearest to it in Frobenius norm: exactly so for
+low_rank and monarch, whose blocks are independent; a butterfly is exact for what is a butterfly, and a good guess for
+what is not. Computed in float64. One matrix is in memory at a time, beside what its projection takes.
 
-Shapes: O outputs, I inputs, r rank; first, second, twiddle and their letters as in the files of factorised_*.py.
+Shapes: O outputs, I inputs; the parameters and their letters as in megagpt/model/mlp.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megagpt.config import ModelConfig
-from megagpt.inventory.factorised_sizes import Butterfly, monarch_grid
-from megagpt.model.factorised import down_matrix, up_matrix
+from megagpt.checkpoint import folders
+from megagpt.checkpoint.chunks import read_chunks
+from megagpt.checkpoint.pieces import Reader
+from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
+from megagpt.checkpoint.state import State, read_state
+from megagpt.cli import read_config, to_yaml
+from megagpt.config import ModelConfig, RunConfig
+from megagpt.errors import UserError
+from megagpt.inventory.layers import canonical
+from megagpt.inventory.parameter import WEIGHT
+from megagpt.model.gpt import GPT
+from megagpt.model.mlp import MLPS
+from megagpt.model.mlp.kind import Direction, Product
 from megagpt.parallel.axis import SINGLE
-from megagpt.parallel.parameter import NamedNormal
-
-Direction = Literal["up", "down"]
+from megagpt.parallel.linear import SUMMED
 
 
-def factorise(weight: Tensor, config: ModelConfig, direction: Direction) -> dict[str, Tensor]:
-    """The parameters of config's kind of matrix nearest to weight, by name, in weight's dtype.
+@dataclass(frozen=True)
+class MatrixError:
+    """How far the factorised matrix is from the dense one, as a share of that (Frobenius norms)."""
 
-    Shapes: weight (O, I), or (2, O, I) for the up matrix of a gated unit; parameters likewise.
+    name: str
+    relative_error: float
+
+
+def factorise(weight: Tensor, model: ModelConfig, direction: Direction) -> dict[str, Tensor]:
+    """The parameters of the model's kind of matrix nearest to weight, by name, in weight's dtype.
+
+    Shapes: weight (O, I), or (2, O, I) for the up matrix of a gated unit, pack by pack; parameters likewise.
     """
     if weight.ndim == 3:
-        packs = [factorise(pack, config, direction) for pack in weight]
+        packs = [factorise(pack, model, direction) for pack in weight]
         return {name: torch.stack([pack[name] for pack in packs]) for name in packs[0]}
-    if config.mlp == "low_rank":
-        assert config.mlp_rank is not None
-        second, first = truncated(weight.double(), config.mlp_rank)
-        found = {"first": first, "second": second}
-    elif config.mlp == "monarch":
-        assert config.mlp_blocks is not None
-        found = _monarch(weight, config.mlp_blocks)
-    elif config.mlp == "butterfly":
-        shape = Butterfly(config.d_model, config.ff_width)
-        found = {"twiddle": _butterfly(weight if direction == "up" else weight.T, shape)}
-    else:
-        found = {"weight": weight}
+    found = MLPS[model.mlp](model).project(weight, direction)
     return {name: values.to(weight.dtype).contiguous() for name, values in found.items()}
 
 
 @torch.no_grad()
-def multiplied(parameters: dict[str, Tensor], config: ModelConfig, direction: Direction) -> Tensor:
-    """The dense matrix (O, I), or (2, O, I), that parameters stand for: what the layer makes of the unit vectors."""
-    width = config.d_model if direction == "up" else config.ff_width
-    with torch.device("meta"):
-        layer = (up_matrix if direction == "up" else down_matrix)(config, SINGLE, NamedNormal(0, direction))
-    for name, values in parameters.items():
-        layer.register_parameter(name, nn.Parameter(values))
-    layer.bias = None  # pyright: ignore[reportArgumentType]
-    y = layer(torch.eye(width, dtype=next(iter(parameters.values())).dtype)).T
-    return y.unflatten(0, (2, -1)) if config.gated and direction == "up" else y
+def multiplied(parameters: dict[str, Tensor], model: ModelConfig, direction: Direction) -> Tensor:
+    """The dense matrix (O, I), or (2, O, I), that parameters stand for: what they make of the unit vectors."""
+    kind = MLPS[model.mlp](model)
+    assert isinstance(kind, Product), model.mlp
+    n_inputs = model.d_model if direction == "up" else model.ff_width
+    units = torch.eye(n_inputs, dtype=next(iter(parameters.values())).dtype)
+    multiply = kind.multiply_up if direction == "up" else kind.multiply_down
+    y = multiply(parameters, units, SINGLE, SUMMED).T
+    return y.unflatten(0, (2, -1)) if model.gated and direction == "up" else y
 
 
-def truncated(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """left (*, O, r) and right (*, r, I), whose product is the nearest of its rank; singular values go to both alike.
+def write_factorised(
+    source: Path, out: Path, changes: dict[str, object], tick: Callable[[MatrixError], None] = lambda error: None
+) -> list[MatrixError]:
+    """Write a run folder with a checkpoint of step 0: source's weights, each MLP matrix projected; how far, by layer.
 
-    From the eigenvectors of the smaller Gram matrix, several times faster than a singular value decomposition. What
-    squaring loses is far below 32 bits: the product is weight, projected onto a subspace that is orthonormal anyway.
-    Source: Eckart & Young 1936.
+    source: a checkpoint folder. changes: of ModelConfig: mlp, and mlp_rank or mlp_blocks. tick: told of each matrix.
+    Raises UserError, and leaves nothing, where source is not dense, the sizes do not fit, or `out` exists.
     """
-    if weight.shape[-2] > weight.shape[-1]:
-        left, right = truncated(weight.transpose(-2, -1), rank)
-        return right.transpose(-2, -1), left.transpose(-2, -1)
-    vectors = torch.linalg.eigh(weight @ weight.transpose(-2, -1)).eigenvectors[..., -rank:].flip(-1)
-    right = vectors.transpose(-2, -1) @ weight
-    root = right.norm(dim=-1, keepdim=True).sqrt()
-    return vectors * root.transpose(-2, -1), right / root.clamp_min(torch.finfo(root.dtype).tiny)
+    at = read_state(source)
+    dense = read_config(at.config, f"{source}/state.json")
+    if dense.model.mlp != "dense":
+        raise UserError(f"{source} has MLPs of kind {dense.model.mlp} already; give a checkpoint with dense ones")
+    config = replace(dense, model=replace(dense.model, **changes))
+    with Reader(source) as reader, new_folder(out) as folder:
+        projection = _Projection(reader, config.model, tick)
+        shapes = {name: parameter.shape for name, parameter in canonical(config.model).items()}
+        begun = State(
+            step=0,
+            samples=0,
+            tokens=0,
+            lr=0.0,
+            counters={"skipped_steps": 0},
+            config=asdict(config),
+            data=at.data,
+            origin=f"{config.model.mlp} form of {source.parent.parent.name}/{source.name}",
+        )
+        checkpoint = folders.folder_of(folder, 0)
+        write_checkpoint(checkpoint, begun, {WEIGHT: shapes}, projection.rows)
+        folders.point_to(checkpoint)
+        # How the old run was saved, guarded and spread out is not how a new one is to be.
+        begins = RunConfig(model=config.model, data=config.data, optim=config.optim, train=config.train)
+        (folder / "config.yaml").write_text(to_yaml(begins), encoding="utf-8")
+    return [projection.errors[matrix] for matrix in matrices_of(config.model)]
 
 
-def _monarch(weight_OI: Tensor, n_blocks: int) -> dict[str, Tensor]:
-    """Each block of the grid by itself. Source: Dao et al. 2022, section 3.3, algorithm 1."""
-    grid = monarch_grid(weight_OI.shape[1], weight_OI.shape[0], n_blocks)
-    firsts, seconds = [], []
-    for row_HI in weight_OI.view(grid.n_down, grid.height, -1):  # a row at a time: float64 takes room
-        left_KHR, right_KRW = truncated(row_HI.view(grid.height, grid.n_across, -1).transpose(0, 1).double(), grid.rank)
-        firsts.append(right_KRW)
-        seconds.append(left_KHR.transpose(0, 1).flatten(1))
-    return {"first": torch.cat(firsts, dim=1), "second": torch.stack(seconds)}
+def matrices_of(model: ModelConfig) -> dict[str, Direction]:
+    """The MLP matrices of a model by canonical name: "blocks.3.mlp.up" -> "up"."""
+    directions: tuple[Direction, ...] = ("up", "down")
+    return {f"blocks.{i}.mlp.{d}": d for i in range(model.n_layers) for d in directions}
 
 
-def _butterfly(weight_up: Tensor, shape: Butterfly) -> Tensor:
-    """twiddle (m, c, n/2, 2, 2), from a matrix (hidden, residual).
+class _Projection:
+    """The tensors of the new checkpoint as rows: read, or projected, those of the last matrix kept."""
 
-    Rows and columns of the n that stand for no unit are taken as zero: that scales rows and columns of a butterfly,
-    which leaves it one.
+    def __init__(self, reader: Reader, model: ModelConfig, tick: Callable[[MatrixError], None]) -> None:
+        self.reader, self.model, self.tick = reader, model, tick
+        self.matrices = matrices_of(model)
+        self.errors: dict[str, MatrixError] = {}
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def rows(self, key: str, name: str, rows: range) -> Iterable[np.ndarray]:
+        matrix, _, factor = name.rpartition(".")
+        if matrix in self.matrices and name not in self.reader.index[WEIGHT]:
+            yield self._factors(matrix)[factor].numpy()[rows.start : rows.stop]
+        else:
+            yield from read_chunks(self.reader, key, name, rows)
+
+    def _factors(self, matrix: str) -> dict[str, Tensor]:
+        if self._last[0] != matrix:
+            direction = self.matrices[matrix]
+            weight = torch.from_numpy(self.reader.read(WEIGHT, f"{matrix}.weight"))
+            factors = factorise(weight, self.model, direction)
+            off = multiplied(factors, self.model, direction) - weight
+            error = MatrixError(matrix, float(off.double().norm() / weight.double().norm()))
+            self.errors[matrix] = error
+            self.tick(error)
+            self._last = (matrix, factors)
+        return self._last[1]
+
+
+def step_times(models: dict[str, ModelConfig], micro_batch_size: int, repeats: int = 15) -> dict[str, float]:
+    """Median seconds of a training step of each model (forward, backward, AdamW), in turn, on this process.
+
+    In fp32 on a CPU, in bf16 on a GPU.
     """
-    slots = weight_up.new_zeros(shape.high * shape.stacks * shape.kept_hidden, shape.kept_residual * shape.high)
-    n_hidden, n_residual = weight_up.shape
-    slots[torch.arange(n_hidden) * len(slots) // n_hidden, :n_residual] = weight_up
-    slots_hcllh = slots.view(shape.high, shape.stacks, shape.kept_hidden, shape.kept_residual, shape.high)
-    stacks = []
-    for slots_hllh in slots_hcllh.unbind(1):
-        whole = torch.zeros(shape.high, shape.low, shape.high, shape.low, dtype=torch.float64)  # index: (high, low)
-        whole[:, : shape.kept_hidden, :, : shape.kept_residual] = slots_hllh.transpose(2, 3)
-        levels = _levels(whole.view(shape.size, shape.size))
-        stacks.append(torch.stack([level.flatten(-4, -3) for level in levels]))
-    return torch.stack(stacks, dim=1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = {name: _stepper(model, micro_batch_size, device) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if repeat > 0:  # the first warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def _levels(whole: Tensor) -> list[Tensor]:
-    """Of butterflies (*, n, n): 2x2 matrices level by level, (*, u, v, 2, 2), u counting the bits above, v below.
+def _stepper(config: ModelConfig, micro_batch_size: int, device: torch.device) -> Callable[[], None]:
+    model = GPT(config, SINGLE).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens_BT = torch.randint(config.vocab, (micro_batch_size, config.seq_len), device=device)
 
-    Source: Le, Zheng, Riccietti & Gribonval 2022, "Fast learning of fast transforms, with guarantees", section 3.
-    """
-    n = whole.shape[-1]
-    if n == 2:
-        return [whole[..., None, None, :, :]]
-    high = 1 << n.bit_length() // 2  # half of the bits, rounded up: as Butterfly.high, though any split would do
-    blocks = whole.unflatten(-1, (high, -1)).unflatten(-3, (high, -1))  # out: high, low; in: high, low
-    left, right = truncated(blocks.movedim(-1, -3), 1)  # by (high out, low in), each of (low out, high in)
-    of_high = right.squeeze(-2).transpose(-3, -2)  # by low in: (high out, high in)
-    of_low = left.squeeze(-1).transpose(-2, -1)  # by high out: (low out, low in)
-    upper = [level.movedim(-5, -3).flatten(-4, -3) for level in _levels(of_high)]
-    return upper + [level.flatten(-5, -4) for level in _levels(of_low)]
+    def step() -> None:
+        model(tokens_BT, labels_BT=tokens_BT).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step

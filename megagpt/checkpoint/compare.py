@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from megagpt.checkpoint.chunks import read_chunks, row_boxes
-from megagpt.checkpoint.pieces import WEIGHT, Reader
+from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import State
+from megagpt.inventory.parameter import WEIGHT
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,29 @@
-"""Loading: a checkpoint that is whole, and its tensors into a run of any layout, or its weights into a model alone."""
+"""Loading: a whole checkpoint that a run may go on from, into a run of any layout; or its weights into a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.integrity import damage_to, read_tables
-from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
-from megagpt.checkpoint.state import State, check_resumable, read_state
-from megagpt.config import RunConfig
+from megagpt.checkpoint.pieces import Reader
+from megagpt.checkpoint.state import State, read_state
+from megagpt.config import RunConfig, plain
 from megagpt.errors import UserError
+from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.model.gpt import GPT
-from megagpt.optim.rules import place_of
-from megagpt.parallel.parameter import Part
+from megagpt.optim.segments import place_of
+from megagpt.parallel.parameter import Part, named_parameters
 from megagpt.processes.agree import RankError, together
-from megagpt.train.step.masters import Masters
-from megagpt.train.step.named import named_parameters
+from megagpt.schedule import Schedule
+
+if TYPE_CHECKING:
+    from megagpt.train.step.masters import Masters
 
 
 def find_whole(
@@ -122,6 +126,48 @@ def load_weights(model: GPT, folder: Path, key: str = WEIGHT) -> None:
             )
         for named in named_parameters(model):
             named.part.unpadded(named.parameter.data).copy_(read_part(reader, key, named.name, named.part))
+
+
+def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
+    """What a run that goes on must keep: the architecture, the optimizer, and what the samples' order follows from.
+
+    Dropout, layout, precision, learning rate and the number of steps may change, and batches that are still to come.
+    Weights that no sample was consumed for (imported ones) keep the architecture alone.
+    """
+    if state.origin and state.step > 0:
+        raise UserError(
+            f"{folder} is a {state.origin}: weights without the optimizer's moments, to evaluate, generate and export; "
+            "to go on training, load one that a run saved"
+        )
+    settings, defaults = plain(config), plain(RunConfig())
+    fixed = {f"model.{name}": value for name, value in settings["model"].items() if "dropout" not in name}
+    if state.samples > 0:
+        fixed["train.seed"] = config.train.seed
+    if state.step > 0:
+        fixed["optim.optimizer"] = config.optim.optimizer  # what it keeps of a weight
+    for name, ours in fixed.items():
+        section, key = name.split(".")
+        theirs = state.config.get(section, {}).get(key, defaults[section][key])  # an older one lacks newer settings
+        if theirs != ours:
+            raise UserError(
+                f"{folder} was trained with {name}={theirs}, this run wants {ours}; "
+                f"take the settings of that run: --config {folder.parent.parent / 'config.yaml'}"
+            )
+    if state.samples > 0:
+        _check_position(config, state, folder)
+
+
+def _check_position(config: RunConfig, state: State, folder: Path) -> None:
+    """The next step must read on where that run stopped: no sample twice, and none left out."""
+    schedule = Schedule(config)
+    ours = schedule.samples_before(state.step), schedule.tokens_before(state.step)
+    if ours != (state.samples, state.tokens):
+        was, now = state.config.get("train", {}).get("global_batch_size"), config.train.global_batch_size
+        raise UserError(
+            f"{folder} has read {state.samples:,} samples, {state.tokens:,} tokens in {state.step:,} steps, this run "
+            f"would have read {ours[0]:,} samples, {ours[1]:,} tokens; keep train.global_batch_size, its ramp and that "
+            f"of seq_len, or change the batch from here on: --train.batch-steps {was}@1,{now}@{state.step + 1}"
+        )
 
 
 def _first(path: str | Path, newest_will_do: bool) -> Path:

@@ -26,8 +26,6 @@ from megagpt.errors import UserError
 from megagpt.files import flush, require_regular, sha256_of
 
 NAME = "index.json"
-WEIGHT = "weight"
-AVERAGE = "ema"  # exponential moving average of the weights
 
 Box = tuple[slice, ...]
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")

@@ -15,10 +15,11 @@ import numpy as np
 from megagpt.checkpoint import pieces
 from megagpt.checkpoint.chunks import Shape, read_chunks, row_boxes, write_chunks
 from megagpt.checkpoint.integrity import write_tables
-from megagpt.checkpoint.pieces import WEIGHT, Logical, Piece, Reader, TensorIndex
+from megagpt.checkpoint.pieces import Logical, Piece, Reader, TensorIndex
 from megagpt.checkpoint.state import State, read_state
 from megagpt.errors import UserError
 from megagpt.files import flush, sha256_of
+from megagpt.inventory.parameter import WEIGHT
 
 Rows = Callable[[str, str, range], Iterable[np.ndarray]]
 """(key, name, rows) -> the values of these rows in order, in parts of any size."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch.distributed as dist
@@ -24,11 +25,13 @@ from megagpt.checkpoint.pieces import Logical, Piece, TensorIndex
 from megagpt.checkpoint.state import State
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
-from megagpt.optim.rules import place_of
+from megagpt.optim.segments import place_of
 from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.parameter import Named
 from megagpt.processes.agree import together
-from megagpt.train.step.masters import Masters
-from megagpt.train.step.named import Named
+
+if TYPE_CHECKING:
+    from megagpt.train.step.masters import Masters
 
 Held = dict[str, dict[str, np.ndarray]]
 """key -> canonical name -> this rank's piece, in host memory."""

@@ -1,4 +1,4 @@
-"""state.json: what a checkpoint knows beside its tensors, and whether a run may go on from it."""
+"""state.json: what a checkpoint knows beside its tensors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megagpt.config import RunConfig
 from megagpt.errors import UserError
 from megagpt.files import require_regular
-from megagpt.schedule import Schedule
 
 NAME = "state.json"
 FORMAT = 2
@@ -74,53 +72,6 @@ def read_state(folder: Path) -> State:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint's state ({error}); load another checkpoint") from None
     return state
-
-
-def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
-    """What a run that goes on must keep: the architecture, the optimizer, and what the samples' order follows from.
-
-    Dropout, layout, precision, learning rate and the number of steps may change, and batches that are still to come.
-    Weights that no sample was consumed for (imported ones) keep the architecture alone.
-    """
-    if state.origin and state.step > 0:
-        raise UserError(
-            f"{folder} is a {state.origin}: weights without the optimizer's moments, to evaluate, generate and export; "
-            "to go on training, load one that a run saved"
-        )
-    settings, defaults = _as_in_a_file(config), _as_in_a_file(RunConfig())
-    fixed = {f"model.{name}": value for name, value in settings["model"].items() if "dropout" not in name}
-    if state.samples > 0:
-        fixed["train.seed"] = config.train.seed
-    if state.step > 0:
-        fixed["optim.optimizer"] = config.optim.optimizer  # what it keeps of a weight
-    for name, ours in fixed.items():
-        section, key = name.split(".")
-        theirs = state.config.get(section, {}).get(key, defaults[section][key])  # an older one lacks newer settings
-        if theirs != ours:
-            raise UserError(
-                f"{folder} was trained with {name}={theirs}, this run wants {ours}; "
-                f"take the settings of that run: --config {folder.parent.parent / 'config.yaml'}"
-            )
-    if state.samples > 0:
-        _check_position(config, state, folder)
-
-
-def _as_in_a_file(config: RunConfig) -> dict[str, Any]:
-    """The settings as they come back from state.json: tuples as lists."""
-    return json.loads(json.dumps(asdict(config)))
-
-
-def _check_position(config: RunConfig, state: State, folder: Path) -> None:
-    """The next step must read on where that run stopped: no sample twice, and none left out."""
-    schedule = Schedule(config)
-    ours = schedule.samples_before(state.step), schedule.tokens_before(state.step)
-    if ours != (state.samples, state.tokens):
-        was, now = state.config.get("train", {}).get("global_batch_size"), config.train.global_batch_size
-        raise UserError(
-            f"{folder} has read {state.samples:,} samples, {state.tokens:,} tokens in {state.step:,} steps, this run "
-            f"would have read {ours[0]:,} samples, {ours[1]:,} tokens; keep train.global_batch_size, its ramp and that "
-            f"of seq_len, or change the batch from here on: --train.batch-steps {was}@1,{now}@{state.step + 1}"
-        )
 
 
 def _no_number(name: str) -> float:

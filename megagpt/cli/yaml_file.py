@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError, create_model
 
-from megagpt.config import SECTIONS, RunConfig
+from megagpt.config import SECTIONS, RunConfig, plain
+from megagpt.config.values import DataPath
 from megagpt.errors import UserError
 
 Values = dict[str, dict[str, Any]]  # section -> key -> value: the part of a RunConfig that somebody set
@@ -26,11 +27,31 @@ def read_config(values: Mapping[str, Any], where: str) -> RunConfig:
 
     where: what an error message names. Raises: UserError for unknown keys, wrong types and refused values.
     """
-    config = unchecked_config([check_values(values, where)])
-    try:
-        return RunConfig(**{name: dataclasses.replace(getattr(config, name)) for name in SECTIONS})
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    return merged([(where, check_values(values, where))])
+
+
+def merged(sources: Sequence[tuple[str, Values]]) -> RunConfig:
+    """A RunConfig of the defaults with each source over the ones before; its checks run once all are there.
+
+    sources: (what an error message names, its values).
+    Raises: UserError, naming the source that set last what the failing check is about.
+    """
+    sections = {}
+    for name, section in get_type_hints(RunConfig).items():
+        keys = {key: value for _, values in sources for key, value in values.get(name, {}).items()}
+        try:
+            sections[name] = section(**keys)
+        except UserError as error:
+            about = error.keys or [f"{name}.{key}" for key in keys]
+            setters = (where for where, values in reversed(sources) if not _sets_none(values, about))
+            error.where = next(setters, "")
+            raise
+    return RunConfig(**sections)
+
+
+def _sets_none(values: Values, keys: Iterable[str]) -> bool:
+    """Whether a source sets none of these keys."""
+    return not any(key in values.get(section, {}) for section, key in (name.split(".") for name in keys))
 
 
 def read_yaml(path: Path) -> Values:
@@ -61,51 +82,26 @@ def _read(path: Path) -> bytes:
 
 def to_yaml(config: RunConfig) -> str:
     """The whole resolved configuration as YAML, which `--config` reads back to an equal object."""
-    values = {
-        section: {key: list(v) if isinstance(v, tuple) else v for key, v in keys.items()}
-        for section, keys in dataclasses.asdict(config).items()
-    }
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=1000)
+    return yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=1000)
 
 
-def check_values(values: Any, where: str) -> Values:
-    """The same nested data, unknown keys and wrong types refused. Ranges are the dataclasses' business."""
+def check_values(values: Any, where: str, names: Mapping[str, str] = MappingProxyType({})) -> Values:
+    """The same nested data, unknown keys and wrong types refused. Ranges are the dataclasses' business.
+
+    names: how a message calls a key, where not by itself.
+    """
     try:
         return _partial_model().model_validate(values).model_dump(exclude_unset=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    key = ".".join(map(str, first["loc"]))
+    key = ".".join(map(str, first["loc"][:2]))
     if first["type"] == "extra_forbidden":
-        raise UserError(f"{where}: unknown key {key}{suggest(key, dotted_keys())}")
+        raise UserError(f"unknown key {key}{suggest(key, dotted_keys())}", keys=[key], where=where)
     wanted = first["msg"].removeprefix("Input should be ")
     if first["type"] == "model_type":
         wanted = "keys with values" if key else f"sections ({', '.join(SECTIONS)})"
-    got = reprlib.repr(first["input"])
-    raise UserError(f"{where}: {key + ': ' if key else ''}got {got}, wanted {wanted}")
-
-
-def unchecked_config(sources: Iterable[Values]) -> RunConfig:
-    """The defaults with each source over the ones before, checks not run: a later one may mend a value.
-
-    Whoever makes new sections of it runs them.
-    """
-    sections = {name: copy.copy(getattr(RunConfig(), name)) for name in SECTIONS}
-    for values in sources:
-        for name, keys in values.items():
-            for key, value in keys.items():
-                object.__setattr__(sections[name], key, value)
-    return RunConfig(**sections)
-
-
-def with_source(error: UserError, sources: Iterable[tuple[str, Values]]) -> UserError:
-    """Name in front of a check's message ("model.n_layers=-1 must …") the source of a value in it."""
-    words = re.split(r",? ", str(error))
-    for where, values in reversed(list(sources)):
-        for section, keys in values.items():
-            for key, value in keys.items():
-                if not {f"{section}.{key}={value}", f"{section}.{key}={value!r}"}.isdisjoint(words):
-                    return UserError(f"{where}: {error}")
-    return error
+    got = f"{names.get(key, key) + ': ' if key else ''}got {reprlib.repr(first['input'])},"
+    raise UserError(got, f"wanted {wanted}", keys=[key], where=where)
 
 
 def dotted_keys() -> list[str]:
@@ -137,10 +133,15 @@ def _partial_model() -> type[BaseModel]:
 
 
 def _from_yaml(hint: Any) -> Any:
-    """YAML has lists and no tuples."""
-    if get_origin(hint) is tuple:
-        return Annotated[hint, Strict(False), BeforeValidator(_as_words)]
-    return hint
+    """What stands in a file for a field of this type: text for what is parsed later, words for several of it."""
+    if is_words(hint):
+        return Annotated[tuple[str, ...], Strict(False), BeforeValidator(_as_words)]
+    return str if hasattr(hint, "parse") else hint
+
+
+def is_words(hint: Any) -> bool:
+    """Whether a field of this type takes several words."""
+    return hint is DataPath or get_origin(hint) is tuple
 
 
 def _as_words(value: Any) -> Any:

@@ -4,21 +4,23 @@ Checks across sections (does tp divide n_heads?) live in `megagpt/plan`. The com
 text. No torch here: a wrong flag is reported in a moment.
 """
 
-from megagpt.config.checks import divisors, require
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
 from megagpt.config.model import ModelConfig
 from megagpt.config.optim import OptimConfig
-from megagpt.config.run import (
-    SECTIONS,
+from megagpt.config.sections import (
     CheckpointConfig,
     DataConfig,
     DebugConfig,
     FaultConfig,
     LogConfig,
     ParallelConfig,
-    RunConfig,
-    skipped_steps,
 )
-from megagpt.config.train import TrainConfig, batch_sizes
+from megagpt.config.train import TrainConfig
+from megagpt.config.values import DataPath
 
 __all__ = [
     "SECTIONS",
@@ -32,8 +34,39 @@ __all__ = [
     "ParallelConfig",
     "RunConfig",
     "TrainConfig",
-    "batch_sizes",
-    "divisors",
-    "require",
-    "skipped_steps",
+    "plain",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+
+SECTIONS = tuple(f.name for f in fields(RunConfig))
+
+
+def plain(config: Any) -> Any:
+    """A configuration, or a section, as nested dicts of texts, numbers and lists: as it stands in files.
+
+    `megagpt.cli.read_config` makes a RunConfig of it again.
+    """
+    if isinstance(config, DataPath):
+        return config.words
+    if isinstance(config, tuple):
+        return [plain(value) for value in config]
+    if hasattr(config, "parse"):
+        return str(config)
+    if is_dataclass(config):
+        return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
+    return config

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megagpt.errors import UserError
+from megagpt.errors import require
+from megagpt.model.attention import IMPLEMENTATIONS
 
 CHOICES = ("auto", "cuda", "cpu", "reference")
-# Attention has implementations of its own: torch's two, and the steps around our softmax.
-ATTENTION_CHOICES = ("auto", "sdpa", "flex", "softmax", "reference")
+ATTENTION_CHOICES = ("auto", *IMPLEMENTATIONS)
 
 
 @dataclass(frozen=True)
@@ -39,41 +39,17 @@ class Kernels:
         for part in filter(None, (p.strip() for p in text.split(","))):
             op, equals, choice = (p.strip() for p in part.rpartition("="))
             choices = ATTENTION_CHOICES if op == "attention" else CHOICES
-            if choice not in choices:
-                of = " for attention" if op == "attention" else ""
-                raise UserError(
-                    f"train.kernels={text}: {choice!r} is no choice{of}; use {' | '.join(choices)}, or op=choice"
-                )
+            wanted = "is no choice for attention" if op == "attention" else "is no choice"
+            known = f"use {' | '.join(choices)}, or op=choice"
+            require(choice in choices, f"train.kernels={text}: {choice!r}", wanted, known, "train.kernels")
             if equals:
                 exceptions.append((op, choice))
             else:
                 default = choice
         return Kernels(default, tuple(exceptions))
 
+    def __str__(self) -> str:
+        return ",".join([self.default, *(f"{op}={choice}" for op, choice in self.exceptions)])
+
 
 AUTO = Kernels()
-
-
-def attention_lacks(choice: str, position: str, dropout: float) -> str | None:
-    """What a model of these positions and attention dropout needs that this attention has not; None where it has all.
-
-    choice: one of ATTENTION_CHOICES.
-    """
-    if choice not in ("sdpa", "flex"):
-        return None
-    if dropout > 0:
-        return "attention dropout whose masks do not depend on the layout"
-    if position in ("transformer_xl", "t5") or (choice == "sdpa" and position == "alibi"):
-        return f"positions of the kind {position}"
-    return None
-
-
-def attention_runs(choice: str, position: str, dropping: bool) -> str:
-    """Which attention runs, "sdpa", "flex", "softmax" or "reference", for a choice (`kernels["attention"]`).
-
-    auto: scaled_dot_product_attention, which keeps no probabilities, where it serves. It has no biases of scores, and
-    its dropout masks depend on the layout.
-    """
-    if choice != "auto":
-        return choice
-    return "softmax" if dropping or attention_lacks("sdpa", position, 0.0) else "sdpa"

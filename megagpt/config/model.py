@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from tyro.conf import arg
-
-from megagpt.config.checks import divisors, fraction, positive, require
+from megagpt.config.checks import fraction, positive
 from megagpt.config.pattern import Pattern
-from megagpt.errors import UserError
+from megagpt.config.values import Short
+from megagpt.errors import UserError, divisors, require
+from megagpt.model.mlp import MLPS
+from megagpt.model.position import POSITIONS
+
+if TYPE_CHECKING:
+    PositionName = MLPName = str
+else:  # flags and YAML files offer what is listed there
+    PositionName, MLPName = Literal[*POSITIONS], Literal[*MLPS]
 
 _MAX_LAYERS = 4096  # the plan lists them one by one
 
@@ -18,25 +24,25 @@ _MAX_LAYERS = 4096  # the plan lists them one by one
 class ModelConfig:
     """The architecture."""
 
-    n_layers: Annotated[int, arg(aliases=["--n-layers"])] = 4
+    n_layers: Short[int] = 4
     """Transformer blocks."""
-    d_model: Annotated[int, arg(aliases=["--d-model"])] = 192
+    d_model: Short[int] = 192
     """Width of the residual stream."""
-    n_heads: Annotated[int, arg(aliases=["--n-heads"])] = 4
+    n_heads: Short[int] = 4
     """Attention heads."""
-    n_kv_heads: Annotated[int | None, arg(aliases=["--n-kv-heads"])] = None
+    n_kv_heads: Short[int | None] = None
     """Heads of keys and values, shared by groups of query heads; default n_heads, 1 is multi-query attention."""
     d_head: int | None = None
     """Width of one head; default d_model / n_heads."""
     d_ff: int | None = None
     """Width of the MLP; default 4 * d_model."""
-    seq_len: Annotated[int, arg(aliases=["--seq-len"])] = 256
+    seq_len: Short[int] = 256
     """Context length in tokens, and the length of a training sample."""
-    vocab_size: Annotated[int | None, arg(aliases=["--vocab-size"])] = None
+    vocab_size: Short[int | None] = None
     """Tokens of the vocabulary; default the tokenizer's. Padding for tp is added by itself."""
     block: Literal["sequential", "parallel", "parallel_two_norms"] = "sequential"
     """Attention, then MLP; or both from one norm (GPT-J, PaLM), or each from a norm of its own (GPT-NeoX), added."""
-    position: Literal["learned", "sinusoidal", "rotary", "alibi", "transformer_xl", "t5", "none"] = "learned"
+    position: PositionName = "learned"
     """Position information: learned or sinusoidal embeddings, or within attention: rotary (RoFormer), ALiBi, relative
     with a projection (Transformer-XL), T5's buckets; or none."""
     rotary_base: float = 10000.0
@@ -53,7 +59,7 @@ class ModelConfig:
     """Buckets of T5's relative positions."""
     t5_max_distance: int = 128
     """Distance from which T5's positions share the last bucket."""
-    attention: tuple[str, ...] = ("dense",)
+    attention: tuple[Pattern, ...] = (Pattern(),)
     """What queries may attend, by layer in turn: dense, window:W (the last W), strided:S (the last S, and every S-th),
     bigbird:B:W:G:R (blocks of B tokens: the last W, the first G, R random ones); GPT-3: dense window:256."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -68,7 +74,7 @@ class ModelConfig:
     """Epsilon of the norms."""
     activation: Literal["gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu"] = "gelu_tanh"
     """MLP activation: GPT-2's tanh form, the exact GELU, ReLU, its square, or a gated unit (SiLU or GELU gate)."""
-    mlp: Literal["dense", "low_rank", "butterfly", "monarch"] = "dense"
+    mlp: MLPName = "dense"
     """The matrices of the MLP: dense, or products of fewer parameters."""
     mlp_rank: int | None = None
     """Rank of low_rank matrices."""
@@ -100,6 +106,8 @@ class ModelConfig:
     """Standard deviation of initial weights, where init uses it."""
 
     def __post_init__(self) -> None:
+        patterns = tuple(Pattern.parse(p) if isinstance(p, str) else p for p in self.attention)
+        object.__setattr__(self, "attention", patterns)
         positive(
             "model",
             self,
@@ -112,6 +120,7 @@ class ModelConfig:
             f"model.n_layers={self.n_layers}",
             f"must be at most {_MAX_LAYERS}",
             "published models have up to 200",
+            "model.n_layers",
         )
         fraction("model", self, "dropout_embedding", "dropout_attention", "dropout_residual")
         require(
@@ -119,63 +128,41 @@ class ModelConfig:
             f"model.d_model={self.d_model} with model.n_heads={self.n_heads}",
             "must divide evenly",
             f"try n_heads in {divisors(self.d_model)[:12]}, or set d_head",
+            *("model.d_model", "model.n_heads"),
         )
         require(
             self.n_heads % self.kv_heads == 0,
             f"model.n_kv_heads={self.kv_heads} with model.n_heads={self.n_heads}",
             "must share keys between groups of equal size",
             f"use one of {', '.join(map(str, divisors(self.n_heads)))}",
+            *("model.n_kv_heads", "model.n_heads"),
         )
-        require(len(self.attention) > 0, "model.attention", "is empty", "use dense")
-        for text in self.attention:
-            Pattern.parse(text).require_fits(self.seq_len)
+        require(len(self.attention) > 0, "model.attention", "is empty", "use dense", "model.attention")
+        for pattern in self.attention:
+            pattern.require_fits(self.seq_len)
         require(
             self.norm_position == "pre" or self.block == "sequential",
             f"model.norm_position=post with model.block={self.block}",
             "has no sum to normalise after attention: a parallel block adds attention and MLP at once",
             "use block=sequential, or norm_position=pre",
+            *("model.norm_position", "model.block"),
         )
-        self._check_position()
-        self._check_mlp()
+        self._check_kinds()
 
-    def _check_mlp(self) -> None:
-        low_rank, monarch = self.mlp == "low_rank", self.mlp == "monarch"
-        widths = f"d_model={self.d_model}, d_ff={self.ff_width}"
-        shared = [n for n in divisors(self.d_model) if self.ff_width % n == 0]
-        for name, value, wanted in (("mlp_rank", self.mlp_rank, low_rank), ("mlp_blocks", self.mlp_blocks, monarch)):
-            kind = "low_rank" if name == "mlp_rank" else "monarch"
-            got, example = f"model.mlp={self.mlp} with model.{name}={value}", f"give {name}, such as 8"
-            require(
-                value is None or wanted, got, f"says what only {kind} has", f"set model.mlp={kind}, or leave it out"
-            )
-            require(value is not None or not wanted, got, f"needs {name}", example)
-        require(
-            (self.mlp_rank or 1) <= min(self.d_model, self.ff_width),
-            f"model.mlp_rank={self.mlp_rank}",
-            f"must be at most the smaller of {widths}",
-            f"at {self.d_model * self.ff_width // (self.d_model + self.ff_width)} it has the parameters of dense",
-        )
-        require(
-            self.mlp_blocks is None or (self.d_model % self.mlp_blocks == 0 and self.ff_width % self.mlp_blocks == 0),
-            f"model.mlp_blocks={self.mlp_blocks}",
-            f"must divide {widths}",
-            f"try {', '.join(map(str, shared))}",
-        )
-
-    def _check_position(self) -> None:
-        turned = self.rotary_width
-        require(
-            self.position != "rotary" or (turned % 2 == 0 and turned > 0 and self.rotary_fraction <= 1),
-            f"model.position=rotary with heads of width {self.head_width}, rotary_fraction={self.rotary_fraction}",
-            f"must turn pairs of numbers within a head, not {turned} of {self.head_width}",
-            "set d_head to an even number, rotary_fraction to at most 1",
-        )
-        require(
-            self.position != "t5" or (self.t5_buckets > 1 and self.t5_max_distance > self.t5_buckets // 2),
-            f"model.t5_buckets={self.t5_buckets} with model.t5_max_distance={self.t5_max_distance}",
-            "leave nothing to the buckets beyond the first half, which holds one distance each",
-            f"use 2 buckets or more, and a distance above {self.t5_buckets // 2}",
-        )
+    def _check_kinds(self) -> None:
+        """What the chosen kinds of position and MLP want, and settings that another kind alone has."""
+        POSITIONS[self.position](self).check()
+        for kind, of_mlp in MLPS.items():
+            for name in of_mlp.settings:
+                value = getattr(self, name)
+                require(
+                    value is None or kind == self.mlp,
+                    f"model.mlp={self.mlp} with model.{name}={value}",
+                    f"says what only {kind} has",
+                    f"set model.mlp={kind}, or leave it out",
+                    *(f"model.{name}", "model.mlp"),
+                )
+        MLPS[self.mlp](self).check()
 
     @property
     def gated(self) -> bool:
@@ -216,4 +203,4 @@ class ModelConfig:
 
     def pattern(self, layer: int) -> Pattern:
         """Which keys a query of this layer may attend."""
-        return Pattern.parse(self.attention[layer % len(self.attention)])
+        return self.attention[layer % len(self.attention)]

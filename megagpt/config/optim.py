@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from tyro.conf import arg
+from megagpt.config.checks import fraction, not_negative, positive
+from megagpt.config.values import Short
+from megagpt.errors import require
+from megagpt.optim import OPTIMIZERS
 
-from megagpt.config.checks import fraction, not_negative, positive, require
+if TYPE_CHECKING:
+    OptimizerName = str
+else:  # flags and YAML files offer what is listed there
+    OptimizerName = Literal[*OPTIMIZERS]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer, its schedule, clipping, and what is added to the loss."""
 
-    optimizer: Annotated[
-        Literal["adamw", "adam", "adafactor", "adafactor_unfactored", "lion", "muon"], arg(aliases=["--optimizer"])
-    ] = "adamw"
+    optimizer: Short[OptimizerName] = "adamw"
     """AdamW; Adam (decay within the gradient); Adafactor, or with whole second moments (PaLM); Lion; Muon, with AdamW
     for what is no matrix of a block."""
-    lr: Annotated[float, arg(aliases=["--lr"])] = 2e-3
+    lr: Short[float] = 2e-3
     """Peak learning rate; Adafactor takes it times the root mean square of a tensor's weights."""
-    schedule: Annotated[Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"], arg(aliases=["--schedule"])] = (
-        "cosine"
-    )
+    schedule: Short[Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"]] = "cosine"
     """How the rate falls after warm-up and hold: to min_lr_fraction by a cosine or a line, with 1 / sqrt(step), not at
     all, or (warm-up, stable, decay) by a line in the last decay_fraction of the run."""
     min_lr_fraction: float = 0.1
     """The rate ends at this share of the peak."""
-    warmup_steps: Annotated[int, arg(aliases=["--warmup-steps"])] = 20
+    warmup_steps: Short[int] = 20
     """Steps of linear warm-up."""
-    warmup_tokens: Annotated[int | None, arg(aliases=["--warmup-tokens"])] = None
+    warmup_tokens: Short[int | None] = None
     """Tokens of linear warm-up, in place of steps."""
     warmup_from: float = 0.0
     """Learning rate that the warm-up begins at."""
@@ -50,11 +52,11 @@ class OptimConfig:
     """Adafactor: the second moment decays by 1 - step^-this."""
     eps: float = 1e-8
     """Adam's epsilon; the least root of a second moment that Adafactor divides by."""
-    weight_decay: Annotated[float, arg(aliases=["--weight-decay"])] = 0.1
+    weight_decay: Short[float] = 0.1
     """Decay of weights, decoupled but for adam; none on biases and norms."""
     weight_decay_times: Literal["lr", "lr_squared"] = "lr"
     """A step shrinks weights by weight_decay times this (PaLM: lr squared)."""
-    clip: Annotated[float, arg(aliases=["--clip"])] = 1.0
+    clip: Short[float] = 1.0
     """Clip gradients to this global norm; 0 turns clipping off."""
     z_loss: float = 0.0
     """Add this times log(Z)^2 to the loss of a token, Z its softmax's denominator (PaLM: 1e-4)."""
@@ -69,14 +71,9 @@ class OptimConfig:
         not_negative("optim", self, "weight_decay", "clip", "z_loss", "warmup_steps", "warmup_from", "hold_steps")
         self._check_schedule()
         for name in ("min_lr_fraction", "decay_fraction"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"optim.{name}={value}", "must be between 0 and 1", "0.1 is usual")
-        require(
-            self.optimizer != "adam" or self.weight_decay_times == "lr",
-            f"optim.weight_decay_times={self.weight_decay_times} with optim.optimizer=adam",
-            "cannot work: its decay is part of the gradient",
-            "use adamw, or weight_decay_times lr",
-        )
+            key, value = f"optim.{name}", getattr(self, name)
+            require(0 <= value <= 1, f"{key}={value}", "must be between 0 and 1", "0.1 is usual", key)
+        OPTIMIZERS[self.optimizer].check(self)
         if self.ema_decay is not None:
             fraction("optim", self, "ema_decay")
 
@@ -84,16 +81,19 @@ class OptimConfig:
         """What would be ignored, or leave nothing to decay in."""
         steps, tokens = self.decay_steps, self.decay_tokens
         ends = f"optim.decay_steps={steps}, decay_tokens={tokens}"
-        require(None in (steps, tokens), ends, "both end the decay", "give one of them")
+        of_end = ("optim.decay_steps", "optim.decay_tokens")
+        require(None in (steps, tokens), ends, "both end the decay", "give one of them", *of_end)
         no_end = self.schedule in ("constant", "inverse_sqrt")
         got = f"optim.schedule={self.schedule} with {ends}"
-        require(not no_end or steps is tokens is None, got, "would not look at that end", "drop it, or decay by a line")
+        ok, remedy = not no_end or steps is tokens is None, "drop it, or decay by a line"
+        require(ok, got, "would not look at that end", remedy, "optim.schedule", *of_end)
         warm = self.warmup_tokens
         require(
             warm is None or tokens is None or warm < tokens,
             f"optim.warmup_tokens={warm}",
             f"is not below decay_tokens={tokens}",
             "shorten the warm-up",
+            *("optim.warmup_tokens", "optim.decay_tokens"),
         )
         starts = self.warmup_steps + self.hold_steps > 0 or warm is not None
         require(
@@ -101,6 +101,8 @@ class OptimConfig:
             "optim.schedule=inverse_sqrt without warm-up",
             "has no step to begin at",
             "give --optim.hold-steps (PaLM: 10000) or --warmup-steps",
+            *("optim.schedule", "optim.warmup_steps", "optim.hold_steps"),
         )
         got = f"optim.warmup_from={self.warmup_from}"
-        require(self.warmup_from <= self.lr, got, f"is above lr={self.lr}", "a warm-up rises; lower it")
+        keys = ("optim.warmup_from", "optim.lr")
+        require(self.warmup_from <= self.lr, got, f"is above lr={self.lr}", "a warm-up rises; lower it", *keys)

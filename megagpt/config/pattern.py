@@ -1,52 +1,50 @@
-"""Which keys a query may attend, beside causality: one description for masks, kernels, FLOPs and memory. No torch."""
+"""Which keys the queries of a layer may attend, as it is written in a configuration: window:256. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-from megagpt.config.checks import require
+from megagpt.errors import require
+from megagpt.model.attention.patterns import PATTERNS, PatternRule
 
-Kind = Literal["dense", "window", "strided", "bigbird"]
-_NUMBERS = {"dense": 0, "window": 1, "strided": 1, "bigbird": 4}
-_FORMS = "dense, window:W, strided:S or bigbird:B:W:G:R"
+_KEY = "model.attention"
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A query at position t attends keys s <= t for which, by kind:
+    """A kind of PATTERNS, and its numbers."""
 
-    dense: all.  window W: t - s < W (Beltagy et al. 2020; Mistral).
-    strided S: t - s < S or (t - s) % S == 0 (Child et al. 2019, section 4.2, both heads' sets in one).
-    bigbird B W G R, in blocks of B positions: the query's block and the W - 1 before it, the first G, and R others
-    before these, drawn by layer and block (Zaheer et al. 2020, section 2).
-    """
-
-    kind: Kind = "dense"
+    kind: str = "dense"
     numbers: tuple[int, ...] = ()
+
+    @property
+    def rule(self) -> PatternRule:
+        """What it means."""
+        return PATTERNS[self.kind](self.numbers)
 
     @staticmethod
     def parse(text: str) -> Pattern:
         """From "window:256".  Raises UserError for anything that is none of the forms."""
         kind, *numbers = text.split(":")
-        known = kind in get_args(Kind)
-        ok = known and len(numbers) == _NUMBERS[kind] and all(n.isdecimal() and len(n) < 10 for n in numbers)
-        require(ok, f"model.attention={text!r}", "is no pattern", f"use {_FORMS}")
-        pattern = Pattern(kind, tuple(map(int, numbers)))  # type: ignore[arg-type]
-        first = 2 if kind == "bigbird" else len(numbers)  # there may be no global and no random blocks
-        require(all(n > 0 for n in pattern.numbers[:first]), f"model.attention={text!r}", "holds a 0", "use 1 or more")
+        rule, got = PATTERNS.get(kind), f"{_KEY}={text!r}"
+        ok = rule is not None and len(numbers) == rule.n_numbers and all(n.isdecimal() and len(n) < 10 for n in numbers)
+        *forms, last = [rule.form for rule in PATTERNS.values()]
+        require(ok, got, "is no pattern", f"use {', '.join(forms)} or {last}", _KEY)
+        pattern = Pattern(kind, tuple(map(int, numbers)))
+        positive = all(n > 0 for n in pattern.numbers[: pattern.rule.n_positive])
+        require(positive, got, "holds a 0", "use 1 or more", _KEY)
         return pattern
 
     def require_fits(self, seq_len: int) -> None:
         """Raises UserError where the pattern reaches further than the context."""
-        if self.kind == "dense":
-            return
-        reach = self.numbers[0] * (sum(self.numbers[1:]) if self.kind == "bigbird" else 1)
+        reach = self.rule.reach
         require(
             reach <= seq_len,
             f"model.attention={self} with model.seq_len={seq_len}",
             f"reaches {reach} tokens, further than the context",
             "use a smaller one, dense, or a larger --seq-len",
+            _KEY,
+            "model.seq_len",
         )
 
     def __str__(self) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megagpt import metrics
+from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.indexed.samples import split_bounds
 from megagpt.errors import UserError
@@ -33,19 +34,18 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     trained: Trained,
-    prefix: str,
+    dataset: IndexedDataset,
     *,
-    split: str,
+    split: Split,
     which: str,
     max_tokens: int | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Read the split (Megatron's shares, such as "949,50,1") end to end in windows of seq_len, each token once.
+    """Read one of the splits of a dataset end to end in windows of seq_len, each token once.
 
     progress is told, after each batch, the number of tokens done and of all.
     """
-    dataset = IndexedDataset(prefix)
     first, end = split_bounds(split, len(dataset))[SPLITS.index(which)]
     sizes = trained.tokenizer.token_bytes() if trained.tokenizer else None
     total, n_tokens, n_bytes = 0.0, 0, 0
@@ -58,7 +58,8 @@ def evaluate(
         n_bytes += int(sizes[text[:, 1:]].sum()) if sizes is not None else 0
         progress(n_tokens, expected)
     if n_tokens == 0:
-        raise UserError(f"{prefix}: the {which} share of split {split} has no tokens to predict; choose another split")
+        got = f"{dataset.prefix}: the {which} share of split {split}"
+        raise UserError(got, "has no tokens to predict", "choose another split")
     loss = total / n_tokens
     bits = metrics.bits_per_byte(loss, n_tokens, n_bytes) if n_bytes else None
     return Evaluation(loss, metrics.perplexity(loss), bits, n_tokens)

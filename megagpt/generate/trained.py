@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 
 from megagpt.checkpoint.load import find_whole, load_weights
-from megagpt.checkpoint.pieces import AVERAGE, WEIGHT
 from megagpt.checkpoint.state import read_state
 from megagpt.cli import read_config
 from megagpt.config import RunConfig
 from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_of_run
+from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.parallel.mesh import Mesh
 from megagpt.processes.agree import together

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from megagpt.config import ModelConfig
 from megagpt.errors import UserError
 from megagpt.hf.layouts import QKV
 from megagpt.ops.rotary import ntk_base
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 Keys = Mapping[str, Any]
 """The contents of a config.json."""

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterable
 from typing import Any
 
-from megagpt.config import ModelConfig
+from megagpt.config import ModelConfig, plain
 from megagpt.errors import UserError
 from megagpt.hf.architecture import ANY, Architecture, Keys, require_only, rotary_of_ours
-from megagpt.hf.architectures.bloom import BLOOM
-from megagpt.hf.architectures.falcon import FALCON
-from megagpt.hf.architectures.gpt2 import GPT2
-from megagpt.hf.architectures.gpt_bigcode import GPT_BIGCODE
-from megagpt.hf.architectures.gpt_neox import GPT_NEOX
-from megagpt.hf.architectures.gptj import GPTJ
-from megagpt.hf.architectures.llama import LLAMA, MISTRAL
-from megagpt.hf.architectures.mpt import MPT
-from megagpt.hf.architectures.openai_gpt import OPENAI_GPT
-
-ALL = {a.name: a for a in (GPT2, OPENAI_GPT, GPT_NEOX, GPTJ, BLOOM, MPT, LLAMA, MISTRAL, FALCON, GPT_BIGCODE)}
-"""By model_type; of several that fit a configuration, the first is taken."""
+from megagpt.hf.architectures import ARCHITECTURES
+from megagpt.inventory.layers import norm
+from megagpt.model.mlp import MLPS
+from megagpt.model.position import POSITIONS
 
 _NOT_COMPUTED = {"dropout_embedding", "dropout_attention", "dropout_residual", "init", "init_std"}
 
@@ -60,9 +52,9 @@ def config_from_hf(theirs: Keys) -> ModelConfig:
 
 def named(name: object) -> Architecture:
     """The architecture of that model_type.  Raises UserError where there is none."""
-    if not isinstance(name, str) or name not in ALL:
-        raise UserError(f"got model_type={name!r}, wanted one of {', '.join(ALL)}")
-    return ALL[name]
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise UserError(f"got model_type={name!r}, wanted one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
 
 
 def architecture_of(config: ModelConfig, name: str | None = None) -> Architecture:
@@ -70,13 +62,13 @@ def architecture_of(config: ModelConfig, name: str | None = None) -> Architectur
     if name is not None:
         found = named(name)
         if wrong := _hindrances(found, config):
-            raise UserError(f"this architecture cannot be a {name} of transformers: {_few(wrong)}")
+            raise UserError(f"this architecture cannot be a {name} of transformers: {few(wrong)}")
         return found
-    wrong = {found.name: _hindrances(found, config) for found in ALL.values()}
+    wrong = {found.name: _hindrances(found, config) for found in ARCHITECTURES.values()}
     nearest = min(wrong, key=lambda name: len(wrong[name]))
     if wrong[nearest]:
-        raise UserError(f"transformers has no such architecture; the nearest is {nearest}: {_few(wrong[nearest])}")
-    return ALL[nearest]
+        raise UserError(f"transformers has no such architecture; the nearest is {nearest}: {few(wrong[nearest])}")
+    return ARCHITECTURES[nearest]
 
 
 def _hindrances(architecture: Architecture, config: ModelConfig) -> list[str]:
@@ -90,15 +82,16 @@ def _hindrances(architecture: Architecture, config: ModelConfig) -> list[str]:
     return [f"it has model.{name}={back[name]}, not {ours[name]}" for name in differing]
 
 
-def _few(wrong: list[str]) -> str:
-    wrong = list(dict.fromkeys(wrong))
-    return ", ".join(wrong[:3]) + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+def few(texts: Iterable[str]) -> str:
+    """The first of them, each once, for a message of one line."""
+    found = list(dict.fromkeys(texts))
+    return ", ".join(found[:3]) + (f", and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _require_types(config: ModelConfig) -> None:
     """Raises UserError naming a field that config.json gave a text, or part of a number."""
-    defaults = asdict(ModelConfig())
-    for name, value in asdict(config).items():
+    defaults = plain(ModelConfig())
+    for name, value in plain(config).items():
         default, wanted = defaults[name], "a whole number"
         if isinstance(default, bool):
             ok, wanted = isinstance(value, bool), "true or false"
@@ -106,7 +99,7 @@ def _require_types(config: ModelConfig) -> None:
             ok, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
         else:
             whole = isinstance(value, int) and not isinstance(value, bool)
-            ok = whole or isinstance(default, str | tuple) or (value is None and default is None)
+            ok = whole or isinstance(default, str | list) or (value is None and default is None)
         if not ok:
             raise UserError(f"config.json has {name}={value!r}, wanted {wanted}")
 
@@ -114,19 +107,19 @@ def _require_types(config: ModelConfig) -> None:
 def _computed(config: ModelConfig) -> dict[str, Any]:
     """All that what is computed depends on, defaults resolved.
 
-    Left out is what plays no part, which takes another field with another value: position, or mlp.
+    Left out are the settings of kinds of position and MLP that were not chosen.
     """
-    fields: dict[str, Any] = {name: value for name, value in asdict(config).items() if name not in _NOT_COMPUTED}
+    fields: dict[str, Any] = {name: value for name, value in plain(config).items() if name not in _NOT_COMPUTED}
     fields |= {"n_kv_heads": config.kv_heads, "d_head": config.head_width, "d_ff": config.ff_width}
-    fields["bias_norm"] = config.bias_norm and config.norm == "layernorm"
+    fields["bias_norm"] = "bias" in norm(config)
     fields["attention"] = " ".join(_cycle([str(config.pattern(layer)) for layer in range(config.n_layers)]))
     if config.position == "rotary":
         del fields["rotary_scaling"]
         fields["rotary_base"], fields["rotary_factor"] = rotary_of_ours(config)
         fields["rotary_fraction"] = config.rotary_width / config.head_width
-    used = {"rotary_": config.position == "rotary", "t5_": config.position == "t5", "mlp_": config.mlp != "dense"}
-    unused = tuple(prefix for prefix, plays_a_part in used.items() if not plays_a_part)
-    return {name: value for name, value in fields.items() if not name.startswith(unused)}
+    chosen = {*POSITIONS[config.position].settings, *MLPS[config.mlp].settings}
+    of_kinds = {setting for kind in (*POSITIONS.values(), *MLPS.values()) for setting in kind.settings}
+    return {name: value for name, value in fields.items() if not name.startswith(tuple(of_kinds - chosen))}
 
 
 def _cycle(patterns: list[str]) -> list[str]:

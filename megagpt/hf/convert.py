@@ -1,42 +1,36 @@
-"""Weights under transformers' names, both ways, by the table of an architecture; whole or a tensor at a time."""
+"""Weights under transformers' names, both ways, by the table of an architecture: a tensor at a time."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megagpt.config import ModelConfig
 from megagpt.errors import UserError
 from megagpt.hf.architecture import Architecture
-from megagpt.hf.config import architecture_of
-from megagpt.hf.messages import few, require_shape
+from megagpt.hf.config import architecture_of, few
 from megagpt.hf.rules import Rule, rules
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 _BUFFERS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.inv_freq$|\.embed_positions$|position_ids$")
 """What old files hold beside the weights."""
 
 
-def from_hf(state: Mapping[str, Tensor], config: ModelConfig, architecture: str | None = None) -> dict[str, Tensor]:
-    """The weights of a model of transformers under our canonical names.
-
-    state: by their names, with or without the prefix that a model without its head lacks; masks are left out.
-    architecture: a model_type; None takes the first that fits, as `hf_config` does.
-    Raises UserError naming a tensor that is missing, unknown, or of another shape than config's.
-    """
-    lazy = lazy_from_hf(state, state.__getitem__, config, architecture)
-    return {name: tensor.get() for name, tensor in lazy.items()}
-
-
 def lazy_from_hf(
     names: Iterable[str], read: Callable[[str], Tensor], config: ModelConfig, architecture: str | None = None
 ) -> dict[str, LazyTensor]:
-    """The same for weights that need not fit into memory. read: gives the tensor of one of the names.
+    """The weights of a model of transformers under our canonical names, each read when it is asked for.
 
+    names: theirs, with or without the prefix that a model without its head lacks; masks are left out.
+    read: gives the tensor of one of them.
+    architecture: a model_type; None takes the first that fits, as `hf_config` does.
     Raises UserError at once where a name is missing or unknown; for another shape when that tensor is asked for.
     """
     table = architecture_of(config, architecture)
@@ -56,26 +50,22 @@ def lazy_from_hf(
         for i, (name, shape) in enumerate(rule.ours.items()):
             ours[name] = LazyTensor(shape, partial(_to_ours, rule, as_given, read, i))
     if found:
+        unknown = few(sorted(found))
         raise UserError(
-            f"the weights hold {few(found)}, not in a {table.name} of {config.n_layers} layers; check the config"
+            f"the weights hold {unknown}, not in a {table.name} of {config.n_layers} layers; check the config"
         )
     return ours
-
-
-def to_hf(tensors: Mapping[str, Tensor], config: ModelConfig, architecture: str | None = None) -> dict[str, Tensor]:
-    """Canonical logical tensors under the names of transformers' files; the exact inverse of `from_hf`.
-
-    With tied embeddings there is no output matrix, as in the files that transformers writes.
-    Raises UserError where that architecture, or with None any, has no place for ours.
-    """
-    lazy = lazy_to_hf(tensors.__getitem__, config, architecture)
-    return {name: tensor.get() for name, tensor in lazy.items()}
 
 
 def lazy_to_hf(
     read: Callable[[str], Tensor], config: ModelConfig, architecture: str | None = None
 ) -> dict[str, LazyTensor]:
-    """The same for weights that need not fit into memory. read: gives the tensor of a canonical name."""
+    """Our logical tensors under the names of transformers' files; the exact inverse of `lazy_from_hf`.
+
+    read: gives the tensor of a canonical name.
+    With tied embeddings there is no output matrix, as in the files that transformers writes.
+    Raises UserError where that architecture, or with None any, has no place for ours.
+    """
     theirs = {}
     for rule in rules(architecture_of(config, architecture), config):
         for i, (name, shape) in enumerate(zip(rule.theirs, rule.their_shapes(), strict=True)):
@@ -94,7 +84,8 @@ class LazyTensor:
 def _to_ours(rule: Rule, as_given: list[str], read: Callable[[str], Tensor], i: int) -> Tensor:
     theirs = [read(name) for name in as_given]
     for name, tensor, shape in zip(rule.theirs, theirs, rule.their_shapes(), strict=True):
-        require_shape(name, tensor, shape)
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}, wanted {shape}; check the model configuration")
     return rule.to_ours(theirs)[i]
 
 

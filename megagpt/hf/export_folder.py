@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megagpt.checkpoint.chunks import write_chunks
-from megagpt.checkpoint.pieces import WEIGHT, Reader
+from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.rewrite import new_folder
 from megagpt.checkpoint.state import NAME, read_state
 from megagpt.cli import read_config
@@ -24,6 +24,7 @@ from megagpt.config.kernels import Kernels
 from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.hf import hf_config, lazy_to_hf
+from megagpt.inventory.parameter import WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.embedding import gather_logits
@@ -39,18 +40,6 @@ _SAMPLE = (2, 128)  # sequences, tokens
 _TEXT = "def main(x):\n\treturn {'a': 1}  # two  spaces, ünï, 中文\n"
 
 _ONE_FILE = "tokenizer.json"
-FILES = {"gpt2": ("vocab.json", "merges.txt"), "hf": (_ONE_FILE,), "sentencepiece": ("tokenizer.model",)}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "gpt2": {"tokenizer_class": "GPT2Tokenizer"},
-    "hf": {"tokenizer_class": "PreTrainedTokenizerFast"},
-    "sentencepiece": {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": False,
-        "add_prefix_space": False,
-        "add_bos_token": False,
-    },
-}
-"""Tokenizer kind -> the files as transformers names them, and how it is told to read them."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +86,7 @@ def _tokenizer(data: DataConfig) -> tuple[Tokenizer | None, str | None]:
         tokenizer = tokenizer_of_run(data)
     except UserError as error:
         return None, f"without a tokenizer: {error}"
-    if tokenizer is None or tokenizer.kind not in FILES:
+    if tokenizer is None or not tokenizer.transformers_settings:
         return None, "without a tokenizer: the run's has no files"
     return tokenizer, None
 
@@ -110,8 +99,8 @@ def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int) -> str | None:
     """The tokenizer's files under the names that transformers looks for; why there are none where it reads others."""
-    settings = {**SETTINGS[tokenizer.kind], "model_max_length": seq_len}
-    written = [folder / name for name in (*FILES[tokenizer.kind], "tokenizer_config.json")]
+    settings = {**tokenizer.transformers_settings, "model_max_length": seq_len}
+    written = [folder / name for name in (*(option.name for option in tokenizer.options), "tokenizer_config.json")]
     for path, copy in zip(tokenizer.files, written, strict=False):
         shutil.copyfile(path, copy)
     written[-1].write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -121,13 +110,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int) -> str | 
             _transformers().GPT2Tokenizer.from_pretrained(folder).backend_tokenizer.save(str(written[-1]))
         theirs: Any = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
         same = theirs(_TEXT, add_special_tokens=False)["input_ids"] == tokenizer.encode(_TEXT)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # what its readers raise for files of another kind
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # what it raises for files of another kind
         same = False
     if same:
         return None

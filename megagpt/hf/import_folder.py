@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
 from megagpt.checkpoint.state import State
 from megagpt.cli import to_yaml
-from megagpt.config import DataConfig, ModelConfig, RunConfig
-from megagpt.data.tokenizers.tokenizer import tokenizer_of_run
+from megagpt.config import DataConfig, ModelConfig, RunConfig, plain
+from megagpt.data.tokenizers.tokenizer import KINDS, tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.hf import config_from_hf, lazy_from_hf
+from megagpt.inventory.parameter import WEIGHT
+
+_PREFERRED = ("gpt2", "hf", "sentencepiece")  # of several tokenizers that are there, the first is taken
+_SETTINGS = "tokenizer_config.json"  # beside their files; of ours, hf reads it
 
 _WHOLE, _SHARDS = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -50,7 +52,7 @@ def import_model(source: Path, out: Path) -> Path:
             tokens=0,
             lr=0.0,
             counters={"skipped_steps": 0},
-            config=asdict(RunConfig(model=model, data=data)),
+            config=plain(RunConfig(model=model, data=data)),
             data={},
             origin=f"import of {source.resolve().name}",
         )
@@ -112,28 +114,24 @@ def _opened(path: Path) -> Any:
 
 def _copy_tokenizer(source: Path, copy: Path, final: Path) -> DataConfig:
     """Copy what makes a tokenizer, and how to name it once `copy` is called `final`. Raises where it is damaged."""
-    if (source / "vocab.json").exists() and (source / "merges.txt").exists():
-        names = ("vocab.json", "merges.txt")
-    elif (source / "tokenizer.json").exists():
-        names = ("tokenizer.json", "tokenizer_config.json")
-    elif (source / "tokenizer.model").exists():
-        names = ("tokenizer.model",)
-    else:
+    files = {kind: [option.name for option in KINDS[kind].options] for kind in _PREFERRED}
+    kind = next((kind for kind, names in files.items() if all((source / name).exists() for name in names)), None)
+    if kind is None:
         return DataConfig()
+    names = [*files[kind], _SETTINGS] if kind == "hf" else files[kind]
     copy.mkdir()
     for name in names:
         if (source / name).exists():
             shutil.copyfile(source / name, copy / name)
+    tokenizer_of_run(_tokenizer_in(copy, kind))
+    return _tokenizer_in(final, kind)
 
-    def named(folder: Path) -> DataConfig:
-        if names[0] == "vocab.json":
-            files = [str(folder / name) for name in names]
-            return DataConfig(tokenizer="gpt2", vocab_file=files[0], merge_file=files[1])
-        kind = "hf" if names[0] == "tokenizer.json" else "sentencepiece"
-        return DataConfig(tokenizer=kind, tokenizer_model=str(folder / names[0]))
 
-    tokenizer_of_run(named(copy))
-    return named(final)
+def _tokenizer_in(folder: Path, kind: str) -> DataConfig:
+    """What names the tokenizer of that kind, of files in this folder."""
+    settings = {"model": "tokenizer_model"}
+    files = {settings.get(option.key, option.key): str(folder / option.name) for option in KINDS[kind].options}
+    return DataConfig(tokenizer=kind, **files)  # pyright: ignore[reportArgumentType]  # a kind that it knows
 
 
 def _read_json(path: Path) -> dict[str, Any]:

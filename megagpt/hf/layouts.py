@@ -1,4 +1,4 @@
-"""How the rows of query, key and value are laid out, in their files and in ours: each one of three, and exact inverses.
+"""How the rows of query, key and value are laid out: in their files one of three ways, in ours as declared.
 
 Shapes: H heads, G key/value heads, K head width; * further dims (the inputs of a weight, none of a bias).
 """
@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megagpt.config import ModelConfig
+from megagpt.inventory.parameter import Parameter
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 Parts = tuple[Tensor, Tensor, Tensor]
 """q (H, K, *), k (G, K, *), v (G, K, *)."""
@@ -19,29 +23,23 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class QKV:
-    """One layout. n_tensors: of how many tensors. take and give: its tensors → parts, and back."""
+    """A layout of theirs. take and give: its tensors → parts, and back; exact inverses."""
 
-    n_tensors: int
     take: Callable[[Sequence[Tensor], ModelConfig], Parts]
     give: Callable[[Parts], tuple[Tensor, ...]]
 
 
-def ours_of(parts: Parts) -> tuple[Tensor, ...]:
-    """(qkv,) head by head where each head has its own key; else (q, kv), kv by key/value head [k, v]."""
-    q_HK, k_GK, v_GK = parts
-    if len(q_HK) == len(k_GK):
-        return (torch.stack((q_HK, k_GK, v_GK), dim=1).flatten(0, 2),)
-    return q_HK.flatten(0, 1).contiguous(), torch.stack((k_GK, v_GK), dim=1).flatten(0, 2)
+def ours_of(parts: Parts, declared: Sequence[Parameter]) -> tuple[Tensor, ...]:
+    """Our tensors: each takes as many of q, k, v as its layer declares maps a head, and has them side by side in it."""
+    rest = iter(parts)
+    return tuple(torch.stack([next(rest) for _ in range(p.maps_per_head)], dim=1).flatten(0, 2) for p in declared)
 
 
-def parts_of_ours(ours: Sequence[Tensor], config: ModelConfig) -> Parts:
+def parts_of_ours(ours: Sequence[Tensor], declared: Sequence[Parameter]) -> Parts:
     """The inverse of ours_of."""
-    heads = (config.kv_heads, -1, config.head_width)
-    if len(ours) == 1:
-        q_HK, k_HK, v_HK = ours[0].unflatten(0, heads).unbind(1)
-        return q_HK, k_HK, v_HK
-    k_GK, v_GK = ours[1].unflatten(0, heads).unbind(1)
-    return ours[0].unflatten(0, (-1, config.head_width)), k_GK, v_GK
+    by_head = [t.unflatten(0, (p.heads, p.maps_per_head, -1)) for t, p in zip(ours, declared, strict=True)]
+    q_HK, k_GK, v_GK = (part for heads in by_head for part in heads.unbind(1))
+    return q_HK, k_GK, v_GK
 
 
 def _take_kinds(theirs: Sequence[Tensor], config: ModelConfig) -> Parts:
@@ -74,11 +72,11 @@ def _give_separate(parts: Parts) -> tuple[Tensor, ...]:
     return tuple(part.flatten(0, 1).contiguous() for part in parts)
 
 
-BY_KIND = QKV(1, _take_kinds, _give_kinds)
+BY_KIND = QKV(_take_kinds, _give_kinds)
 """[q of all heads | k | v]."""
 
-BY_GROUP = QKV(1, _take_groups, _give_groups)
+BY_GROUP = QKV(_take_groups, _give_groups)
 """By key/value head [its q …, k, v]."""
 
-SEPARATE = QKV(3, _take_separate, _give_separate)
+SEPARATE = QKV(_take_separate, _give_separate)
 """A tensor each."""

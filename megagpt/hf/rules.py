@@ -1,22 +1,27 @@
-"""The table of an architecture, written out tensor by tensor for one configuration.
-
-Shapes: D model, H heads, G key/value heads, K head width, F MLP, V vocabulary, T context.
-"""
+"""The table of an architecture, written out tensor by tensor for what the layers of one configuration declare."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megagpt.config import ModelConfig
 from megagpt.hf.architecture import Architecture
-from megagpt.hf.layouts import QKV, ours_of, parts_of_ours
+from megagpt.hf.layouts import ours_of, parts_of_ours
+from megagpt.inventory.layers import canonical
+from megagpt.inventory.parameter import Parameter, Shape
 
-Shape = tuple[int, ...]
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
+
+Modules = dict[str, dict[str, Parameter]]
+"""What our layers declare, by the names of module and leaf."""
 Change = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+_QKV = "qkv"  # what tables call queries, keys and values, be they one matrix or two
 
 
 @dataclass(frozen=True)
@@ -38,80 +43,58 @@ class Rule:
 
 
 def rules(table: Architecture, config: ModelConfig) -> Iterator[Rule]:
-    """All tensors of the model, block by block within a module."""
+    """All tensors of the model, block by block within a module.
+
+    A module of the table that no layer of this configuration declares is passed over: a tied output matrix, say.
+    """
+    modules = _modules(config)
     for module, theirs in table.modules(config).items():
-        if _absent(module, config):
-            continue
         names = (theirs,) if isinstance(theirs, str) else theirs
         for i in range(config.n_layers if "{}" in module else 1):
-            yield from _of_module(table, config, module.format(i), tuple(name.format(i) for name in names))
+            held = _held(module.format(i), modules)
+            for leaf in next(iter(held.values()), {}):
+                ours = {_joined(part, leaf): leaves[leaf] for part, leaves in held.items()}
+                yield _rule(table, config, ours, tuple(_joined(name.format(i), leaf) for name in names))
 
 
-def _absent(module: str, config: ModelConfig) -> bool:
-    return (module == "head.tokens" and config.tied_embeddings) or (
-        module == "blocks.{}.norm_2" and config.block == "parallel"
-    )
+def _modules(config: ModelConfig) -> Modules:
+    """Each parameter is there twice: as a leaf of its module, and as a module itself, whose leaf has no name."""
+    modules: Modules = {}
+    for name, declared in canonical(config).items():
+        module, _, leaf = name.rpartition(".")
+        modules.setdefault(module, {})[leaf] = declared
+        modules[name] = {"": declared}
+    return modules
 
 
-def _of_module(table: Architecture, config: ModelConfig, ours: str, theirs: tuple[str, ...]) -> Iterator[Rule]:
-    """The rules of its weight and its bias; or its only one, where the module is a parameter itself."""
-    if ours == "head.bias":
-        yield Rule({ours: (config.vocab,)}, theirs, _same, _same)
-    elif ours == "embedding.positions":
-        yield Rule({ours: (config.seq_len, config.d_model)}, (f"{theirs[0]}.weight",), _same, _same)
-    else:
-        in_block = ours.startswith("blocks.")
-        for leaf, shapes in _shapes(ours, config).items():
-            names = tuple(f"{name}.{leaf}" for name in theirs)
-            turned = table.transposed and in_block and len(next(iter(shapes.values()))) == 2
-            if ours.endswith("attention.qkv"):
-                yield _qkv_rule(table.qkv, config, shapes, names, turned)
-            elif len(theirs) == 2:
-                yield Rule(shapes, names, _stack, _unstack)
-            else:
-                change = _turn if turned else _same
-                yield Rule(shapes, names, change, change)
+def _held(module: str, modules: Modules) -> Modules:
+    """What our model has of a module of the table: itself, nothing, or queries apart from shared keys and values."""
+    stem = module.removesuffix(_QKV)
+    apart = stem != module and module not in modules
+    names = (f"{stem}q", f"{stem}kv") if apart else (module,)
+    return {name: modules[name] for name in names if name in modules}
 
 
-def _shapes(module: str, config: ModelConfig) -> dict[str, dict[str, Shape]]:
-    """Leaf → name → logical shape; queries are apart from keys and values where heads share these."""
-    D, F, V = config.d_model, config.ff_width, config.vocab
-    inner, kv = config.n_heads * config.head_width, 2 * config.kv_heads * config.head_width
-    kind = module.split(".", 2)[-1] if module.startswith("blocks.") else module
-    packs = (2,) if config.gated else ()
-    norm = ("norm", (D,), ())
-    part, rows, columns = {
-        "embedding.tokens": (None, (V,), (D,)),
-        "head.tokens": (None, (V,), (D,)),
-        "attention.qkv": ("attention", (inner + kv,), (D,)),
-        "attention.out": ("attention", (D,), (inner,)),
-        "mlp.up": ("mlp", (*packs, F), (D,)),
-        "mlp.down": ("mlp", (D,), (F,)),
-    }.get(kind, norm)
-    biased = {
-        "attention": config.bias_attention,
-        "mlp": config.bias_mlp,
-        "norm": config.bias_norm and config.norm == "layernorm",
-        None: False,
-    }[part]
-    named = {module: rows}
-    if kind == "attention.qkv" and config.grouped:
-        stem = module.removesuffix("qkv")
-        named = {f"{stem}q": (inner,), f"{stem}kv": (kv,)}
-    leaves = {"weight": columns} | ({"bias": ()} if biased else {})
-    return {leaf: {f"{name}.{leaf}": (*rows, *rest) for name, rows in named.items()} for leaf, rest in leaves.items()}
+def _rule(table: Architecture, config: ModelConfig, ours: Mapping[str, Parameter], theirs: tuple[str, ...]) -> Rule:
+    """The rule of one leaf of a module: of its weights, or of its biases."""
+    declared, shapes = list(ours.values()), {name: parameter.shape for name, parameter in ours.items()}
+    turn = _turn if table.transposed and declared[0].kind == "map" else _same
+    if declared[0].heads is not None:  # rows that go by head: q, k, v
+
+        def to_ours(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            return ours_of(table.qkv.take(turn(tensors), config), declared)
+
+        def to_theirs(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            return turn(table.qkv.give(parts_of_ours(tensors, declared)))
+
+        return Rule(shapes, theirs, to_ours, to_theirs)
+    if len(theirs) > 1:
+        return Rule(shapes, theirs, _stack, _unstack)
+    return Rule(shapes, theirs, turn, turn)
 
 
-def _qkv_rule(qkv: QKV, config: ModelConfig, shapes: dict[str, Shape], names: tuple[str, ...], turned: bool) -> Rule:
-    turn = _turn if turned else _same
-
-    def to_ours(theirs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return ours_of(qkv.take(turn(theirs), config))
-
-    def to_theirs(ours: Sequence[Tensor]) -> Sequence[Tensor]:
-        return turn(qkv.give(parts_of_ours(ours, config)))
-
-    return Rule(shapes, names, to_ours, to_theirs)
+def _joined(module: str, leaf: str) -> str:
+    return f"{module}.{leaf}" if leaf else module
 
 
 def _same(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -6,80 +6,78 @@ Shapes: B batch, T time, D model, V this rank's part of the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from megagpt.config import ModelConfig
 from megagpt.config.kernels import AUTO, Kernels
-from megagpt.model.attention import attention_ops
+from megagpt.inventory import layers as inventory
 from megagpt.model.block import Block
 from megagpt.model.dropout import EMBEDDING_SITE, Dropout
-from megagpt.model.init import Init
 from megagpt.model.loss import PLAIN, LossTerms, vocab_parallel_cross_entropy
 from megagpt.model.norm import Norm
-from megagpt.model.position import Sinusoids
+from megagpt.model.position import POSITIONS
+from megagpt.model.stream import Cache, Stream
 from megagpt.parallel.axis import Axis
-from megagpt.parallel.embedding import ROW_MULTIPLE, VocabParallelEmbedding, vocab_parallel_logits
-from megagpt.parallel.parameter import part_of, replicated, sharded
+from megagpt.parallel.embedding import VocabParallelEmbedding, vocab_parallel_logits
+from megagpt.parallel.parameter import Declared, part_of
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 
 class Embedding(nn.Module):
     """Token embedding, plus positions where they are learned or sinusoidal, and a norm where there is one.
 
-    Shapes: (tokens_BT, sample_ids_B) → (x_BTD, sample_ids_B).  Comm: forward all-reduce of x over the model axis.
+    Shapes: stream of tokens_BT → stream of x_BTD.  Comm: forward all-reduce of x over the model axis.
     """
 
-    def __init__(self, config: ModelConfig, axis: Axis, seed: int, kernels: Kernels = AUTO) -> None:
+    def __init__(self, config: ModelConfig, axis: Axis, declared: Declared, kernels: Kernels = AUTO) -> None:
         super().__init__()
-        init, table = Init(config, seed), (config.seq_len, config.d_model)
-        self.tokens = VocabParallelEmbedding(config.vocab, config.d_model, axis, init.embedding("embedding.tokens"))
-        learned = config.position == "learned"
-        self.positions = replicated(init.embedding("embedding")("positions", table)) if learned else None
-        self.sinusoids = Sinusoids(*table) if config.position == "sinusoidal" else None
-        self.norm = Norm(config, init, "embedding.norm", kernels) if config.embedding_norm else None
-        self.dropout = Dropout(config.dropout_embedding, seed, EMBEDDING_SITE, kernels)
+        self.tokens = VocabParallelEmbedding(declared.at("tokens"), axis)
+        self.position = POSITIONS[config.position](config)
+        self.positions = declared.make_if_any("positions", axis)
+        self.norm = Norm(config, declared.at("norm"), kernels) if config.embedding_norm else None
+        self.dropout = Dropout(config.dropout_embedding, declared.seed, EMBEDDING_SITE, kernels)
 
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        tokens_BT, sample_ids_B = inputs
-        x_BTD = self.tokens(tokens_BT)
-        if self.positions is not None:
-            x_BTD = x_BTD + self.positions[: tokens_BT.shape[1]]
-        if self.sinusoids is not None:
-            x_BTD = x_BTD + self.sinusoids(x_BTD)
+    def forward(self, inputs: Stream | tuple[Tensor, Tensor]) -> Stream:
+        stream = Stream.of(inputs)
+        x_BTD = self.position.embed(self.tokens(stream.x), stream.positions_BT, self.positions)
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
-        return self.dropout(x_BTD, sample_ids_B), sample_ids_B
+        return stream._replace(x=self.dropout(x_BTD, stream.sample_ids_B))
 
 
 class Head(nn.Module):
     """Final norm, where there is one, and the output matrix.
 
-    Shapes: (x_BTD, sample_ids_B) → logits_BTV, this rank's columns.  Comm: backward all-reduce over the model axis.
+    Shapes: stream of x_BTD → logits_BTV, this rank's columns.  Comm: backward all-reduce over the model axis.
     `tokens` is the embedding whose weight is used: the embedding's own one where it is at hand (tied, one stage), a
-    copy that the pipeline keeps equal (tied, several stages), or the head's own matrix (not tied).
+    copy that the pipeline keeps equal (tied, several stages: declared under the name of the embedding's), or the
+    head's own matrix (not tied).
     """
 
     def __init__(
         self,
         config: ModelConfig,
         axis: Axis,
-        seed: int,
+        declared: Declared,
         kernels: Kernels = AUTO,
         tokens: VocabParallelEmbedding | None = None,
     ) -> None:
         super().__init__()
-        self.axis, self.kernels = axis, kernels["cross_entropy"]
-        init, vocab = Init(config, seed), config.vocab
-        self.scale = config.logit_scale
-        self.norm = Norm(config, init, "head.norm", kernels) if config.final_norm else None
-        draw = init.embedding("embedding.tokens") if config.tied_embeddings else init.matrix("head.tokens")
-        self.tokens = tokens or VocabParallelEmbedding(vocab, config.d_model, axis, draw)
-        self.bias = sharded(torch.zeros(vocab), 0, axis, pad_to=ROW_MULTIPLE) if config.bias_head else None
+        self.axis, self.kernels, self.scale = axis, kernels["cross_entropy"], config.logit_scale
+        self.norm = Norm(config, declared.at("norm"), kernels) if config.final_norm else None
+        if config.tied_embeddings:
+            tied = Declared("embedding", inventory.tied_matrix(config), declared.seed)
+            self.tokens = tokens or VocabParallelEmbedding(tied.at("tokens"), axis)
+        else:
+            self.tokens = VocabParallelEmbedding(declared.at("tokens"), axis)
+        self.bias = declared.make_if_any("bias", axis)
 
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
-        x_BTD, _ = inputs
+    def forward(self, inputs: Stream | tuple[Tensor, Tensor]) -> Tensor:
+        x_BTD = inputs[0]
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
         x_BTD = x_BTD if self.scale == 1.0 else x_BTD * self.scale
         logits_BTV = vocab_parallel_logits(x_BTD, self.tokens.weight, self.axis)
@@ -106,17 +104,9 @@ class Head(nn.Module):
         return loss_BT.mean()
 
 
-def ops_used(config: ModelConfig, kernels: Kernels) -> list[str]:
-    """The ops of megagpt/ops that training such a model calls."""
-    ops = ["norm", "activation", "bias_dropout_add", "cross_entropy", *attention_ops(config, kernels)]
-    if config.dropout_embedding > 0 and "dropout" not in ops:
-        ops.append("dropout")
-    return ops
-
-
 @dataclass(frozen=True)
 class Layer:
-    """One entry of the layer list: its canonical name, and what to build (so that a stage builds only its own)."""
+    """One entry of the layer list: how to build it (so that a stage builds only its own)."""
 
     name: str
     kind: type[nn.Module]
@@ -131,28 +121,29 @@ def layer_list(
     config: ModelConfig, axis: Axis, seed: int, recompute: bool = False, kernels: Kernels = AUTO
 ) -> list[Layer]:
     """The whole model in order: embedding, blocks.0 …, head."""
-    blocks = [Layer(f"blocks.{i}", Block, (config, i, axis, seed, recompute, kernels)) for i in range(config.n_layers)]
+    embedding, *blocks, head = (Declared(layer.name, layer.parameters, seed) for layer in inventory.layers(config))
     return [
-        Layer("embedding", Embedding, (config, axis, seed, kernels)),
-        *blocks,
-        Layer("head", Head, (config, axis, seed, kernels)),
+        Layer("embedding", Embedding, (config, axis, embedding, kernels)),
+        *(Layer(b.name, Block, (config, i, axis, b, recompute, kernels)) for i, b in enumerate(blocks)),
+        Layer("head", Head, (config, axis, head, kernels)),
     ]
 
 
 class GPT(nn.Module):
     """The layer list in one module: what a run without pipeline stages, evaluation and generation use.
 
-    Shapes: forward(tokens_BT, sample_ids_B) → logits_BTV; with labels_BT → mean loss, a scalar.
+    Shapes: forward(tokens_BT, sample_ids_B) → logits_BTV; with labels_BT → mean loss, a scalar. positions_BT, cache:
+    see `Stream`.
     """
 
     def __init__(
         self, config: ModelConfig, axis: Axis, seed: int = 0, recompute: bool = False, kernels: Kernels = AUTO
     ) -> None:
         super().__init__()
-        self.embedding = Embedding(config, axis, seed, kernels)
-        self.blocks = nn.ModuleList(Block(config, i, axis, seed, recompute, kernels) for i in range(config.n_layers))
-        tied = self.embedding.tokens if config.tied_embeddings else None
-        self.head = Head(config, axis, seed, kernels, tokens=tied)
+        embedding, *blocks, head = layer_list(config, axis, seed, recompute, kernels)
+        self.embedding = Embedding(*embedding.arguments)
+        self.blocks = nn.ModuleList(block.build() for block in blocks)
+        self.head = Head(*head.arguments, tokens=self.embedding.tokens if config.tied_embeddings else None)
 
     def forward(
         self,
@@ -160,11 +151,16 @@ class GPT(nn.Module):
         sample_ids_B: Tensor | None = None,
         labels_BT: Tensor | None = None,
         terms: LossTerms = PLAIN,
+        *,
+        positions_BT: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
+        if cache is not None and positions_BT is None:
+            raise ValueError("got a cache without positions_BT; wanted where the tokens stand in their texts")
         if sample_ids_B is None:  # only dropout looks at them
             sample_ids_B = torch.zeros(len(tokens_BT), dtype=torch.int64, device=tokens_BT.device)
-        x = self.embedding((tokens_BT, sample_ids_B))
+        stream = self.embedding(Stream(tokens_BT, sample_ids_B, positions_BT, cache))
         for block in self.blocks:
-            x = block(x)
-        logits_BTV = self.head(x)
+            stream = block(stream)
+        logits_BTV = self.head(stream)
         return logits_BTV if labels_BT is None else self.head.loss(logits_BTV, labels_BT, terms)

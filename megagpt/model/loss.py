@@ -35,13 +35,12 @@ def vocab_parallel_cross_entropy(
     z_loss: float = 0.0,
     plain_value: bool = False,
     in_place: bool = False,
-    expected_grad: float | None = None,
     kernels: str = "auto",
 ) -> Tensor:
     """Loss of each label, in float32 (float64 for float64 logits); by default the negative log-likelihood.
 
     part: which rows of the output matrix the columns are (`part_of(weight)`); further columns are padding.
-    plain_value, in_place, expected_grad: as in ops/cross_entropy.py; over several ranks nothing is gained by the last.
+    plain_value, in_place: as in ops/cross_entropy.py.
     Shapes: logits_BTV (this rank's columns, padded), labels_BT int64 global ids → loss_BT, equal on all ranks.
     Comm: forward two all-reduces over the axis, of N and of 3N floats for N tokens; backward none.
     Source: Shoeybi et al. 2019, section 3 (fused output and loss); see ops/cross_entropy.py for the rest.
@@ -57,7 +56,6 @@ def vocab_parallel_cross_entropy(
         plain_value=plain_value,
         combine=None if axis.size == 1 else lambda statistics: _of_all_ranks(statistics, axis),
         in_place=in_place,
-        expected_grad=expected_grad,
         kernels=kernels,
     )
     return loss_N.view(labels_BT.shape)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from torch import Tensor, nn
 
-from megagpt.config import ModelConfig
 from megagpt.config.kernels import AUTO, Kernels
-from megagpt.model.init import Init
 from megagpt.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from megagpt.parallel.parameter import replicated
+from megagpt.parallel.axis import SINGLE
+from megagpt.parallel.parameter import Declared
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 
 class Norm(nn.Module):
@@ -20,13 +22,12 @@ class Norm(nn.Module):
     Comm: none; its gradients are equal on every rank of the model axis.
     """
 
-    def __init__(self, config: ModelConfig, init: Init, name: str, kernels: Kernels = AUTO) -> None:
+    def __init__(self, config: ModelConfig, declared: Declared, kernels: Kernels = AUTO) -> None:
         super().__init__()
         self.centers = config.norm == "layernorm"
         self.eps, self.kernels = config.norm_eps, kernels["norm"]
-        draw = init.matrix(name)
-        self.weight = replicated(draw("gain", (config.d_model,)))
-        self.bias = replicated(draw("bias", (config.d_model,))) if self.centers and config.bias_norm else None
+        self.weight = declared.make("weight", SINGLE)
+        self.bias = declared.make_if_any("bias", SINGLE)
 
     @overload
     def forward(self, x_D: Tensor) -> Tensor: ...

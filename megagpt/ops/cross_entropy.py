@@ -9,7 +9,6 @@ Shapes: N tokens, V columns of the logits, of which the first L are in use (`n_v
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -63,7 +62,6 @@ def cross_entropy(
     plain_value: bool = False,
     combine: Callable[[Statistics], Statistics] | None = None,
     in_place: bool = False,
-    expected_grad: float | None = None,
     kernels: str = "auto",
 ) -> Tensor:
     """Negative log-likelihood of each label, in float32 (float64 for float64 logits).
@@ -73,16 +71,13 @@ def cross_entropy(
     plain_value: return the negative log-likelihood alone; the gradient is that of the whole loss all the same.
     combine: merges this rank's statistics with those of the ranks that hold the rest; None: there is no rest.
     in_place: the backward pass writes the gradient over the logits (a copy, where these have gaps) and runs only once.
-    expected_grad: with in_place, what each token's gradient is going to be, e.g. 1/N for a mean. The kernel then writes
-    the gradient in the forward pass, which saves reading the logits again; the backward pass corrects what differs.
-    Only a hint: other ways than that kernel pass it over. With loss scaling it holds the scale, or float16 underflows.
     A label that no rank has counts as a label with logit 0.
     Shapes: logits_NV, labels_N int64 → loss_N.
     Source: Shoeybi et al. 2019, section 3; label smoothing: Szegedy et al. 2016, section 7; z-loss: Chowdhery et al.
     2022 (PaLM), section 5.
     Raises ValueError for shapes and settings that do not fit, RuntimeError for a second backward pass in place.
     """
-    _check(logits_NV, labels_N, label_smoothing, expected_grad)
+    _check(logits_NV, labels_N, label_smoothing)
     n_columns = logits_NV.shape[1]
     n_valid = n_columns if n_valid is None else n_valid
     if not 0 <= n_valid <= n_columns:
@@ -92,15 +87,11 @@ def cross_entropy(
     loss = _Loss(first, n_valid, n_valid if vocab is None else vocab, label_smoothing, z_loss)
     shown = loss._replace(label_smoothing=0.0, z_loss=0.0) if plain_value else loss
     kernel = runs_kernel("cross_entropy", logits_NV, kernels)
-    differentiated = torch.is_grad_enabled() and logits_NV.requires_grad
     logits_NV = logits_NV.contiguous() if in_place else logits_NV
-    one_pass = in_place and kernel and combine is None and differentiated
-    if one_pass and expected_grad is not None:
-        return _CrossEntropyInOnePass.apply(logits_NV, labels_N, loss, shown, expected_grad)  # type: ignore[return-value]
     return _CrossEntropy.apply(logits_NV, labels_N, loss, shown, combine, in_place, kernel)  # type: ignore[return-value]
 
 
-def _check(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float, expected_grad: float | None) -> None:
+def _check(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float) -> None:
     """Raise ValueError for what the kernels, which look at nothing but addresses, could not take."""
     if logits_NV.dim() != 2 or labels_N.shape != logits_NV.shape[:1]:
         got = f"logits {tuple(logits_NV.shape)} and labels {tuple(labels_N.shape)}"
@@ -110,8 +101,6 @@ def _check(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float, expected
         raise ValueError(f"cross_entropy: got {got}, wanted torch.int64 on {logits_NV.device}, where the logits are")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"cross_entropy: got label_smoothing={label_smoothing}, wanted 0 to 1")
-    if expected_grad is not None and not (expected_grad and math.isfinite(expected_grad)):
-        raise ValueError(f"cross_entropy: got expected_grad={expected_grad}, wanted a finite number other than 0")
 
 
 SECOND_BACKWARD = (
@@ -156,30 +145,6 @@ class _CrossEntropy(torch.autograd.Function):
             d_logits_NV = logits_NV.clone(memory_format=torch.contiguous_format)
             _write_gradient(d_logits_NV, *given)
         return d_logits_NV, None, None, None, None, None, None
-
-
-class _CrossEntropyInOnePass(torch.autograd.Function):
-    """Statistics and at once the gradient, for the upstream gradient that is expected; backward corrects it."""
-
-    @staticmethod
-    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, loss: _Loss, shown: _Loss, expected_grad: float) -> Tensor:
-        op = torch.ops.megagpt.cross_entropy_with_gradient_
-        statistics = Statistics(*op(logits_NV.detach(), labels_N, expected_grad, *loss))
-        torch.autograd.graph.increment_version(logits_NV)  # who else kept the logits for a gradient gets an error
-        ctx.save_for_backward(logits_NV)
-        ctx.n_valid, ctx.expected_grad, ctx.overwritten = loss.n_valid, expected_grad, False
-        return _loss(statistics, shown)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator's signature
-        if ctx.overwritten:
-            raise RuntimeError(SECOND_BACKWARD)
-        (gradient_NV,) = ctx.saved_tensors
-        ctx.overwritten = True
-        torch.ops.megagpt.cross_entropy_rescale_(gradient_NV.detach(), grads[0], ctx.expected_grad, ctx.n_valid)
-        torch.autograd.graph.increment_version(gradient_NV)
-        return gradient_NV.detach(), None, None, None, None
 
 
 def _loss(statistics: Statistics, loss: _Loss) -> Tensor:
@@ -267,11 +232,4 @@ define(
 )
 define(f"cross_entropy_backward(Tensor logits, {_GIVEN}) -> Tensor", lambda x, *_: x.new_empty(x.shape))
 define(f"cross_entropy_gradient_(Tensor(a!) logits, {_GIVEN}) -> ()", lambda *_: None)
-define(
-    f"cross_entropy_with_gradient_(Tensor(a!) logits, Tensor labels, float expected_grad, {_LOSS}) -> {_STATISTICS}",
-    _fake_statistics,
-)
-define(
-    "cross_entropy_rescale_(Tensor(a!) gradient, Tensor grad, float expected_grad, int n_valid) -> ()", lambda *_: None
-)
 differentiable("cross_entropy", _save_nothing, _no_gradient)

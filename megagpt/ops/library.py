@@ -95,6 +95,12 @@ def kernel_status(op: str, device: str, choice: str = "auto") -> tuple[str, str]
     return "reference", MISSING_KERNELS or UNUSABLE.get(device) or f"this build has no {device} kernel of it"
 
 
+def op_names() -> list[str]:
+    """The ops that there are: the files of this folder beside this one."""
+    files = (file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
+    return sorted(name for name in files if name != Path(__file__).stem)
+
+
 def supports(compiled: Sequence[str], capability: tuple[int, int]) -> bool:
     """Whether code compiled for, say, sm_80, sm_90 and compute_90 runs on a GPU of this compute capability.
 

@@ -7,19 +7,58 @@ both are sums over the logical tensor.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from megagpt.optim.update import COLUMNS, EXP_AVG, EXP_AVG_SQ, ROWS, Update
 
-from megagpt.optim.rules import COLUMNS, EXP_AVG, EXP_AVG_SQ, ROWS
-from megagpt.parallel.parameter import Part
-from megagpt.train.step.segments import Segment, Segments
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-Statistics = dict[str, dict[str, Tensor]]
+    from megagpt.config import RunConfig
+    from megagpt.inventory.parameter import Parameter
+    from megagpt.optim.mesh_optimizer import MeshOptimizer
+    from megagpt.optim.segments import Segment, Segments
+    from megagpt.parallel.parameter import Part
+
+Statistics = dict[str, dict[str, "Tensor"]]
 """key -> name of the parameter -> its means over rows or columns."""
 
+LEAST_MEAN = 2.0**-126  # fp32's smallest normal number
 LEAST_SCALE = 1e-3  # of weights that are nearly zero: the paper's epsilon 2
+
+
+class Unfactored(Update):
+    """With whole second moments, and first ones (PaLM)."""
+
+    name = "adafactor"
+    moments = (EXP_AVG, EXP_AVG_SQ)
+
+    def settings(self, run: RunConfig) -> dict[str, Any]:
+        return {"beta2_power": run.optim.beta2_power}
+
+    def step(self, optimizer: MeshOptimizer, masters: list[Tensor], group: dict[str, Any]) -> None:
+        parts = optimizer.segments_of(masters)
+        adafactor(optimizer.segments, parts, optimizer.state, optimizer.statistics, group)
+
+
+class OfVectors(Unfactored):
+    """A second moment of what is no matrix."""
+
+    moments = (EXP_AVG_SQ,)
+
+
+class Adafactor(Unfactored):
+    """Means over rows and columns in place of a matrix's second moment, whole on every rank."""
+
+    moments = ()
+    statistics = (ROWS, COLUMNS)
+
+    def of(self, parameter: Parameter) -> Update:
+        return self if parameter.decays else OF_VECTORS
+
+
+OF_VECTORS = OfVectors()
 
 
 def adafactor(
@@ -71,7 +110,7 @@ def _divide_gradient(part: Segment, state: Any, statistics: Statistics, eps: flo
         gradient.div_(second_moment.sqrt().clamp_(min=eps))
     elif part.length:
         rows, columns = (statistics[key][part.named.name] for key in (ROWS, COLUMNS))
-        means = rows.mean(-1, keepdim=True).clamp_(min=torch.finfo(rows.dtype).tiny)
+        means = rows.mean(-1, keepdim=True).clamp_(min=LEAST_MEAN)
         last = len(part.shape) - 1
         rows = _taken(part.named.part, rows / means, last, part.shape)
         columns = _taken(part.named.part, columns, last - 1, part.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megagpt.checkpoint.pieces import AVERAGE
+from megagpt.inventory.parameter import AVERAGE
 
 
 def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from megagpt.config import OptimConfig, RunConfig
+from megagpt.optim import OPTIMIZERS
 from megagpt.optim.mesh_optimizer import MeshOptimizer
 from megagpt.optim.rules import Rule, rule_of
-from megagpt.train.step.named import Named
+from megagpt.parallel.parameter import Named
 
 
 def build_optimizer(parameters: list[Named], run: RunConfig) -> tuple[torch.optim.Optimizer, str]:
@@ -21,8 +22,8 @@ def build_optimizer(parameters: list[Named], run: RunConfig) -> tuple[torch.opti
     config = run.optim
     of_rule: dict[Rule, list[Named]] = {}
     for named in parameters:
-        of_rule.setdefault(rule_of(named, config), []).append(named)
-    decaying_first = sorted(of_rule, key=lambda rule: (not rule.decays, rule.update))
+        of_rule.setdefault(rule_of(named.declared, config), []).append(named)
+    decaying_first = sorted(of_rule, key=lambda rule: (not rule.decays, rule.update.name))
     groups: list[dict[str, Any]] = [
         {
             "params": [named.parameter for named in of_rule[rule]],
@@ -32,9 +33,11 @@ def build_optimizer(parameters: list[Named], run: RunConfig) -> tuple[torch.opti
         }
         for rule in decaying_first
     ]
-    settings = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if config.optimizer not in ("adam", "adamw"):
-        return _mesh_optimizer(groups, settings, run), f"{config.optimizer} over logical tensors"
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if not OPTIMIZERS[config.optimizer].by_torch:
+        for group in groups:
+            settings |= group["update"].settings(run)
+        return MeshOptimizer(groups, **settings), f"{config.optimizer} over logical tensors"
     decoupled = config.optimizer == "adamw"
     on_gpu = parameters[0].parameter.is_cuda or torch.cuda.is_available()
     # NVIDIA's apex has apex.optimizers; the package called apex on the registry is another project.
@@ -55,14 +58,3 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float, config: OptimConfig) -
         group["lr"] = lr
         if config.weight_decay_times == "lr_squared":  # all that decouple decay multiply it by the rate once
             group["weight_decay"] = group["decay"] * lr
-
-
-def _mesh_optimizer(groups: list[dict[str, Any]], settings: dict[str, Any], run: RunConfig) -> MeshOptimizer:
-    return MeshOptimizer(
-        groups,
-        **settings,
-        beta2_power=run.optim.beta2_power,
-        # Rounding to 16 bits would let layouts differ by more than round-off, where nothing else rounds to them.
-        precision=torch.float32 if run.train.precision == "fp32" else torch.bfloat16,
-        fused={"attention.qkv.weight": (run.model.n_heads, 3), "attention.kv.weight": (run.model.kv_heads, 2)},
-    )

@@ -7,20 +7,44 @@ each. A factorised weight's leading dims number matrices.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from megagpt.optim.adam import AdamW
+from megagpt.optim.update import EXP_AVG, Update
 
-from megagpt.optim.rules import EXP_AVG
-from megagpt.parallel.axis import Axis
-from megagpt.parallel.collectives import all_reduce
-from megagpt.train.step.segments import Segment, Segments
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from megagpt.config import RunConfig
+    from megagpt.inventory.parameter import Parameter
+    from megagpt.optim.mesh_optimizer import MeshOptimizer
+    from megagpt.optim.segments import Segment, Segments
+    from megagpt.parallel.axis import Axis
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: the steepest at 0 that ends between about 0.7 and 1.2
 RMS_OF_ADAM = 0.2  # Moonshot's measurement of how far AdamW moves a weight, in learning rates
+
+
+class Muon(Update):
+    """For the linear maps of blocks, large enough to have a rank; AdamW steps the others."""
+
+    name = "muon"
+    moments = (EXP_AVG,)
+
+    def of(self, parameter: Parameter) -> Update:
+        return self if parameter.kind == "map" and min(parameter.shape[-2:]) > 2 else OTHERS
+
+    def settings(self, run: RunConfig) -> dict[str, Any]:
+        # Rounding to 16 bits would let layouts differ by more than round-off, where nothing else rounds to them.
+        return {"precision": "float32" if run.train.precision == "fp32" else "bfloat16"}
+
+    def step(self, optimizer: MeshOptimizer, masters: list[Tensor], group: dict[str, Any]) -> None:
+        muon(optimizer.segments, optimizer.segments_of(masters), optimizer.state, group)
+
+
+OTHERS = AdamW()
 
 
 def muon(segments: Segments, parts: list[Segment], state: Any, group: dict[str, Any]) -> None:
@@ -28,7 +52,7 @@ def muon(segments: Segments, parts: list[Segment], state: Any, group: dict[str, 
 
     Nesterov momentum; the step's root mean square is that of AdamW's, so that its rate and decay serve.
     The matrices are shared out over the ranks of the data and model axes: the iteration costs more than the transfer.
-    group: has the "precision" of the iteration, and in "fused" (heads, maps a head) of weights whose rows go by head.
+    group: has the "precision" of the iteration.
     Comm: a matrix, an all-reduce over the model axis, a reduction and a broadcast over the data axis, a broadcast over
     the model axis, as far as these share it.
     Source: Jordan et al. 2024 (Muon); Liu et al. 2025, section 2.2 (scale).
@@ -51,6 +75,8 @@ def orthogonal(matrices_NRC: Tensor, precision: torch.dtype) -> Tensor:
     Shapes: N matrices of R rows and C columns, and the same.
     Source: Jordan et al. 2024: five steps of a quintic Newton-Schulz iteration; Liu et al. 2025, equation 4.
     """
+    import torch  # computes: what is declared is read without it
+
     n_rows, n_columns = matrices_NRC.shape[-2:]
     x = matrices_NRC.to(precision)
     x = x.mT if n_rows > n_columns else x
@@ -84,6 +110,11 @@ def _step_of(segments: Segments, part: Segment, number: int, group: dict[str, An
 
     Comm: see `muon`.
     """
+    import torch  # likewise
+    import torch.distributed as dist  # likewise
+
+    from megagpt.parallel.collectives import all_reduce  # likewise
+
     place, mesh = part.named.part, segments.mesh
     owner = (number % mesh.data.size, number // mesh.data.size % mesh.model.size)
     assert part.master.grad is not None
@@ -95,8 +126,9 @@ def _step_of(segments: Segments, part: Segment, number: int, group: dict[str, An
     if segments.shards.size > 1:
         dist.reduce(full, group=segments.shards.group, group_dst=owner[0])
     if owner == (mesh.data.rank, mesh.model.rank):
-        n_heads, maps_per_head = group["fused"].get(part.named.name.split(".", 2)[2], (1, 1))
-        maps = orthogonal(maps_of(full, n_heads, maps_per_head), group["precision"])
+        declared = part.named.declared
+        n_heads, maps_per_head = declared.heads or 1, declared.maps_per_head
+        maps = orthogonal(maps_of(full, n_heads, maps_per_head), getattr(torch, group["precision"]))
         full = weight_of(maps, n_heads, place.shape).contiguous()
     if mesh.model.rank == owner[1]:
         _broadcast(full, mesh.data, owner[0])
@@ -107,5 +139,7 @@ def _step_of(segments: Segments, part: Segment, number: int, group: dict[str, An
 
 
 def _broadcast(full: Tensor, axis: Axis, source: int) -> None:
+    import torch.distributed as dist  # likewise
+
     if axis.size > 1:
         dist.broadcast(full, group=axis.group, group_src=source)

@@ -7,23 +7,21 @@ from torch import Tensor, nn
 
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to, gather_from, reduce_from
-from megagpt.parallel.parameter import DEFAULT_DRAW, Draw, part_of, sharded
-
-ROW_MULTIPLE = 128  # local rows are padded to this: tensor cores and vector units want aligned matrices
+from megagpt.parallel.parameter import Declared, part_of
 
 
 class VocabParallelEmbedding(nn.Module):
-    """One row per token; a rank holds a contiguous range of the vocabulary, padded in memory to `ROW_MULTIPLE`.
+    """One row per token; a rank holds a contiguous range of the vocabulary, padded in memory.
 
     Shapes: tokens_BT int64 → x_BTD replicated.  weight (V_local, D).
     Comm: forward all-reduce over the axis; backward none.
     Source: Shoeybi et al. 2019, section 3.
     """
 
-    def __init__(self, vocab_size: int, d_model: int, axis: Axis, draw: Draw = DEFAULT_DRAW) -> None:
+    def __init__(self, declared: Declared, axis: Axis) -> None:
         super().__init__()
         self.axis = axis
-        self.weight = sharded(draw("weight", (vocab_size, d_model)), 0, axis, pad_to=ROW_MULTIPLE)
+        self.weight = declared.make("weight", axis)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         if self.axis.size == 1:

@@ -6,49 +6,61 @@ Shapes: I inputs, O outputs, _local a shard over the axis.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to, reduce_from
-from megagpt.parallel.parameter import DEFAULT_DRAW, Draw, replicated, sharded
+from megagpt.parallel.parameter import Declared
 
 # (x Wᵀ, b or None) -> what takes the place of x Wᵀ + b: fuses the bias with what follows it. It runs inside of
 # the layer's forward, since ZeRO-3 gathers a layer's parameters for no longer than that.
 Epilogue = Callable[[Tensor, Tensor | None], Tensor]
 
 
+@dataclass(frozen=True)
+class Edges:
+    """What happens to activations where they enter layers that are shared out over an axis, and where they leave them.
+
+    enter: from what is equal on all ranks to the input of each; leave: from each rank's share to the output of all.
+    """
+
+    enter: Callable[[Tensor, Axis], Tensor]
+    leave: Callable[[Tensor, Axis], Tensor]
+
+
+def _as_it_is(x: Tensor, axis: Axis) -> Tensor:
+    return x
+
+
+SUMMED = Edges(copy_to, reduce_from)
+"""Each layer by itself: a gradient's all-reduce at its input, an all-reduce of its output."""
+OPEN = Edges(_as_it_is, _as_it_is)
+"""Whoever holds several layers enters and leaves them at once: outputs are this rank's term of a sum."""
+
+
 class ColumnParallelLinear(nn.Module):
     """y = x Wᵀ + b with the outputs shared out: each rank computes O / axis.size of them.
 
-    Shapes: x (*, I) replicated → y (*, O_local).  weight (O_local, I), bias (O_local).
-    With `packs` > 1 there are that many matrices, their outputs side by side: weight (packs, O_local, I), bias
-    (packs, O_local), y (*, packs * O_local), so that a rank's part of a gate comes with its part of the value.
-    Comm: forward none; backward all-reduce of the input's gradient over the axis, unless the input is `copied`: has
-    come through `copy_to` already, for several layers at once.
+    Declared by `inventory.parameter.column`: weight (O, I), bias (O); or several matrices side by side, weight
+    (packs, O, I), bias (packs, O), y (*, packs * O_local), so that a rank's part of a gate comes with its part of the
+    value.
+    Shapes: x (*, I) replicated → y (*, O_local).
+    Comm: `edges.enter` of the input: by default forward none; backward all-reduce of its gradient over the axis.
     """
 
-    def __init__(
-        self,
-        n_inputs: int,
-        n_outputs: int,
-        axis: Axis,
-        draw: Draw = DEFAULT_DRAW,
-        *,
-        packs: int = 1,
-        bias: bool = True,
-        copied: bool = False,
-    ) -> None:
+    def __init__(self, declared: Declared, axis: Axis, edges: Edges = SUMMED) -> None:
         super().__init__()
-        _require_divisible("outputs", n_outputs, axis)
-        self.axis, self.copied = axis, copied
-        packed = () if packs == 1 else (packs,)
-        self.weight = sharded(draw("weight", (*packed, n_outputs, n_inputs)), len(packed), axis)
-        self.bias = sharded(draw("bias", (*packed, n_outputs)), len(packed), axis) if bias else None
+        weight = declared.parameters["weight"]
+        _require_divisible("outputs", weight.shape[-2], axis)
+        self.axis, self.edges = axis, edges
+        self.weight = declared.make("weight", axis)
+        self.bias = declared.make_if_any("bias", axis)
 
     def forward(self, x_I: Tensor, epilogue: Epilogue | None = None) -> Tensor:
-        x_I = x_I if self.copied else copy_to(x_I, self.axis)
+        x_I = self.edges.enter(x_I, self.axis)
         weight_OI = self.weight.view(-1, self.weight.shape[-1])
         bias_O = None if self.bias is None else self.bias.view(-1)
         if epilogue is None:
@@ -62,39 +74,65 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """y = x Wᵀ + b with the inputs shared out: each rank multiplies its I / axis.size of them, and the sum is taken.
 
-    Shapes: x (*, I_local) → y (*, O) replicated.  weight (O, I_local), bias (O) replicated, added once, after the sum.
-    Comm: forward all-reduce of the output over the axis, unless it is to be `partial`: this rank's term of the sum
-    (then there can be no bias); backward none.
+    Declared by `inventory.parameter.row`: weight (O, I), bias (O), whole on each rank, added once, after the sum.
+    Shapes: x (*, I_local) → y (*, O) replicated.
+    Comm: `edges.leave` of the output: by default forward all-reduce over the axis; backward none.
     """
 
-    def __init__(
-        self,
-        n_inputs: int,
-        n_outputs: int,
-        axis: Axis,
-        draw: Draw = DEFAULT_DRAW,
-        *,
-        bias: bool = True,
-        partial: bool = False,
-    ) -> None:
+    def __init__(self, declared: Declared, axis: Axis, edges: Edges = SUMMED) -> None:
         super().__init__()
-        _require_divisible("inputs", n_inputs, axis)
-        if partial and bias:
-            raise ValueError("got partial sums with a bias, which would be added on every rank; wanted bias=False")
-        self.axis, self.partial = axis, partial
-        self.weight = sharded(draw("weight", (n_outputs, n_inputs)), 1, axis)
-        self.bias = replicated(draw("bias", (n_outputs,))) if bias else None
+        _require_divisible("inputs", declared.parameters["weight"].shape[-1], axis)
+        if edges is OPEN and "bias" in declared.parameters:
+            raise ValueError("got terms of a sum with a bias, which would be added on every rank; wanted no bias")
+        self.axis, self.edges = axis, edges
+        self.weight = declared.make("weight", axis)
+        self.bias = declared.make_if_any("bias", axis)
 
     def forward(self, x_I_local: Tensor, epilogue: Epilogue | None = None) -> Tensor:
-        if epilogue is None and (self.axis.size == 1 or self.partial):
+        if epilogue is None and self.axis.size == 1:
             return F.linear(x_I_local, self.weight, self.bias)
-        y_O = reduce_from(F.linear(x_I_local, self.weight), self.axis)
+        y_O = self.edges.leave(F.linear(x_I_local, self.weight), self.axis)
         if epilogue is not None:
             return epilogue(y_O, self.bias)
         return y_O if self.bias is None else y_O + self.bias
 
     def extra_repr(self) -> str:
         return _sizes(self.weight)
+
+
+class HeadsLinear(nn.Module):
+    """y = x Wᵀ + b for this rank's heads: its share of them or, where there are more ranks than heads, its one head.
+
+    x has entered the axis already, which queries and keys do together: one all-reduce of its gradient for both.
+    With fewer heads than ranks every rank holds all of the weight, and neighbours use the same head of it: rank r of n
+    the head r * n_heads // n. Its gradient is summed over the axis, so that it is whole, and equal, on each rank.
+
+    Declared by `inventory.parameter.column` with heads.
+    Shapes: x (*, I) → y (*, H_local * R), H_local at least 1.  weight (H_local * R, I) or whole (H * R, I), bias alike.
+    Comm: forward none; backward, for a whole weight, all-reduce of its gradient over the axis.
+    Source: Shazeer 2019 (multi-query); Ainslie et al. 2023 (grouped-query).
+    Raises ValueError unless the number of heads divides the axis or the other way round.
+    """
+
+    def __init__(self, declared: Declared, axis: Axis) -> None:
+        super().__init__()
+        weight = declared.parameters["weight"]
+        n_heads = weight.heads
+        assert n_heads is not None, declared.name
+        if n_heads % axis.size and axis.size % n_heads:
+            raise ValueError(f"got {n_heads} heads on an axis of {axis.size} processes, wanted one to divide the other")
+        self.axis, self.n_rows = axis, weight.shape[0] // n_heads
+        self.head = axis.rank * n_heads // axis.size if n_heads < axis.size else None
+        self.weight = declared.make("weight", axis)
+        self.bias = declared.make_if_any("bias", axis)
+
+    def forward(self, x_I: Tensor) -> Tensor:
+        return F.linear(x_I, self._rows(self.weight), None if self.bias is None else self._rows(self.bias))
+
+    def _rows(self, parameter: Tensor) -> Tensor:
+        if self.head is None:
+            return parameter
+        return copy_to(parameter, self.axis).narrow(0, self.head * self.n_rows, self.n_rows)
 
 
 def _require_divisible(what: str, n: int, axis: Axis) -> None:

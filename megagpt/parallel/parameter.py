@@ -8,16 +8,14 @@ padding belongs to nobody: it stays zero and never reaches a checkpoint.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from megagpt.inventory.parameter import Init, Parameter
 from megagpt.parallel.axis import Axis
-
-# (name within the layer, logical shape) -> the full tensor
-Draw = Callable[[str, tuple[int, ...]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,11 @@ class Part:
 def part_of(parameter: Tensor) -> Part:
     """The part that a megagpt parameter is; anything else is a bug in the layer that made it."""
     return parameter.part  # type: ignore[attr-defined]
+
+
+def declared_of(parameter: Tensor) -> Parameter:
+    """What the layer that made a parameter says of it."""
+    return parameter.declared  # type: ignore[attr-defined]
 
 
 def replicated(full: Tensor) -> nn.Parameter:
@@ -68,27 +71,77 @@ def _tagged(local: Tensor, part: Part) -> nn.Parameter:
 
 
 @dataclass(frozen=True)
-class NamedNormal:
-    """Draws weights from N(0, std²) by (seed, canonical name), biases as zeros, gains as ones: layout plays no part.
+class Declared:
+    """What a module makes its parameters from: those that its layer declares under the module's name.
 
-    std None: 1 / √inputs, the last dim of a matrix.
+    name: canonical, of the module.  parameters: by their names within it.  seed: of the run, for the first values.
     """
 
-    seed: int
     name: str
-    std: float | None = 0.02
+    parameters: Mapping[str, Parameter] = field(repr=False)
+    seed: int = 0
 
-    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name == "bias":
-            return torch.zeros(shape)
-        if name == "gain":
-            return torch.ones(shape)
-        if torch.get_default_device().type == "meta":
-            return torch.empty(shape)
-        digest = hashlib.sha256(f"{self.seed}/{self.name}.{name}".encode()).digest()
-        generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        std = shape[-1] ** -0.5 if self.std is None else self.std
-        return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+    def at(self, part: str) -> Declared:
+        """The same of a module inside of it; with no parameters where there is no such module."""
+        inside = {n.removeprefix(f"{part}."): p for n, p in self.parameters.items() if n.startswith(f"{part}.")}
+        return Declared(f"{self.name}.{part}", inside, self.seed)
+
+    def make(self, name: str, axis: Axis) -> nn.Parameter:
+        """This rank's part of a parameter, drawn whole by (seed, canonical name): the layout plays no part."""
+        declared = self.parameters[name]
+        full, dim = drawn(declared.init, declared.shape, f"{self.name}.{name}", self.seed), declared.dim(axis.size)
+        parameter = replicated(full) if dim is None else sharded(full, dim, axis, declared.pad_to)
+        parameter.declared = declared  # type: ignore[attr-defined]
+        return parameter
+
+    def make_if_any(self, name: str, axis: Axis) -> nn.Parameter | None:
+        """The same; None where no such parameter is declared."""
+        return self.make(name, axis) if name in self.parameters else None
 
 
-DEFAULT_DRAW = NamedNormal(seed=0, name="layer")
+def drawn(init: Init, shape: tuple[int, ...], name: str, seed: int) -> Tensor:
+    """A logical tensor at the start of a run; uninitialised on the meta device."""
+    if init.kind == "zeros":
+        return torch.zeros(shape)
+    if init.kind == "ones":
+        return torch.ones(shape)
+    if init.kind == "normal":
+        return _normal(init.scale, shape, name, seed)
+    pairs = _normal(1.0, shape[:-1], name, seed)
+    cos, sin = (pairs / pairs.norm(dim=-1, keepdim=True)).unbind(-1)
+    return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2) * init.scale
+
+
+def _normal(std: float, shape: tuple[int, ...], name: str, seed: int) -> Tensor:
+    if torch.get_default_device().type == "meta":
+        return torch.empty(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter under its canonical name, the one that it has in the whole model, wherever it lives.
+
+    owned: this process's stage is the one that counts and saves it.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    owned: bool
+
+    @property
+    def part(self) -> Part:
+        """Its place in the logical tensor."""
+        return part_of(self.parameter)
+
+    @property
+    def declared(self) -> Parameter:
+        """What its layer says of it."""
+        return declared_of(self.parameter)
+
+
+def named_parameters(model: nn.Module) -> list[Named]:
+    """The parameters of a model without pipeline stages; a tied weight comes once."""
+    return [Named(name, parameter, True) for name, parameter in model.named_parameters()]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from megagpt.config import ModelConfig, RunConfig, divisors, require
-from megagpt.config.kernels import Kernels, attention_lacks
+from megagpt.config import ModelConfig, RunConfig
 from megagpt.config.train import MAX_INCREMENTS
-from megagpt.errors import UserError
-from megagpt.inventory.factorised_sizes import check_mlp
+from megagpt.errors import UserError, divisors, require
+from megagpt.inventory.attention import attention_lacks
+from megagpt.model.mlp import MLPS
 from megagpt.schedule import Schedule
 
 
@@ -38,7 +38,7 @@ def check_model(config: RunConfig) -> None:
         "must divide it, or be a multiple of it",
         f"try {choices}",
     )
-    check_mlp(model, tp)
+    MLPS[model.mlp](model).check_tp(tp)
 
 
 def _shares_kv_heads(model: ModelConfig, tp: int) -> bool:
@@ -48,7 +48,7 @@ def _shares_kv_heads(model: ModelConfig, tp: int) -> bool:
 
 def check_attention(config: RunConfig) -> None:
     """An attention that is asked for by name must have what the model's positions and dropout need of it."""
-    choice, model = Kernels.parse(config.train.kernels)["attention"], config.model
+    choice, model = config.train.kernels["attention"], config.model
     lacks = attention_lacks(choice, model.position, model.dropout_attention)
     require(
         lacks is None,
@@ -116,7 +116,7 @@ def _check_ramp(config: RunConfig, dp: int) -> None:
         return
     common = math.gcd(*sizes)
     micros = [m for m in divisors(common // dp) if m < train.micro_batch_size] if common % dp == 0 else []
-    ramp = f"batch_steps={train.batch_steps!r}"
+    ramp = f"batch_steps='{train.batch_steps}'"
     if train.batch_ramp_start is not None:
         ramp = f"batch_ramp_start={train.batch_ramp_start}, batch_ramp_increment={train.batch_ramp_increment}"
     raise UserError(

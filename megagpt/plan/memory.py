@@ -16,13 +16,13 @@ w bytes of one number of the precision.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from megagpt.config import ModelConfig, ParallelConfig, RunConfig
-from megagpt.config.kernels import Kernels, attention_runs
-from megagpt.inventory.factorised_sizes import mlp_kept_width
-from megagpt.inventory.optimizer_sizes import state_bytes
-from megagpt.inventory.sizes import layer_sizes
+from megagpt.config import ParallelConfig, RunConfig
+from megagpt.inventory.layers import Layer, vocab_local
+from megagpt.inventory.parameter import Parameter, kept_numbers
+from megagpt.optim.rules import kept_by_optimizer
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # bf16 gradients accumulate in fp32
@@ -50,27 +50,26 @@ def estimate_memory(
     dp: int,
     *,
     zero_stage: int,
-    stage: int,
-    n_blocks: int,
-    params_local: int,
-    vocab_local: int,
+    layers: Sequence[Layer],
+    copies: Collection[Parameter],
     in_flight: int,
 ) -> Memory:
-    """Memory of one rank of stage number `stage`, which holds `n_blocks` blocks and `params_local` elements.
+    """Memory of one rank of the stage that holds `layers` and, of other stages' parameters, `copies`.
 
     zero_stage: the one in use.
     in_flight: micro-batches whose activations are kept at the peak (1F1B: pp - stage, at most all of them).
     """
-    precision = config.train.precision
-    states = _optimizer_bytes(config, zero_stage, n_blocks, params_local) // (dp if zero_stage >= 1 else 1)
-    is_last = stage == config.parallel.pp - 1
+    precision, tp = config.train.precision, config.parallel.tp
+    held = [p for layer in layers for p in layer.parameters.values()] + list(copies)
+    params = sum(p.local_size(tp) for p in held)
+    states = _optimizer_bytes(config, zero_stage, held) // (dp if zero_stage >= 1 else 1)
     tokens = config.train.micro_batch_size * config.model.seq_len
     return Memory(
-        weights=params_local * WEIGHT_BYTES[precision] // (dp if zero_stage >= 3 else 1),
-        gradients=params_local * GRADIENT_BYTES[precision] // (dp if zero_stage >= 2 else 1),
+        weights=params * WEIGHT_BYTES[precision] // (dp if zero_stage >= 3 else 1),
+        gradients=params * GRADIENT_BYTES[precision] // (dp if zero_stage >= 2 else 1),
         optimizer=0 if config.parallel.offload_optimizer else states,
-        activations=tokens * _activation_bytes_per_token(config, n_blocks, in_flight, is_last),
-        logits=tokens * _logit_bytes(config) * vocab_local if is_last else 0,
+        activations=tokens * _activation_bytes_per_token(config, layers, in_flight),
+        logits=tokens * _logit_bytes(config, layers[-1]),
         host=states if config.parallel.offload_optimizer else 0,
     )
 
@@ -80,49 +79,32 @@ def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches:
     return min(parallel.pp - stage, micro_batches)
 
 
-def _optimizer_bytes(config: RunConfig, zero_stage: int, n_blocks: int, params_local: int) -> int:
+def _optimizer_bytes(config: RunConfig, zero_stage: int, held: Sequence[Parameter]) -> int:
     """What the optimizer keeps, and an fp32 master if weights are narrower or ZeRO splits them; before it is split."""
     has_master = config.train.precision != "fp32" or zero_stage >= 1
-    of_blocks = n_blocks * layer_sizes(config.model, config.parallel.tp)[1].params_local
-    return state_bytes(config.optim, params_local, of_blocks) + 4 * has_master * params_local
+    return sum(4 * (kept_by_optimizer(p, config.optim) + has_master) * p.local_size(config.parallel.tp) for p in held)
 
 
-def _logit_bytes(config: RunConfig) -> int:
-    """Of one logit. Its gradient is written over it; a pipeline's buffer holds those of the micro-batch before too."""
-    return WEIGHT_BYTES[config.train.precision] * (2 if config.parallel.pp > 1 else 1)
+def _logit_bytes(config: RunConfig, last: Layer) -> int:
+    """Of a token's logits on the last stage. A logit's gradient is written over it; a pipeline's buffer holds those of
+    the micro-batch before too.
+    """
+    if last.name != "head":
+        return 0
+    width = WEIGHT_BYTES[config.train.precision] * (2 if config.parallel.pp > 1 else 1)
+    return width * vocab_local(config.model, config.parallel.tp)
 
 
-def _activation_bytes_per_token(config: RunConfig, n_blocks: int, in_flight: int, is_last: bool) -> int:
-    model, tp = config.model, config.parallel.tp
-    width = WEIGHT_BYTES[config.train.precision]
-    D = model.d_model
-    streams = {"sequential": 4, "parallel": 2, "parallel_two_norms": 3}[model.block]
-    block = streams * D + _attention_numbers(config) + _mlp_numbers(model, tp)
+def _activation_bytes_per_token(config: RunConfig, layers: Sequence[Layer], in_flight: int) -> int:
+    D, tp, micro = config.model.d_model, config.parallel.tp, config.train.micro_batch_size
+    numbers = {layer.name: kept_numbers(layer.kept, tp, micro) for layer in layers}
+    blocks = [n for name, n in numbers.items() if name.startswith("blocks.")]
     if config.parallel.recompute:
-        kept, at_once = n_blocks * D, block  # each block's input, and the block that is being recomputed
+        kept, at_once = len(blocks) * D, max(blocks)  # each block's input, and the block that is being recomputed
     else:
-        kept, at_once = n_blocks * block, 0
-    if is_last:
-        at_once += 2 * D  # input and output of the final norm
+        kept, at_once = sum(blocks), 0
+    if "head" in numbers:
+        at_once += numbers["head"]
     else:
         kept += D  # the output that was sent on
-    return width * (kept * in_flight + at_once)
-
-
-def _attention_numbers(config: RunConfig) -> int:
-    """Kept of a token in a block: q, k, v and the output; probabilities where they are stored."""
-    model, tp = config.model, config.parallel.tp
-    I = model.n_heads * model.head_width // tp  # noqa: E741
-    J = max(model.kv_heads // tp, 1) * model.head_width
-    choice, dropping = Kernels.parse(config.train.kernels)["attention"], model.dropout_attention > 0
-    in_steps = attention_runs(choice, model.position, dropping) in ("softmax", "reference")
-    kept = 2 * I + 2 * J + (in_steps + dropping) * model.n_heads * model.seq_len // tp
-    if model.position == "transformer_xl":
-        # The query twice, with two biases; the positions before and after their projection, once a micro-batch.
-        kept += 2 * I + model.d_model // config.train.micro_batch_size
-    return kept
-
-
-def _mlp_numbers(model: ModelConfig, tp: int) -> int:
-    """Kept of a token in a block: the hidden before (twice with a gate) and after its activation, factors' middles."""
-    return (3 if model.gated else 2) * model.ff_width // tp + mlp_kept_width(model, tp)
+    return WEIGHT_BYTES[config.train.precision] * (kept * in_flight + at_once)

@@ -6,38 +6,39 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from megagpt.errors import UserError
-from megagpt.inventory.sizes import LayerSize
+from megagpt.config.values import Partition
+from megagpt.errors import UserError, require
+from megagpt.inventory.layers import Layer
 
-METHODS = ("flops", "parameters", "uniform")
 
-
-def stage_bounds(partition: str, layers: Sequence[LayerSize], pp: int) -> tuple[int, ...]:
+def stage_bounds(partition: Partition, layers: Sequence[Layer], pp: int) -> tuple[int, ...]:
     """pp + 1 ascending indices into the layer list: stage s holds layers[bounds[s] : bounds[s + 1]].
 
     partition: flops | parameters | uniform (one weight a block), or explicit block counts "3,4,4,3".
-    Raises: UserError where there are fewer blocks than stages, or `partition` is none of these.
+    Raises: UserError where there are fewer blocks than stages, or the counts are not those of this model.
     """
     n_blocks = len(layers) - 2
     if n_blocks < pp:
         raise UserError(
-            f"model.n_layers={n_blocks} is fewer than parallel.pp={pp} stages; "
-            f"use --pp {n_blocks} or less, or --n-layers {pp} or more"
+            f"model.n_layers={n_blocks}",
+            f"is fewer than parallel.pp={pp} stages",
+            f"use --pp {n_blocks} or less, or --n-layers {pp} or more",
+            ("model.n_layers", "parallel.pp"),
         )
     counts = _counts(partition, layers, pp)
     ends = list(accumulate(counts, initial=1))  # the embedding is layer 0 …
     return (0, *ends[1:-1], len(layers))  # … and the head goes with the last block
 
 
-def _counts(partition: str, layers: Sequence[LayerSize], pp: int) -> list[int]:
+def _counts(partition: Partition, layers: Sequence[Layer], pp: int) -> list[int]:
     """Blocks of each stage."""
     embedding, *blocks, head = layers
-    if partition == "uniform":
+    if partition.method == "uniform":
         return balance([1] * len(blocks), pp)
-    if partition == "flops":
+    if partition.method == "flops":
         weights = [layer.flops_per_token for layer in blocks]
         return balance(weights, pp, embedding.flops_per_token, head.flops_per_token)
-    if partition == "parameters":
+    if partition.method == "parameters":
         weights = [layer.params for layer in blocks]
         # A tied output matrix is a second copy on the last stage: it weighs there as on the first.
         return balance(weights, pp, embedding.params, max(head.params, embedding.params))
@@ -110,21 +111,13 @@ def _best_starts(sums: Sequence[int], squares: dict[int, int], low: int, high: i
     return found
 
 
-def _explicit(partition: str, n_blocks: int, pp: int) -> list[int]:
-    try:
-        counts = [int(part) for part in partition.split(",")]
-    except ValueError:
-        raise UserError(
-            f"parallel.partition={partition!r} is not known; use {', '.join(METHODS)}, "
-            f"or block counts such as {_example(n_blocks, pp)}"
-        ) from None
-    if len(counts) != pp or sum(counts) != n_blocks or min(counts) < 1:
-        raise UserError(
-            f"parallel.partition={partition} must have pp={pp} positive entries, of sum n_layers={n_blocks}; "
-            f"it has {len(counts)} that sum to {sum(counts)}; use for example {_example(n_blocks, pp)}"
-        )
-    return counts
-
-
-def _example(n_blocks: int, pp: int) -> str:
-    return ",".join(map(str, balance([1] * n_blocks, pp)))
+def _explicit(partition: Partition, n_blocks: int, pp: int) -> list[int]:
+    counts, wanted = partition.counts, f"must have pp={pp} positive entries, of sum n_layers={n_blocks}"
+    require(
+        len(counts) == pp and sum(counts) == n_blocks and min(counts) >= 1,
+        f"parallel.partition={partition}",
+        f"{wanted}; it has {len(counts)} that sum to {sum(counts)}",
+        f"use for example {','.join(map(str, balance([1] * n_blocks, pp)))}",
+        "parallel.partition",
+    )
+    return list(counts)

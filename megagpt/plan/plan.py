@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megagpt.config import RunConfig
-from megagpt.inventory.sizes import LayerSize, layer_sizes, tied_copy, vocab_local
+from megagpt.inventory.layers import Layer, layers, tied_matrix, vocab_local
 from megagpt.plan.checks import (
     check_attention,
     check_batch,
@@ -86,10 +86,10 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     micro_batches = check_batch(config, dp)
     check_noise_scale(config)
     model, parallel = config.model, config.parallel
-    layers = layer_sizes(model, parallel.tp)
-    bounds = stage_bounds(parallel.partition, layers, parallel.pp)
+    listed = layers(model, config.train.kernels)
+    bounds = stage_bounds(parallel.partition, listed, parallel.pp)
     stages = tuple(
-        _stage(config, dp, micro_batches, number, first, layers[first:end])
+        _stage(config, dp, micro_batches, number, first, listed[first:end])
         for number, (first, end) in enumerate(pairwise(bounds))
     )
     return Plan(
@@ -102,9 +102,9 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         batch_tokens=config.train.global_batch_size * model.seq_len,
         bounds=bounds,
         stages=stages,
-        params=sum(layer.params for layer in layers),
-        vocab_local=vocab_local(model.vocab, parallel.tp),
-        flops_per_token=model_flops_per_token(layers),
+        params=sum(layer.params for layer in listed),
+        vocab_local=vocab_local(model, parallel.tp),
+        flops_per_token=model_flops_per_token(listed),
     )
 
 
@@ -117,41 +117,38 @@ def zero_stage_in_use(config: RunConfig, dp: int) -> int:
     return config.parallel.zero_stage if dp > 1 or needed else 0
 
 
-def model_flops_per_token(layers: tuple[LayerSize, ...]) -> int:
+def model_flops_per_token(layers: tuple[Layer, ...]) -> int:
     """FLOPs of forward and backward for one token: 6 N + 12 L I T where all layers are dense.
 
     N: elements of the matrices that multiply each token: the output matrix counts, the look-ups do not.
-    L I T: layers × inner width × context, or what `attention_flops_per_token` says for other attention. It counts in
+    L I T: layers × inner width × context, or what `inventory.layers.score_flops` says for other attention. It counts in
     full, as is usual, though a causal one needs half of it (6 N + 6 L I T). Recomputing does not count.
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     return 3 * sum(layer.flops_per_token for layer in layers)
 
 
-def _stage(
-    config: RunConfig, dp: int, micro_batches: int, number: int, first: int, layers: tuple[LayerSize, ...]
-) -> Stage:
+def _stage(config: RunConfig, dp: int, micro_batches: int, number: int, first: int, layers: tuple[Layer, ...]) -> Stage:
     model, parallel = config.model, config.parallel
     is_first, is_last = number == 0, number == parallel.pp - 1
-    copy, copy_local = tied_copy(model, parallel.tp) if is_last and not is_first else (0, 0)
-    params_local = sum(layer.params_local for layer in layers) + copy_local
-    n_blocks = len(layers) - is_first - is_last
+    copies = tied_matrix(model).values() if is_last and not is_first else ()
+    params_local = sum(layer.params_local(parallel.tp) for layer in layers) + sum(
+        p.local_size(parallel.tp) for p in copies
+    )
     in_flight = micro_batches_in_flight(parallel, number, micro_batches)
     return Stage(
         first_layer=first,
         last_layer=first + len(layers) - 1,
-        n_blocks=n_blocks,
-        params=sum(layer.params for layer in layers) + copy,
+        n_blocks=len(layers) - is_first - is_last,
+        params=sum(layer.params for layer in layers) + sum(p.size for p in copies),
         params_local=params_local,
         in_flight=in_flight,
         memory=estimate_memory(
             config,
             dp,
             zero_stage=zero_stage_in_use(config, dp),
-            stage=number,
-            n_blocks=n_blocks,
-            params_local=params_local,
-            vocab_local=vocab_local(model.vocab, parallel.tp),
+            layers=layers,
+            copies=copies,
             in_flight=in_flight,
         ),
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from rich.box import SIMPLE, SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megagpt.config import SECTIONS, RunConfig
+from megagpt.config import SECTIONS, RunConfig, plain
 from megagpt.plan.plan import Plan, Stage
 from megagpt.schedule import Schedule
 
@@ -42,15 +40,15 @@ def plan_table(config: RunConfig, plan: Plan) -> RenderableType:
 
 
 def _settings(section: object, default: object) -> Text:
-    """`name=value*  name=value …`; what is off by default and still is (None, False) is left out."""
+    """`name=value*  name=value …`; what is off by default and still is (None, False, no words) is left out."""
     text = Text()
-    for field in fields(section):  # type: ignore[arg-type]
-        value = getattr(section, field.name)
-        changed = value != getattr(default, field.name)
-        if value in (None, (), False) and not changed:
+    defaults = plain(default)
+    for name, value in plain(section).items():
+        changed = value != defaults[name]
+        if value in (None, [], "", False) and not changed:
             continue
-        shown = " ".join(value) if isinstance(value, tuple) else str(value)
-        text.append(f"{field.name}=", style="dim")
+        shown = " ".join(value) if isinstance(value, list) else str(value)
+        text.append(f"{name}=", style="dim")
         text.append(f"{shown}*" if changed else shown, style="bold" if changed else "")
         text.append("  ")
     return text or Text("nothing set", style="dim")

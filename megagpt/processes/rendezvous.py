@@ -94,8 +94,8 @@ def _who_is_missing(
     return RankError(
         f"{len(arrived)} of {n_ranks} processes came within {timeout_s:g} s; missing: {named}; see their output, "
         "and that every host was started with the same number of processes",
-        speaks,
-        EXIT_PEER_LOST,
+        speaks=speaks,
+        code=EXIT_PEER_LOST,
     )
 
 
@@ -140,8 +140,8 @@ def _wait_for(host: str, port: int, timeout_s: float, speaks: bool) -> None:
                     f"no answer from rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout_s:g} s "
                     f"({error.strerror or error}); see its output, and that {socket.gethostname()} reaches that "
                     "address",
-                    speaks,
-                    EXIT_PEER_LOST,
+                    speaks=speaks,
+                    code=EXIT_PEER_LOST,
                 ) from None
         time.sleep(0.2)
 

@@ -16,9 +16,8 @@ from megagpt.errors import EXIT_PEER_LOST, EXIT_USER, UserError
 from megagpt.parallel.mesh import Mesh, build_mesh, rank_name
 from megagpt.processes.agree import RankError
 from megagpt.processes.rendezvous import meet
-from megagpt.processes.watch.host import machine_id
 from megagpt.processes.watch.judge import Limits
-from megagpt.processes.watch.watch import Watch, start_watch
+from megagpt.processes.watch.watch import Watch, machine_id, start_watch
 
 # torch's own timeout of a collective: behind the watch's, which knows more to say.
 MARGIN_S = 60.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,14 +16,13 @@ from megagpt import metrics
 from megagpt.checkpoint.load import find_whole
 from megagpt.checkpoint.save import Saver
 from megagpt.checkpoint.state import State
-from megagpt.config import RunConfig
-from megagpt.config.kernels import Kernels
+from megagpt.config import RunConfig, plain
 from megagpt.data.indexed.blend import Samples, sources
+from megagpt.data.indexed.index_builder import fallback_note
 from megagpt.data.loader import MicroBatch, micro_batches
+from megagpt.data.opened import OpenedData
 from megagpt.errors import Stopped
-from megagpt.model.attention import attention_status
-from megagpt.model.gpt import ops_used
-from megagpt.ops.status import check_kernels, kernel_rows
+from megagpt.model.kernels import attention_status, check_kernels, kernel_rows, ops_used
 from megagpt.plan.plan import make_plan
 from megagpt.plan.table import config_table, plan_table
 from megagpt.processes.agree import together
@@ -42,8 +40,8 @@ from megagpt.train.run import Run, find_run
 from megagpt.train.step.engine import Engine, StepResult
 
 
-def train(config: RunConfig) -> None:
-    """Train what the configuration says, on the processes that were started.
+def train(config: RunConfig, data: OpenedData) -> None:
+    """Train what the configuration says on its data, on the processes that were started.
 
     Raises UserError (a RankError once the ranks are connected, of which one rank speaks), and Stopped where it was
     asked to end early and has saved.
@@ -56,7 +54,7 @@ def train(config: RunConfig) -> None:
         Stopper(faults.exit_after_minutes) as stopper,
         ExitStack() as stack,
     ):
-        run = find_run(config, plan, mesh, stack)
+        run = find_run(config, data, plan, mesh, stack)
         if run is None:
             return
         watch.write_to(run.folder / "faults")
@@ -112,7 +110,7 @@ def _due(step: int, interval: int | None) -> bool:
 
 
 def _start_engine(run: Run) -> Engine:
-    engine, kernels = Engine(run.config, run.plan, run.mesh), Kernels.parse(run.config.train.kernels)
+    engine, kernels = Engine(run.config, run.plan, run.mesh), run.config.train.kernels
     together(lambda: check_kernels(kernels, ops_used(run.config.model, kernels), engine.device.type))
     return engine
 
@@ -147,18 +145,20 @@ def _reporter(run: Run, engine: Engine, resumed: State | None) -> Reporter:
         n_processes=plan.world_size,
         enabled=run.mesh.rank == 0,
         wandb_project=config.log.wandb_project,
-        config=dataclasses.asdict(config),
+        config=plain(config),
         log_interval=config.log.log_interval,
     )
 
 
 def _say_what_runs(run: Run, engine: Engine, report: Reporter) -> None:
-    config, kernels = run.config, Kernels.parse(run.config.train.kernels)
+    config, kernels = run.config, run.config.train.kernels
     report.show(config_table(config))
     report.show(plan_table(config, run.plan))
     rows = kernel_rows(kernels, ops_used(config.model, kernels), engine.device.type)
     report.show(kernel_table([*rows, attention_status(config.model, kernels)]))
     report.message(f"optimizer: {engine.backend.optimizer_name}")
+    if note := fallback_note():
+        report.message(note)
     for dataset in sources(run.train_samples):
         if dataset.meta is None:
             report.message(
@@ -225,7 +225,7 @@ def _state(parts: Parts, step: int, lr: float, validation_loss: float | None) ->
         tokens=engine.schedule.tokens_before(step),
         lr=lr,
         counters=engine.counters,
-        config=dataclasses.asdict(config),
+        config=plain(config),
         data=parts.run.data_identity,
         layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp, "zero_stage": plan.zero_stage},
         skipped_steps=parts.guard.left_out,

@@ -22,11 +22,10 @@ import psutil
 
 from megagpt.cli import parse_run_config
 from megagpt.config import RunConfig
-from megagpt.data.indexed.blend import parse_data_path
-from megagpt.data.indexed.dataset import IndexedDataset
+from megagpt.config.values import DataPath
+from megagpt.data.opened import OpenedData
 from megagpt.data.text.corpus import default_cache_dir, default_corpus
-from megagpt.data.tokenizers.tokenizer import tokenizer_for
-from megagpt.errors import EXIT_PEER_LOST, UserError, run_cli
+from megagpt.errors import EXIT_PEER_LOST, UserError, require, run_cli
 from megagpt.plan.plan import make_plan
 
 # What would misinform the ranks that this program starts. torchrun's last one is a trap: rank 0 would not open the
@@ -73,15 +72,14 @@ def ranks_to_start(config: RunConfig) -> int:
 def _pretrain(argv: Sequence[str]) -> None:
     config = parse_run_config(argv)
     n_ranks = ranks_to_start(config)
-    config = with_text(config)
+    config, data = with_text(config)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         # Several ranks agree first on who speaks (train.py): each machine may have its own copy.
-        for _, prefix in parse_data_path(config.data.data_path):
-            IndexedDataset(prefix)
+        _ = data.datasets
     if n_ranks:
         sys.exit(start_ranks(n_ranks, argv))
     # torch and DeepSpeed load only now: the checks above answer at once, and DeepSpeed reads DS_ACCELERATOR.
-    importlib.import_module("megagpt.train.loop").train(config)
+    importlib.import_module("megagpt.train.loop").train(config, data)
 
 
 def has_gpu() -> bool:
@@ -89,33 +87,39 @@ def has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
-def with_text(config: RunConfig) -> RunConfig:
-    """The configuration with its data path and vocabulary filled in; makes the default corpus if it has to."""
-    data = config.data
-    if not data.data_path:
-        cache = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
-        data = dataclasses.replace(data, data_path=(default_corpus(cache, announce),))
-    tokenizers = [tokenizer_for(data, prefix) for _, prefix in parse_data_path(data.data_path)]
-    sizes = {t.vocab_size for t in tokenizers if t is not None}
-    hashes = {t.sha256 for t in tokenizers if t is not None}
-    if len(hashes) > 1:
+def with_text(config: RunConfig) -> tuple[RunConfig, OpenedData]:
+    """The configuration with its data path and vocabulary filled in, and that data, its tokenizers opened.
+
+    Makes the default corpus if it has to.
+    """
+    if not config.data.data_path:
+        cache = Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
+        path = DataPath((default_corpus(cache, announce),))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_path=path))
+    data = OpenedData(config.data)
+    tokenizers = [tokenizer for tokenizer in data.tokenizers if tokenizer is not None]
+    if len({tokenizer.sha256 for tokenizer in tokenizers}) > 1:
+        names = config.data.data_path
+        raise UserError(f"the datasets of {names} were made by different tokenizers; use one for all")
+    return _with_vocabulary(config, max((t.vocab_size for t in tokenizers), default=None)), data
+
+
+def _with_vocabulary(config: RunConfig, size: int | None) -> RunConfig:
+    """The configuration with model.vocab_size filled in. size: the tokenizer's, where there is one."""
+    wanted = config.model.vocab_size
+    if wanted is None and size is None:
         raise UserError(
-            f"the datasets of {' '.join(data.data_path)} were made by different tokenizers; use one for all"
+            f"{config.data.data_path.prefixes[-1]}: no tokenizer is recorded beside it and none is named; "
+            "give --tokenizer with its files, or --vocab-size"
         )
-    model = config.model
-    if model.vocab_size is None:
-        if not sizes:
-            raise UserError(
-                f"{data.data_path[-1]}: no tokenizer is recorded beside it and none is named; "
-                "give --tokenizer with its files, or --vocab-size"
-            )
-        model = dataclasses.replace(model, vocab_size=sizes.pop())
-    elif sizes and max(sizes) > model.vocab_size:
-        raise UserError(
-            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {max(sizes)}; "
-            f"drop --vocab-size, or use at least {max(sizes)}"
-        )
-    return dataclasses.replace(config, data=data, model=model)
+    require(
+        None in (wanted, size) or size <= wanted,  # pyright: ignore[reportOperatorIssue] # neither is None
+        f"model.vocab_size={wanted}",
+        f"is smaller than the tokenizer's {size}",
+        f"drop --vocab-size, or use at least {size}",
+        "model.vocab_size",
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted or size))
 
 
 def announce(text: str) -> None:

@@ -8,24 +8,27 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint.load import find_whole
-from megagpt.checkpoint.state import check_resumable, read_state
+from megagpt.checkpoint.load import check_resumable, find_whole
+from megagpt.checkpoint.state import read_state
 from megagpt.cli import to_yaml
 from megagpt.config import RunConfig
-from megagpt.data.indexed.blend import Samples, build_splits, parse_data_path, sources
+from megagpt.data.indexed.blend import Samples, build_splits, sources
 from megagpt.data.indexed.dataset import verify
-from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_for
+from megagpt.data.opened import OpenedData
+from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.files import replace_text
 from megagpt.parallel.mesh import Mesh
-from megagpt.plan.plan import Plan
 from megagpt.processes.agree import together
 from megagpt.schedule import Schedule
+
+if TYPE_CHECKING:
+    from megagpt.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,10 @@ class Run:
     resume_from: Path | None
 
 
-def find_run(config: RunConfig, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run | None:
+def find_run(config: RunConfig, data: OpenedData, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run | None:
     """Find the data, the checkpoint and the run folder.
 
-    stack: holds the run folder's lock. None where a run that may already be done (--auto-resume) is.
+    stack: holds the run folder's lock.  Returns None where --auto-resume finds that all steps are done.
     Comm: collective over all ranks.  Raises a RankError for what is missing or damaged, on any rank.
     """
     folder = [together(lambda: _make_run_folder(config, stack) if mesh.rank == 0 else Path())]
@@ -57,9 +60,9 @@ def find_run(config: RunConfig, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run
             folders.drop_old(resume_from, config.checkpoint)  # it may have been killed before that
             print(f"nothing to do: {resume_from} has done all {config.train.train_steps} steps")
         return None
-    train_samples, valid_samples = together(lambda: _find_samples(config))
-    together(lambda: _verify_data(config))
-    tokenizer = together(lambda: tokenizer_for(config.data, parse_data_path(config.data.data_path)[0][1]))
+    train_samples, valid_samples = together(lambda: _find_samples(config, data))
+    together(lambda: _verify_data(config, data))
+    tokenizer = together(lambda: data.tokenizers[0])
     identity = _data_identity(config, train_samples, tokenizer)
     together(lambda: _write_config(config, folder[0]) if mesh.rank == 0 else None)
     return Run(config, plan, mesh, folder[0], train_samples, valid_samples, tokenizer, identity, resume_from)
@@ -88,22 +91,24 @@ def _check_resumable(config: RunConfig, folder: Path) -> bool:
     raise UserError(f"{folder} has done {state.step} steps already; go on with a larger --train-steps")
 
 
-def _find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
+def _find_samples(config: RunConfig, data: OpenedData) -> tuple[Samples, Samples | None]:
     n_train = Schedule(config).samples_before(config.train.train_steps)
     counts = (n_train, config.log.eval_steps * config.train.global_batch_size, 0)
+    weights, split = config.data.data_path.weights, config.data.split
     train_samples, valid_samples, _ = build_splits(
-        config.data.data_path, config.data.split, config.model.seq_len, config.train.seed, counts
+        data.datasets, weights, split, config.model.seq_len, config.train.seed, counts
     )
     if train_samples is None:
-        raise UserError(f"data.split={config.data.split} leaves nothing to train on; give it a first share above 0")
+        remedy = "give it a first share above 0"
+        raise UserError(f"data.split={split}", "leaves nothing to train on", remedy, ["data.split"])
     return train_samples, valid_samples
 
 
-def _verify_data(config: RunConfig) -> None:
+def _verify_data(config: RunConfig, data: OpenedData) -> None:
     """Read all the data, where that is asked for: on one rank of each machine, which may have its own copy."""
     if config.data.verify and os.environ.get("LOCAL_RANK", "0") == "0":
-        for _, prefix in parse_data_path(config.data.data_path):
-            verify(prefix, config.model.vocab)
+        for dataset in data.datasets:
+            verify(dataset, config.model.vocab)
 
 
 def _make_run_folder(config: RunConfig, stack: ExitStack) -> Path:
@@ -139,8 +144,8 @@ def _write_config(config: RunConfig, folder: Path) -> None:
 def _data_identity(config: RunConfig, samples: Samples, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Which text this run reads, and by which tokenizer."""
     return {
-        "data_path": list(config.data.data_path),
+        "data_path": config.data.data_path.words,
         "index_sha256": [dataset.idx_sha256 for dataset in sources(samples)],
-        "split": config.data.split,
+        "split": str(config.data.split),
         "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
     }

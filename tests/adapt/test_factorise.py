@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagpt.adapt.factorise import Direction, factorise, multiplied, truncated
+from megagpt.adapt.factorise import factorise, multiplied
 from megagpt.config import ModelConfig
-from megagpt.model.factorised import down_matrix, up_matrix
-from megagpt.parallel.axis import SINGLE
-from megagpt.parallel.parameter import NamedNormal
-from tests.model.plain_factorised import butterfly_dense, monarch_dense
+from megagpt.model.mlp import MLPS
+from megagpt.model.mlp.kind import Direction
+from megagpt.parallel.parameter import drawn
+from tests.model.mlp.plain_factorised import butterfly_dense, monarch_dense
 from tests.tolerances import assert_close
 
-BASE = ModelConfig(n_layers=1, d_model=12, n_heads=4, d_ff=48, seq_len=8, vocab_size=32)
+BASE = ModelConfig(n_layers=1, d_model=12, n_heads=4, d_ff=48, seq_len=8, vocab_size=32, init="normal", init_std=0.5)
 CASES = {
     "low_rank": replace(BASE, mlp="low_rank", mlp_rank=5),
     "low_rank, gated": replace(BASE, mlp="low_rank", mlp_rank=5, activation="swiglu"),
@@ -28,15 +28,21 @@ CASES = {
 }
 
 
+def of_the_kind(config: ModelConfig, direction: Direction) -> dict[str, Tensor]:
+    """Parameters as they are drawn, in float64."""
+    kind = MLPS[config.mlp](config)
+    declared = kind.up() if direction == "up" else kind.down()
+    return {n: drawn(p.init, p.shape, n, 5).double() for n, p in declared.items() if n != "bias"}
+
+
 @pytest.mark.parametrize("direction", ["up", "down"])
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_of_the_kind_is_recovered(name, direction):
     config = CASES[name]
-    layer = (up_matrix if direction == "up" else down_matrix)(config, SINGLE, NamedNormal(5, "x", 0.5)).double()
-    drawn = {n: p.detach() for n, p in layer.named_parameters() if n != "bias"}
-    weight = multiplied(drawn, config, direction)
+    ours = of_the_kind(config, direction)
+    weight = multiplied(ours, config, direction)
     found = factorise(weight, config, direction)
-    assert {n: p.shape for n, p in found.items()} == {n: p.shape for n, p in drawn.items()}
+    assert {n: p.shape for n, p in found.items()} == {n: p.shape for n, p in ours.items()}
     again = multiplied(found, config, direction)
     assert_close(again, weight)
 
@@ -55,24 +61,6 @@ def projected(name: str, direction: Direction) -> tuple[ModelConfig, dict[str, T
     config = CASES[name]
     shape = (config.ff_width, config.d_model) if direction == "up" else (config.d_model, config.ff_width)
     return config, factorise(torch.randn(shape, dtype=torch.float64), config, direction)
-
-
-@pytest.mark.parametrize("shape", [(9, 14), (14, 9), (3, 9, 14)])
-def test_truncation_is_that_of_the_singular_value_decomposition(shape):
-    weight = torch.randn(shape, dtype=torch.float64)
-    left, right = truncated(weight, 4)
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    assert_close(left @ right, (u[..., :4] * s[..., None, :4]) @ v[..., :4, :])
-    torch.testing.assert_close(left.norm(dim=-2), right.norm(dim=-1))
-
-
-def test_truncation_of_what_has_lower_rank():
-    weight = torch.outer(torch.randn(6).double(), torch.randn(9).double())
-    left, right = truncated(weight, 3)
-    assert left.isfinite().all() and right.isfinite().all()
-    assert_close(left @ right, weight)
-    left, right = truncated(torch.zeros(6, 9, dtype=torch.float64), 2)
-    assert not (left @ right).any()
 
 
 @pytest.mark.parametrize("name", ["low_rank", "monarch", "monarch of rank 3, gated"])
@@ -100,8 +88,7 @@ def test_the_error_of_monarch_is_what_the_blocks_singular_values_leave():
 def test_a_butterfly_near_a_matrix_is_nearer_than_none():
     """A guess, but a good one: of a butterfly with noise on it, no more than the noise is lost."""
     config = CASES["butterfly"]
-    drawn = dict(up_matrix(config, SINGLE, NamedNormal(5, "x", 0.5)).double().named_parameters())
-    weight = multiplied({"twiddle": drawn["twiddle"].detach()}, config, "up")
+    weight = multiplied(of_the_kind(config, "up"), config, "up")
     noise = 0.01 * weight.std() * torch.randn_like(weight)
     found = multiplied(factorise(weight + noise, config, "up"), config, "up")
     assert (found - weight).norm() < noise.norm()

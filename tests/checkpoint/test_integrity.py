@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from megagpt.checkpoint import integrity, pieces, state
 from megagpt.checkpoint.integrity import damage_of, read_tables, write_tables
-from megagpt.checkpoint.state import State, check_resumable, read_state, state_json
+from megagpt.checkpoint.load import check_resumable
+from megagpt.checkpoint.state import State, read_state, state_json
 from megagpt.config import ModelConfig, RunConfig, TrainConfig
 from megagpt.errors import UserError
 from megagpt.files import sha256_of

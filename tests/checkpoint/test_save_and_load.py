@@ -20,12 +20,12 @@ from torch import Tensor
 
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.integrity import damage_of
-from megagpt.checkpoint.load import find_whole
-from megagpt.checkpoint.pieces import WEIGHT
+from megagpt.checkpoint.load import check_resumable, find_whole
 from megagpt.checkpoint.save import Saver, assign_writers
-from megagpt.checkpoint.state import State, check_resumable, read_state
-from megagpt.config import CheckpointConfig, ModelConfig, RunConfig
+from megagpt.checkpoint.state import State, read_state
+from megagpt.config import CheckpointConfig, ModelConfig, RunConfig, plain
 from megagpt.errors import UserError
+from megagpt.inventory.parameter import WEIGHT
 from megagpt.processes.agree import RankError
 from megagpt.processes.local import run_ranks
 from megagpt.train.step.engine import Engine
@@ -67,7 +67,7 @@ class Leg:
 
 
 def state_of(engine: Engine, step: int = SAVED) -> State:
-    config = dataclasses.asdict(engine.config)
+    config = plain(engine.config)
     counters = engine.counters
     return State(step=step, samples=step * 8, tokens=step * 128, lr=0.1, counters=counters, config=config, data={})
 
@@ -383,7 +383,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered_or_taken(runs,
 
 
 def state_in_memory() -> State:
-    config = json.loads(json.dumps(dataclasses.asdict(config_of(Layout()))))
+    config = plain(config_of(Layout()))
     return State(step=7, samples=56, tokens=56 * MODEL.seq_len, lr=0.1, counters={}, config=config, data={})
 
 

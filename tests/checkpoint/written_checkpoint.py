@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from megagpt.checkpoint.state import State, state_json
-from megagpt.config import ModelConfig, RunConfig
+from megagpt.config import ModelConfig, RunConfig, plain
 
 KEYS = ("weight", "exp_avg", "exp_avg_sq")
 MODEL = ModelConfig(n_layers=2, d_model=16, n_heads=2, seq_len=8, vocab_size=37)
@@ -83,7 +82,7 @@ def write_checkpoint(
 
 def state_of(step: int = 1, **changed: Any) -> State:
     """The state of a small run after a step."""
-    config = json.loads(json.dumps(asdict(RunConfig(model=MODEL))))  # as it comes back from a file: tuples as lists
+    config = plain(RunConfig(model=MODEL))
     fields: dict[str, Any] = {
         "step": step, "samples": 8 * step, "tokens": 64 * step, "lr": 0.1 / (step + 1),
         "counters": {"skipped_steps": 0}, "config": config, "data": {"data_path": ["a"]},

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megagpt.cli import parse_run_config, read_config, to_yaml
 from megagpt.cli.flags import FOREIGN, all_flags
-from megagpt.cli.yaml_file import dotted_keys
+from megagpt.cli.yaml_file import dotted_keys, read_yaml
 from megagpt.config import CheckpointConfig, DataConfig, LogConfig, ModelConfig, OptimConfig, RunConfig
 from megagpt.errors import UserError
 
@@ -72,7 +72,7 @@ def test_a_blend_in_a_file_is_the_blend_of_the_command_line(tmp_path):
     (tmp_path / "list.yaml").write_text("data: {data_path: [0.7, A, 0.3, B]}\n")
     (tmp_path / "text.yaml").write_text("data: {data_path: 0.7 A 0.3 B}\n")
     typed = parse_run_config(["--data-path", "0.7", "A", "0.3", "B"])
-    assert typed.data.data_path == ("0.7", "A", "0.3", "B")
+    assert typed.data.data_path.prefixes == ("A", "B")
     for name in ("list.yaml", "text.yaml"):
         assert parse_run_config(["--config", str(tmp_path / name)]) == typed
 
@@ -159,15 +159,18 @@ BAD_FLAGS = {
     ),
     "of Megatron": (["--num-layers", "3"], "unknown flag --num-layers; here it is --n-layers"),
     "no flag": (["--tp", "2", "2"], "got '2', which belongs to no flag"),
-    "not a number": (["--tp", "two"], "--tp/--parallel.tp: invalid literal"),
-    "no value": (["--tp"], "Missing value for argument '--tp/--parallel.tp'"),
-    "NaN": (["--lr", "nan"], "optim.lr=nan must be positive; use a finite number above 0"),
-    "infinity": (["--lr", "inf"], "optim.lr=inf must be positive"),
+    "not a number": (["--tp", "two"], "--tp: got 'two', wanted a valid integer; see --help"),
+    "no value": (["--tp"], "argument --tp/--parallel.tp: expected one argument; see --help"),
+    "value of a switch": (["--recompute=yes"], "ignored explicit argument 'yes'; see --help"),
+    "NaN": (["--lr", "nan"], "--lr: got nan, wanted a finite number"),
+    "infinity": (["--lr", "inf"], "--lr: got inf, wanted a finite number"),
     "negative": (["--n-layers", "-4"], "model.n_layers=-4 must be positive; use 1 or more"),
     "huge number": (["--train-steps", "1" + "0" * 400], "train.train_steps=1000"),
     "too many layers": (["--n-layers", "5000"], "model.n_layers=5000 must be at most 4096"),
-    "NaN dropout": (["--model.dropout-residual", "nan"], "model.dropout_residual=nan must be at least 0"),
-    "no such choice": (["--precision", "fp8"], "invalid choice 'fp8'"),
+    "NaN dropout": (["--model.dropout-residual", "nan"], "--model.dropout-residual: got nan, wanted a finite number"),
+    "no such choice": (["--precision", "fp8"], "--precision: got 'fp8', wanted 'fp32', 'bf16' or 'fp16'"),
+    "no such number": (["--zero-stage", "7"], "--zero-stage: got '7', wanted 0, 1, 2 or 3"),
+    "no list": (["--faults.skip-steps", "57,x"], "faults.skip_steps='57,x' has 'x', which is no step or range"),
     "unknown preset": (
         ["--preset", "gpt2-smal"],
         "--preset gpt2-smal is not known; did you mean gpt2-small?",
@@ -191,42 +194,43 @@ def test_bad_flags_are_one_line(name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        (["--tpp", "2"], "error: unknown flag --tpp; did you mean --tp?"),
-        (["--config", "{tmp}/tag.yaml"], "tag.yaml:1: tags such as tag:yaml.org,2002:python/name:os.system are"),
-        (["--lr", "nan"], "error: optim.lr=nan must be positive"),
-        (
-            ["--world-size", "6", "--tp", "2", "--pp", "2"],
-            "error: world size 6 with parallel.tp=2, parallel.pp=2",
-        ),
-        (["--world-size", "six"], "--world_size: invalid int value: 'six'; see --help"),
-    ],
-)
-def test_a_tool_exits_with_2_and_one_line(argv, expected, tmp_path):
+def test_a_tool_exits_with_2_and_one_line(tmp_path):
     (tmp_path / "tag.yaml").write_text("model: !!python/name:os.system")
-    done = plan_tool(*(a.format(tmp=tmp_path) for a in argv))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert expected in done.stderr
+    done = plan_tool("--config", str(tmp_path / "tag.yaml"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(
+        r"error: .*tag.yaml:1: tags such as tag:yaml.org,2002:python/name:os.system are.*\n", done.stderr
+    )
 
 
-def test_help_teaches_at_once():
-    start = time.monotonic()
+def test_help_teaches():
     done = plan_tool("--help")
-    elapsed_s = time.monotonic() - start
     assert done.returncode == 0
-    assert elapsed_s < 10  # 0.3 s on an idle machine; importing torch alone would take longer than this on a busy one
-    for word in (
-        "--world-size N",
-        "--preset NAME",
-        "parallel options",
-        "--tp INT, --parallel.tp INT",
-        "Peak learning",
-    ):
-        assert word in done.stdout
+    words = ["--world-size N", "--preset NAME", "parallel options", "--tp INT, --parallel.tp INT", "Peak learning"]
+    assert not [word for word in words if word not in done.stdout]
+    assert max(map(len, done.stdout.splitlines())) <= 100  # 80 but for examples and the four spellings of a switch
+
+
+def test_help_tells_what_a_flag_would_change(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_run_config(["--preset", "gpt2-small", "--help"])
+    assert caught.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--d-model INT, --model.d-model INT Width of the residual stream. (default: 768)" in told
+    assert "--no-recompute, --parallel.no-recompute Recompute each block" in told
+    assert "--data-path [WORD ...]" in told and "--zero-stage {0,1,2,3}" in told and "(default: dense)" in told
+
+
+def test_a_switch_has_four_spellings_and_the_last_one_counts():
+    for on, off in (("--recompute", "--no-recompute"), ("--parallel.recompute", "--parallel.no-recompute")):
+        assert parse_run_config([off, on]).parallel.recompute
+        assert not parse_run_config([on, off]).parallel.recompute
+    assert not parse_run_config(["--model.no_bias_mlp"]).model.bias_mlp
+
+
+def test_none_takes_back_what_a_preset_sets(tmp_path):
+    assert parse_run_config(["--preset", "gpt2-small", "--vocab-size", "None"]).model.vocab_size is None
+    assert parse_run_config(["--save", "None"]).checkpoint.save is None
 
 
 def test_the_command_line_imports_no_torch():
@@ -235,36 +239,66 @@ def test_the_command_line_imports_no_torch():
 
 
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
-rates = st.floats(1e-12, 1e6)
-configs = st.builds(
-    RunConfig,
-    model=st.builds(
-        lambda head, heads, **rest: ModelConfig(d_model=head * heads, n_heads=heads, **rest),
-        head=st.integers(1, 128),
-        heads=st.integers(1, 32),
-        n_layers=st.integers(1, 100),
-        vocab_size=st.none() | st.integers(1, 10**6),
-        tied_embeddings=st.booleans(),
-        position=st.sampled_from(["learned", "none"]),
-        dropout_residual=st.floats(0, 0.99),
-        norm_eps=rates,
-    ),
-    data=st.builds(DataConfig, data_path=st.lists(words, max_size=3).map(tuple), split=words),
-    optim=st.builds(
-        OptimConfig, lr=rates, eps=rates, clip=st.floats(0, 1e6), decay_steps=st.none() | st.integers(1, 2**63 - 1)
-    ),
-    checkpoint=st.builds(
-        CheckpointConfig, save=st.none() | words | st.sampled_from(["1e-4", "null", "0.7", "yes", "2020-01-01"])
-    ),
-)
+ODD = ["1e-4", "null", "0.7", "yes", "2020-01-01", "None", " a", "a: b", "#", "é\u2028"]
+VALUES = {
+    "data_path": st.lists(words, max_size=1).map(tuple) | st.just(("0.70", "a b", "3", "c")),
+    "split": st.sampled_from(["949,50,1", "0.90,0.1", "1"]),
+    "save": st.none() | words | st.sampled_from(ODD),
+    "lr": st.floats(1e-12, 1e6),
+    "clip": st.floats(0, 1e6),
+    "decay_steps": st.none() | st.integers(1, 2**63 - 1),
+}
 
 
-@settings(max_examples=60, deadline=None)
-@given(configs)
-def test_what_is_written_reads_back_equal(tmp_path_factory, config):
+@settings(max_examples=20, deadline=None)
+@given(st.fixed_dictionaries(VALUES))
+def test_what_is_written_reads_back_equal(tmp_path_factory, values):
+    config = RunConfig(
+        data=DataConfig(data_path=values["data_path"], split=values["split"]),
+        optim=OptimConfig(lr=values["lr"], clip=values["clip"], decay_steps=values["decay_steps"]),
+        checkpoint=CheckpointConfig(save=values["save"]),
+    )
     file = tmp_path_factory.mktemp("yaml") / "run.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
-    assert parse_run_config(["--config", str(file)]) == config
+    assert read_config(read_yaml(file), str(file)) == config
+
+
+@pytest.mark.parametrize("key", dotted_keys())
+def test_every_setting_names_file_and_key(key, tmp_path):
+    """A wrong type, for all; a value that its check refuses, for all that have one."""
+    file, (section, name) = tmp_path / "run.yaml", key.split(".")
+    file.write_text(f"{section}:\n  {name}: {{a: 1}}\n")
+    with pytest.raises(UserError) as caught:
+        parse_run_config(["--config", str(file)])
+    assert str(caught.value).startswith(f"{file}: {key}: got {{'a': 1}}, wanted ")
+
+
+ANY_TEXT = {"cache_dir", "tokenizer_model", "vocab_file", "merge_file", "save", "load"}
+ANY_TEXT |= {"deepspeed_config", "wandb_project"}
+
+
+@pytest.mark.parametrize("key", [key for key in dotted_keys() if key.split(".")[1] not in ANY_TEXT])
+def test_every_refused_value_names_file_and_key(key, tmp_path):
+    """Values of the right type, wherever something checks them; a flag that comes later is not blamed."""
+    file, (section, name) = tmp_path / "run.yaml", key.split(".")
+    (tmp_path / "good.yaml").write_text("debug: {detect_nan: true}\n")
+    for bad in ("x,y z", -1, -0.5):
+        file.write_text(f"{section}:\n  {name}: {bad}\n")
+        with pytest.raises(UserError) as caught:
+            parse_run_config(["--config", str(file), "--config", str(tmp_path / "good.yaml"), "--debug.check-ranks"])
+        assert str(caught.value).startswith(f"{file}: {key}"), bad
+
+
+def test_a_check_of_several_settings_names_who_set_one_last(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {d_model: 100}\n")
+    (tmp_path / "b.yaml").write_text("model: {n_heads: 7}\nlog: {eval_steps: 1}\n")
+    files = [f"--config={tmp_path / name}.yaml" for name in "ab"]
+    told = "model.d_model=100 with model.n_heads=7 must divide evenly"
+    for order, where in ((files, "b.yaml: "), (files[::-1], "a.yaml: "), ([*files, "--d-model", "100"], "")):
+        with pytest.raises(UserError, match=told) as caught:
+            parse_run_config(order)
+        message = str(caught.value)
+        assert message.startswith(f"{tmp_path}/{where}{told}" if where else told)
 
 
 def test_read_config_takes_what_a_checkpoint_carries():

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from megagpt.data.indexed.blend import Blend, build_splits, parse_data_path
+from megagpt.config.values import DataPath, Split
+from megagpt.data.indexed.blend import Blend, build_splits
 from megagpt.data.indexed.dataset import IndexedDataset, IndexedWriter
 from megagpt.data.indexed.samples import GPTSamples
 from megagpt.errors import UserError
@@ -21,6 +22,11 @@ def write(prefix, n_documents, seed, mean=40):
         for length in random.integers(0, 2 * mean, n_documents):
             writer.add_document(random.integers(0, 50_000, length))
     return str(prefix)
+
+
+def splits(data_path, split, *args):
+    path = DataPath.parse(data_path)
+    return build_splits([IndexedDataset(p) for p in path.prefixes], path.weights, Split.parse(split), *args)
 
 
 def megatron_splits(data_path, split, seq_len, seed, num_samples, cache):
@@ -55,7 +61,7 @@ def test_same_splits_as_megatron(corpora, tmp_path, weights, num_samples):
     weights = weights.split() if weights else []
     data_path = [word for pair in zip(weights, corpora, strict=False) for word in pair] or corpora[:1]
     seq_len, seed = 11, 4321
-    ours = build_splits(data_path, "80,15,5", seq_len, seed, num_samples)
+    ours = splits(data_path, "80,15,5", seq_len, seed, num_samples)
     theirs = megatron_splits(data_path, "80,15,5", seq_len, seed, num_samples, tmp_path)
     for got, want, asked in zip(ours, theirs, num_samples, strict=True):
         assert asked <= len(got) == len(want)
@@ -76,7 +82,7 @@ def test_many_rare_datasets_get_the_samples_that_the_rule_draws(tmp_path):
     prefixes = [write(tmp_path / str(i), 3, i, mean=20) for i in range(13)]
     weights = ["0.9"] + ["0.008"] * 12
     data_path = [word for pair in zip(weights, prefixes, strict=True) for word in pair]
-    train, valid, test = build_splits(data_path, "1", 7, 0, (10, 10, 10))
+    train, valid, test = splits(data_path, "1", 7, 0, (10, 10, 10))
     assert valid is test is None and len(train) >= 10
     assert all(len(train[i]) == 8 for i in range(len(train)))
 
@@ -84,7 +90,7 @@ def test_many_rare_datasets_get_the_samples_that_the_rule_draws(tmp_path):
 @pytest.mark.parametrize("n_datasets", [1, 2])
 def test_sources_of_name_where_the_tokens_lie(corpora, n_datasets):
     data_path = corpora[:1] if n_datasets == 1 else ["0.5", corpora[0], "0.5", corpora[1]]
-    train, _, _ = build_splits(data_path, "1", 30, 0, (40, 0, 0))
+    train, _, _ = splits(data_path, "1", 30, 0, (40, 0, 0))
     datasets = {prefix: IndexedDataset(prefix) for prefix in corpora}
     for i in range(len(train)):
         pieces = [datasets[prefix].get(*piece) for prefix, *piece in train.sources_of(i)]
@@ -97,22 +103,11 @@ def test_sources_of_name_where_the_tokens_lie(corpora, n_datasets):
 
 def test_a_split_is_none_when_it_is_empty_or_not_asked_for(corpora):
     for path in (corpora[:1], ["2", corpora[0], "1", corpora[1]]):
-        train, valid, test = build_splits(path, "99,0,1", 5, 0, (10, 10, 0))
+        train, valid, test = splits(path, "99,0,1", 5, 0, (10, 10, 0))
         assert len(train) >= 10 and valid is None and test is None
 
 
 def test_a_split_that_is_empty_in_one_dataset_only_is_an_error(corpora, tmp_path):
     small = write(tmp_path / "small", 3, 0)
     with pytest.raises(UserError, match=r"small: documents \[3, 3\) hold 0 tokens.*--split"):
-        build_splits(["0.5", corpora[0], "0.5", small], "969,30,1", 5, 0, (10, 10, 0))
-
-
-def test_parse_data_path():
-    assert parse_data_path(("A",)) == [(1.0, "A")]
-    assert parse_data_path(("0.7", "A", "30", "B")) == [(0.7, "A"), (30.0, "B")]
-
-
-@pytest.mark.parametrize("words", ["", "A B", "0.7 A 0.3", "-1 A 2 B", "nan A 1 B", "inf A 1 B", "0 A 1 B", "1 A 1 A"])
-def test_a_malformed_data_path_is_told(words):
-    with pytest.raises(UserError, match=r"data\.data_path=.*; "):
-        parse_data_path(tuple(words.split()))
+        splits(["0.5", corpora[0], "0.5", small], "969,30,1", 5, 0, (10, 10, 0))

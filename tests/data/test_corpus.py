@@ -43,7 +43,7 @@ def test_the_text_is_all_there_to_the_byte(small_library: Path, tmp_path: Path) 
     said: list[str] = []
     prefix = default_corpus(tmp_path, said.append)
     assert len(said) == 1 and "Python standard library" in said[0]
-    verify(prefix)
+    verify(IndexedDataset(prefix))
     dataset, tokenizer = IndexedDataset(prefix), tokenizer_for(DataConfig(), prefix)
     assert tokenizer is not None and tokenizer.vocab_size == 4096 and dataset.dtype == np.uint16
     sources = (path for path in small_library.rglob("*.py") if path.parent.name != "__pycache__")

@@ -82,7 +82,7 @@ def test_round_trip(
         stop = data.draw(st.integers(start, len(document)))
         assert dataset.get(i, start, stop - start).tolist() == document[start:stop]
         assert dataset.get(i, start).tolist() == document[start:]
-    verify(prefix)
+    verify(IndexedDataset(prefix))
 
 
 def test_chunked_tail_of_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

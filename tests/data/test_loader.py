@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from megagpt.config import ModelConfig, RunConfig, TrainConfig
+from megagpt.config.values import Split
 from megagpt.data.indexed.blend import build_splits
-from megagpt.data.indexed.dataset import IndexedWriter
+from megagpt.data.indexed.dataset import IndexedDataset, IndexedWriter
 from megagpt.data.loader import micro_batches
 from megagpt.errors import UserError
 
@@ -20,7 +21,7 @@ def samples(tmp_path_factory):
     with IndexedWriter(prefix, np.int32) as writer:
         for length in random.integers(1, 90, 60):
             writer.add_document(random.integers(0, 100_000, length))
-    return build_splits([str(prefix)], "1", 16, 1234, (4 * GLOBAL, 0, 0))[0]
+    return build_splits([IndexedDataset(prefix)], (), Split.parse("1"), 16, 1234, (4 * GLOBAL, 0, 0))[0]
 
 
 def run(micro, vocab_size=100_000):

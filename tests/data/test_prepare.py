@@ -103,7 +103,7 @@ def test_what_is_recorded(source: Path, tmp_path: Path, sentencepiece_file: Path
     assert int(tokenizer.token_bytes()[tokens].sum()) == recorded.text_bytes
     assert recorded.bin_sha256 == hashlib.sha256(_bytes(tmp_path / "a")[0]).hexdigest()
     assert recorded.idx_sha256 == hashlib.sha256(_bytes(tmp_path / "a")[1]).hexdigest()
-    verify(prefix)
+    verify(IndexedDataset(prefix))
 
 
 def test_progress(source: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def fuzz_index(data: bytes, folder: Path) -> None:
         return
     _check_index(dataset, data[4:], bin_size)
     with contextlib.suppress(UserError):
-        verify(folder / "a", 50_000)
+        verify(IndexedDataset(folder / "a"), 50_000)
 
 
 def fuzz_side_file(data: bytes, folder: Path) -> None:

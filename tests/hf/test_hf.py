@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megagpt.config import ModelConfig
+from megagpt.config import ModelConfig, plain
 from megagpt.errors import UserError
-from megagpt.hf import config_from_hf, from_hf, hf_config, load_logical, to_hf
+from megagpt.hf import config_from_hf, hf_config
 from megagpt.hf.architecture import share
-from megagpt.hf.config import ALL
+from megagpt.hf.architectures import ARCHITECTURES
 from megagpt.model.gpt import GPT
-from megagpt.parallel.axis import SINGLE, Axis
+from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.parameter import part_of
 from tests.hf.hf_cases import CASES, Case, state_of, theirs
+from tests.hf.load import from_hf, to_hf
 from tests.tolerances import assert_equal
 
 ONE_EACH = {case.architecture: case for case in reversed(CASES.values())}
@@ -59,7 +60,7 @@ def test_the_architecture_is_found_and_its_config_comes_back(case: Case):
 
 def meaning(config: ModelConfig) -> dict[str, Any]:
     """A configuration without the fields that a trained model does not depend on, its defaults resolved."""
-    named = asdict(config)
+    named = plain(config)
     for name in ("dropout_embedding", "dropout_attention", "dropout_residual", "init", "init_std"):
         del named[name]
     named |= {"n_kv_heads": config.kv_heads, "d_head": config.head_width, "d_ff": config.ff_width}
@@ -334,52 +335,6 @@ def test_another_architecture_may_be_asked_for():
         to_hf({}, TIED.config, "gpt3")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2 untied", "gptj", "llama", "bigcode"])
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_load_logical_fills_each_rank_with_its_part(name, tp):
-    config = CASES[name].config
-    tensors = from_hf(state_of(theirs(CASES[name])), config)
-    for rank in range(tp):
-        model = GPT(config, Axis(group=None, rank=rank, size=tp))
-        load_logical(model.named_parameters(), tensors)
-        for name, parameter in model.named_parameters():
-            part = part_of(parameter)
-            assert_equal(part.unpadded(parameter.detach()), part.take(tensors[name]), name)
-            assert parameter.count_nonzero() == part.take(tensors[name]).count_nonzero()  # the padding is zero
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop("head.norm.bias"), "no tensor for head.norm.bias;"),
-        (
-            lambda t: [t.pop(n) for n in list(t) if n.startswith("blocks.1.")],
-            "blocks.1.attention.out.bias.* and 9 more",
-        ),
-        (lambda t: t.update({"blocks.9.norm_1.bias": torch.ones(32)}), "the model has no blocks.9.norm_1.bias"),
-        (lambda t: t.update({"head.norm.bias": torch.ones(33)}), r"head.norm.bias has shape \(33,\), wanted \(32,\)"),
-    ],
-)
-def test_load_logical_names_what_is_wrong_and_copies_nothing(change, message):
-    model = GPT(TIED.config, SINGLE)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    tensors = {name: torch.full(part_of(p).shape, 5.0) for name, p in model.named_parameters()}
-    change(tensors)
-    with pytest.raises(UserError, match=message):
-        load_logical(model.named_parameters(), tensors)
-    for name, parameter in model.named_parameters():
-        assert_equal(parameter.detach(), before[name], name)
-
-
-def test_load_logical_of_one_stage_passes_over_the_rest():
-    model = GPT(TIED.config, SINGLE)
-    tensors = {name: torch.full(part_of(p).shape, 5.0, dtype=torch.float64) for name, p in model.named_parameters()}
-    block = [(f"blocks.1.{name}", p) for name, p in model.blocks[1].named_parameters()]
-    load_logical(block, tensors, whole_model=False)
-    for name, parameter in model.named_parameters():
-        assert (parameter == 5.0).all() == name.startswith("blocks.1."), name
-
-
 def test_a_share_of_a_head_gives_its_number_back():
     for whole in range(1, 300):
         assert [int(whole * share(part, whole)) for part in range(whole + 1)] == list(range(whole + 1))
@@ -387,4 +342,4 @@ def test_a_share_of_a_head_gives_its_number_back():
 
 def test_the_page_has_every_architecture():
     page = (Path(__file__).parents[2] / "docs" / "hugging-face.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| `([\w-]+)` ", page, re.MULTILINE)[1:] == list(ALL)
+    assert re.findall(r"^\| `([\w-]+)` ", page, re.MULTILINE)[1:] == list(ARCHITECTURES)

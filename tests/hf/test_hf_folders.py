@@ -6,7 +6,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from megagpt.checkpoint.integrity import damage_of
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import read_state
 from megagpt.cli import read_config
-from megagpt.config import DataConfig, ParallelConfig, RunConfig, TrainConfig
+from megagpt.config import DataConfig, ParallelConfig, RunConfig, TrainConfig, plain
+from megagpt.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megagpt.data.tokenizers.tokenizer import tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.generate.sample import generate
 from megagpt.generate.trained import open_trained
 from megagpt.hf import export_folder as hf_export
-from megagpt.hf import from_hf
 from megagpt.hf import import_folder as hf_import
 from megagpt.hf.export_folder import export
 from megagpt.hf.import_folder import import_model
@@ -40,6 +40,7 @@ from megagpt.parallel.parameter import part_of
 from megagpt.processes.local import run_ranks
 from tests.checkpoint.written_checkpoint import MODEL, gpt2_tensors, write_checkpoint
 from tests.hf.hf_cases import CASES, theirs
+from tests.hf.load import from_hf
 from tests.logical import Parts, assemble
 from tests.parity.rank import start_engine
 
@@ -204,7 +205,7 @@ def test_round_off_of_our_own_decides_where_fp32_differs(run: Path, tmp_path: Pa
 
 
 def test_architectures_without_a_place_in_transformers_are_refused(tmp_path: Path):
-    config = asdict(RunConfig(model=replace(MODEL, position="alibi")))
+    config = plain(RunConfig(model=replace(MODEL, position="alibi")))
     write_checkpoint(tmp_path / "run", config=config)
     with pytest.raises(UserError, match=r"the nearest is gpt2: it has model.position=learned, not alibi"):
         export(find(tmp_path / "run"), tmp_path / "hf")
@@ -233,7 +234,7 @@ def test_the_tokenizer_travels_with_the_weights(tmp_path: Path, gpt2_tokenizer: 
     data = DataConfig(tokenizer="gpt2", vocab_file=str(files / "vocab.json"), merge_file=str(files / "merges.txt"))
     model = replace(MODEL, vocab_size=293)
     tensors = {"weight": gpt2_tensors(model)}
-    write_checkpoint(tmp_path / "run", 0, tensors, config=asdict(RunConfig(model=model, data=data)))
+    write_checkpoint(tmp_path / "run", 0, tensors, config=plain(RunConfig(model=model, data=data)))
     done = export(find(tmp_path / "run"), tmp_path / "hf")
     assert done.note is None
     theirs: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -263,7 +264,7 @@ def sentencepiece_data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 def test_a_sentencepiece_tokenizer_gives_the_same_ids_there(tmp_path: Path, sentencepiece_data: DataConfig):
     model = replace(MODEL, vocab_size=600)
-    config = asdict(RunConfig(model=model, data=sentencepiece_data))
+    config = plain(RunConfig(model=model, data=sentencepiece_data))
     write_checkpoint(tmp_path / "run", 0, {"weight": gpt2_tensors(model)}, config=config)
     done = export(find(tmp_path / "run"), tmp_path / "hf")
     assert done.note is None
@@ -288,7 +289,7 @@ def test_tokenizers_of_other_architectures(
     for number, (data, vocab_size) in enumerate(((gpt2, 293), (sentencepiece_data, 600))):
         model = replace(CASES[name].config, vocab_size=vocab_size)
         tensors = {n: part_of(p).unpadded(p).detach().numpy() for n, p in GPT(model, SINGLE).named_parameters()}
-        config = asdict(RunConfig(model=model, data=data))
+        config = plain(RunConfig(model=model, data=data))
         write_checkpoint(tmp_path / f"run-{number}", 0, {"weight": tensors}, config=config)
         assert export(find(tmp_path / f"run-{number}"), tmp_path / f"hf-{number}").note is None
 
@@ -296,9 +297,9 @@ def test_tokenizers_of_other_architectures(
 def test_a_tokenizer_that_transformers_reads_otherwise_is_left_out(
     tmp_path: Path, sentencepiece_data: DataConfig, monkeypatch
 ):
-    monkeypatch.setitem(hf_export.SETTINGS, "sentencepiece", {"tokenizer_class": "LlamaTokenizer"})
+    monkeypatch.setattr(SentencePieceTokenizer, "transformers_settings", {"tokenizer_class": "LlamaTokenizer"})
     model = replace(MODEL, vocab_size=600)
-    config = asdict(RunConfig(model=model, data=sentencepiece_data))
+    config = plain(RunConfig(model=model, data=sentencepiece_data))
     write_checkpoint(tmp_path / "run", 0, {"weight": gpt2_tensors(model)}, config=config)
     done = export(find(tmp_path / "run"), tmp_path / "hf")
     assert done.note == "without a tokenizer: transformers reads its files as another one"

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt.config import ModelConfig
+from megagpt.inventory import layers as inventory
 from megagpt.model.block import Block
 from megagpt.model.gpt import GPT
+from megagpt.model.stream import Stream
 from megagpt.parallel.axis import SINGLE, Axis
-from megagpt.parallel.parameter import part_of
+from megagpt.parallel.parameter import Declared, part_of
 from megagpt.processes.local import run_ranks
 
 BASE = ModelConfig(n_layers=2, d_model=24, n_heads=3, d_ff=40, seq_len=10, vocab_size=37, activation="gelu")
@@ -189,14 +191,15 @@ class OneBlock:
 def block_on_rank() -> OneBlock:
     size = dist.get_world_size() if dist.is_initialized() else 1
     axis = Axis(dist.group.WORLD, dist.get_rank(), size) if size > 1 else SINGLE
-    block = Block(PALM, 0, axis, seed=3).double()
+    declared = Declared("blocks.0", inventory.block(PALM, 0).parameters, seed=3)
+    block = Block(PALM, 0, axis, declared).double()
     x = torch.randn(2, 6, PALM.d_model, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x.requires_grad_()
     calls: list[None] = []
     with pytest.MonkeyPatch.context() as patch:
         original = dist.all_reduce
         patch.setattr(dist, "all_reduce", lambda *args, **kwargs: (calls.append(None), original(*args, **kwargs))[1])
-        y, _ = block((x, torch.zeros(2, dtype=torch.int64)))
+        y = block(Stream(x, torch.zeros(2, dtype=torch.int64))).x
         y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y))
     assert x.grad is not None
     gradients = {name: parameter.grad for name, parameter in block.named_parameters() if parameter.grad is not None}

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from megagpt.config import ModelConfig
 from megagpt.config.kernels import AUTO, Kernels
+from megagpt.inventory.parameter import Init
 from megagpt.model.dropout import Dropout
 from megagpt.model.gpt import GPT
 from megagpt.ops.dropout import dropout
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.embedding import gather_logits
 from megagpt.parallel.mesh import build_mesh
-from megagpt.parallel.parameter import NamedNormal, part_of
+from megagpt.parallel.parameter import drawn, part_of
 from megagpt.processes.local import run_ranks
 from tests.logical import Parts, assemble, gradient_parts
 from tests.tolerances import assert_close, assert_equal
@@ -99,8 +100,7 @@ def test_a_weight_is_drawn_by_its_own_name():
             else:
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 std = config.init_std / math.sqrt(2 * config.n_layers) if residual else config.init_std
-                layer, _, own = name.rpartition(".")
-                expected = NamedNormal(5, layer, std)(own, part.shape)
+                expected = drawn(Init("normal", std), part.shape, name, 5)
             assert_equal(value, expected, name)
 
 

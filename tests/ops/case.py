@@ -1,6 +1,6 @@
 """What an op brings along to be proven and measured: cases for tests/ops/proof.py, shapes for benchmarks/kernels.py.
 
-One file of ops/cases per op holds a `SPEC`; tests and benchmarks find it by itself.
+One file of tests/ops/cases per op holds a `SPEC`; tests and benchmarks find it by itself.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Spec:
 
 
 def all_specs() -> list[Spec]:
-    """The SPEC of every file in ops/cases, by name."""
+    """The SPEC of every file in tests/ops/cases, by name."""
     # Each of these files imports this one.
     package = importlib.import_module("tests.ops.cases")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,14 +13,15 @@ from torch import Tensor
 
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.compare import differing_tensors
-from megagpt.checkpoint.pieces import AVERAGE, WEIGHT, Reader
+from megagpt.checkpoint.load import check_resumable
+from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.save import Saver
-from megagpt.checkpoint.state import State, check_resumable
-from megagpt.config import CheckpointConfig, ModelConfig, OptimConfig, RunConfig
+from megagpt.checkpoint.state import State
+from megagpt.config import CheckpointConfig, ModelConfig, OptimConfig, RunConfig, plain
 from megagpt.errors import UserError
-from megagpt.optim import muon
+from megagpt.inventory.parameter import AVERAGE, WEIGHT
+from megagpt.optim import muon, segments
 from megagpt.processes.local import run_ranks
-from megagpt.train.step import segments
 from megagpt.train.step.engine import Engine
 from tests.parity.rank import RankReport, batches_of, start_engine, train_on_rank
 from tests.parity.walk import (
@@ -139,7 +139,7 @@ def test_a_fault_is_found(fault, name, layout):
 def state_of(engine: Engine, step: int) -> State:
     return State(
         step=step, samples=step * 8, tokens=step * 192, lr=0.1, counters=engine.counters,
-        config=json.loads(json.dumps(dataclasses.asdict(engine.config))), data={},
+        config=plain(engine.config), data={},
     )  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def test_files_hold_what_each_optimizer_keeps(tmp_path):
 
 @pytest.mark.bad_input(48)
 def test_another_optimizer_is_refused():
-    trained = json.loads(json.dumps(dataclasses.asdict(config_of("muon"))))
+    trained = plain(config_of("muon"))
     at = State(step=3, samples=24, tokens=9, lr=0.1, counters={}, config=trained, data={})
     with pytest.raises(UserError, match=r"was trained with optim\.optimizer=muon, this run wants lion; ") as caught:
         check_resumable(config_of("lion"), at, Path("run/checkpoints/step-000003"))

@@ -17,17 +17,19 @@ from torch import Tensor
 
 from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megagpt.errors import UserError
-from megagpt.inventory.optimizer_sizes import MOMENTS, state_bytes
+from megagpt.inventory.layers import layers
 from megagpt.model.gpt import GPT
+from megagpt.optim import OPTIMIZERS
+from megagpt.optim.adam import AdamW
 from megagpt.optim.build import build_optimizer, set_rate
 from megagpt.optim.mesh_optimizer import MeshOptimizer
-from megagpt.optim.muon import maps_of, orthogonal, weight_of
-from megagpt.optim.rules import rule_of
+from megagpt.optim.muon import Muon, maps_of, orthogonal, weight_of
+from megagpt.optim.rules import kept_by_optimizer, rule_of
+from megagpt.optim.segments import Segment, Segments
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.mesh import single_process_mesh
+from megagpt.parallel.parameter import Named, named_parameters
 from megagpt.train.step.masters import Masters
-from megagpt.train.step.named import Named, named_parameters
-from megagpt.train.step.segments import Segment, Segments
 
 MODEL = ModelConfig(
     n_layers=2, d_model=24, d_head=5, n_heads=4, n_kv_heads=2, seq_len=8, vocab_size=50, activation="swiglu", d_ff=40
@@ -52,11 +54,17 @@ def gradient_of(named: Named, step: int) -> Tensor:
     return gradient
 
 
-def train(named: list[Named], config: OptimConfig, precision: str = "fp32") -> list[dict[str, Tensor]]:
-    """The weights after each step."""
+def started(named: list[Named], config: OptimConfig, precision: str = "fp32") -> torch.optim.Optimizer:
+    """The optimizer before its first step, with all that it keeps."""
     run = RunConfig(model=MODEL, optim=config, train=TrainConfig(precision=precision))  # type: ignore[arg-type]
     optimizer, _ = build_optimizer(named, run)
     Masters(SimpleNamespace(parameters=named, segments=segments_of(named), optimizer=optimizer), config)  # type: ignore[arg-type]
+    return optimizer
+
+
+def train(named: list[Named], config: OptimConfig, precision: str = "fp32") -> list[dict[str, Tensor]]:
+    """The weights after each step."""
+    optimizer = started(named, config, precision)
     weights = []
     for step, rate in enumerate(RATES):
         set_rate(optimizer, rate, config)
@@ -251,15 +259,17 @@ def test_muon_is_for_linear_maps_alone(position, no_map):
     """Not for embeddings, the head, gains, biases (some have two dims), and tables."""
     named = parameters_of(dataclasses.replace(MODEL, position=position, n_kv_heads=None, tied_embeddings=False))
     config = OptimConfig(optimizer="muon")
-    by_update = {u: {n.name for n in named if rule_of(n, config).update == u} for u in ("muon", "adam")}
+    by_update = {
+        kind: {n.name for n in named if type(rule_of(n.declared, config).update) is kind} for kind in (Muon, AdamW)
+    }
     maps = {
         n.name for n in named if n.name.startswith("blocks.") and n.name.endswith(".weight") and "norm" not in n.name
     }
-    assert by_update["muon"] == {name for name in maps if not name.endswith(no_map)}
-    assert by_update["adam"] == {n.name for n in named} - by_update["muon"]
+    assert by_update[Muon] == {name for name in maps if not name.endswith(no_map)}
+    assert by_update[AdamW] == {n.name for n in named} - by_update[Muon]
     for n in named:
         is_table = n.name in ("embedding.tokens.weight", "head.tokens.weight") or n.name.endswith(no_map)
-        assert rule_of(n, config).decays == (n.name in by_update["muon"] or is_table), n.name
+        assert rule_of(n.declared, config).decays == (n.name in by_update[Muon] or is_table), n.name
 
 
 def test_a_step_without_gradients_moves_nothing():
@@ -281,13 +291,22 @@ def test_decay_by_the_squared_rate_needs_decoupled_decay():
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", MOMENTS)
-def test_the_plan_knows_what_is_kept(name):
-    """All that the rules keep of a model that is not all embeddings, to 5 %: what the plan leaves out is small."""
-    model = dataclasses.replace(MODEL, d_model=64, n_kv_heads=None, d_ff=256)
-    named = parameters_of(model)
-    for optim in (OptimConfig(optimizer=name), OptimConfig(optimizer=name, ema_decay=0.9)):
-        kept = 4 * sum(len(rule_of(n, optim).moments) * n.parameter.numel() for n in named)
-        of_blocks = sum(n.parameter.numel() for n in named if n.name.startswith("blocks."))
-        everything = sum(n.parameter.numel() for n in named)
-        assert state_bytes(optim, everything, of_blocks) == pytest.approx(kept, abs=0.05 * 4 * everything)
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_plan_counts_what_is_kept(name, ema_decay):
+    """Layer by layer and number by number, against what is allocated before the first step."""
+    config = OptimConfig(optimizer=name, ema_decay=ema_decay)
+    named = parameters_of()
+    optimizer = started(named, config)
+    for n in named:
+        allocated = [t for key, t in optimizer.state[n.parameter].items() if key != "step"]
+        assert all(t.dtype == torch.float32 and t.shape == n.parameter.shape for t in allocated)
+        assert kept_by_optimizer(n.declared, config) == len(allocated), n.name
+    # The plan adds up the layers; and leaves out the means over rows and columns, which are few.
+    planned = sum(
+        kept_by_optimizer(p, config) * p.local_size(tp=1) for layer in layers(MODEL) for p in layer.parameters.values()
+    )
+    states = [t for state in optimizer.state.values() for key, t in state.items() if key != "step"]
+    assert planned == sum(t.numel() for t in states)
+    statistics = [t for kept in getattr(optimizer, "statistics", {}).values() for t in kept.values()]
+    assert sum(t.numel() for t in statistics) < 0.2 * sum(n.parameter.numel() for n in named)

@@ -7,20 +7,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megagpt.inventory.parameter import Init, Parameter
 from megagpt.parallel.axis import Axis
-from megagpt.parallel.embedding import ROW_MULTIPLE, VocabParallelEmbedding, vocab_parallel_logits
+from megagpt.parallel.embedding import VocabParallelEmbedding, vocab_parallel_logits
 from megagpt.parallel.mesh import build_mesh
-from megagpt.parallel.parameter import part_of
+from megagpt.parallel.parameter import Declared, part_of
 from megagpt.processes.local import run_ranks
-from tests.logical import Parts, assemble, gradient_parts
+from tests.logical import Parts, assemble, filled, gradient_parts
 from tests.tolerances import assert_close, assert_equal
 
-D_MODEL = 6
+D_MODEL, PAD_TO = 6, 8
+
+
+def declared(vocab_size: int) -> Declared:
+    table = Parameter((vocab_size, D_MODEL), "table", Init("normal"), sharded=0, pad_to=PAD_TO)
+    return Declared("tokens", {"weight": table})
 
 
 def embed(weight: Tensor, tokens_BT: Tensor, dx_BTD: Tensor) -> tuple[Tensor, Parts]:
     axis = build_mesh("cpu", pp=1, dp=1, tp=torch.distributed.get_world_size()).model
-    layer = VocabParallelEmbedding(*weight.shape, axis, draw=lambda name, shape: weight)
+    layer = VocabParallelEmbedding(declared(len(weight)), axis)
+    filled(layer, {"weight": weight})
     x_BTD = layer(tokens_BT)
     x_BTD.backward(dx_BTD)
     return x_BTD.detach(), gradient_parts(layer.named_parameters())
@@ -28,7 +35,8 @@ def embed(weight: Tensor, tokens_BT: Tensor, dx_BTD: Tensor) -> tuple[Tensor, Pa
 
 def score(weight: Tensor, x_BTD: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Parts]:
     axis = build_mesh("cpu", pp=1, dp=1, tp=torch.distributed.get_world_size()).model
-    layer = VocabParallelEmbedding(*weight.shape, axis, draw=lambda name, shape: weight)
+    layer = VocabParallelEmbedding(declared(len(weight)), axis)
+    filled(layer, {"weight": weight})
     x_BTD = x_BTD.clone().requires_grad_()
     part = part_of(layer.weight)
     logits_BTV = vocab_parallel_logits(x_BTD, layer.weight, axis)[..., : part.length]
@@ -72,8 +80,8 @@ def test_logits_equal_a_linear_layer(vocab_size, tp):
 
 def test_local_rows_are_aligned_and_padding_is_zero():
     for rank in range(4):
-        weight = VocabParallelEmbedding(211, D_MODEL, Axis(group=None, rank=rank, size=4)).weight
+        weight = VocabParallelEmbedding(declared(211), Axis(group=None, rank=rank, size=4)).weight
         part = part_of(weight)
-        assert weight.shape[0] % ROW_MULTIPLE == 0
+        assert weight.shape[0] % PAD_TO == 0
         assert weight[: part.length].count_nonzero() == part.length * D_MODEL
         assert weight[part.length :].count_nonzero() == 0

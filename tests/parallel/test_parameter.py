@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from megagpt.inventory.parameter import ONES, ZEROS, Init, column
 from megagpt.parallel.axis import SINGLE, Axis
-from megagpt.parallel.parameter import NamedNormal, part_of, replicated, sharded
-from tests.tolerances import assert_equal
+from megagpt.parallel.parameter import Declared, declared_of, drawn, part_of, replicated, sharded
+from tests.tolerances import assert_close, assert_equal
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -39,26 +40,54 @@ def test_part_follows_a_parameter_through_dtype_changes():
     assert part_of(module.to(torch.float64).weight) is part
 
 
-def test_draw_is_a_function_of_seed_and_name():
-    shape = (50, 40)
-    base = NamedNormal(1, "a")("weight", shape)
-    assert_equal(NamedNormal(1, "a")("weight", shape), base)
-    for other in (NamedNormal(2, "a")("weight", shape), NamedNormal(1, "b")("weight", shape)):
+NORMAL, ROTATIONS = Init("normal", 0.02), Init("rotations", 3.0)
+
+
+@pytest.mark.parametrize("init", [NORMAL, ROTATIONS], ids=lambda init: init.kind)
+def test_draw_is_a_function_of_seed_and_name(init):
+    shape = (50, 40, 2, 2)
+    base = drawn(init, shape, "a.weight", 1)
+    assert_equal(drawn(init, shape, "a.weight", 1), base)
+    for other in (drawn(init, shape, "a.weight", 2), drawn(init, shape, "b.weight", 1)):
         assert (other == base).sum() == 0
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    assert_equal(NamedNormal(1, "a")("weight", shape), base, "the global generator plays no part")
+    assert_equal(drawn(init, shape, "a.weight", 1), base, "the global generator plays no part")
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_draw_has_its_distribution():
-    n, std = 2**18, 0.02
-    w = NamedNormal(3, "layer", std)("weight", (n,)) / std
+    n = 2**18
+    w = drawn(NORMAL, (n,), "layer.weight", 3) / NORMAL.scale
     assert abs(w.mean().item()) < 5 / math.sqrt(n)
     assert abs(w.square().mean().item() - 1) < 5 * math.sqrt(2 / n)
     assert abs(w.pow(4).mean().item() - 3) < 5 * math.sqrt(96 / n)  # the fourth moment of a normal
 
 
+def test_rotations_turn_and_scale():
+    R = drawn(ROTATIONS, (500, 2, 2), "a.twiddle", 1).double() / ROTATIONS.scale
+    assert_close(R @ R.mT, torch.eye(2).double().expand_as(R), dtype=torch.float32)
+    assert_close(torch.linalg.det(R), torch.ones(500).double(), dtype=torch.float32)
+    cosines = R[:, 0, 0]
+    assert abs(cosines.mean().item()) < 5 * math.sqrt(0.5 / 500)  # angles all round: a mean of 0, a variance of 1/2
+
+
 def test_biases_are_zero_and_gains_one():
-    assert_equal(NamedNormal(1, "a")("bias", (3,)), torch.zeros(3))
-    assert_equal(NamedNormal(1, "a")("gain", (3,)), torch.ones(3))
+    assert_equal(drawn(ZEROS, (3,), "bias", 1), torch.zeros(3))
+    assert_equal(drawn(ONES, (3,), "gain", 1), torch.ones(3))
+
+
+def test_a_module_makes_its_part_of_what_is_declared_under_its_name():
+    whole = Declared("block", {f"up.{name}": p for name, p in column(6, 4, 0.02).items()}, seed=7)
+    up, axis = whole.at("up"), Axis(group=None, rank=1, size=2)
+    weight = up.make("weight", axis)
+    assert_equal(weight.detach(), drawn(NORMAL, (4, 6), "block.up.weight", 7)[2:])
+    assert declared_of(weight) is whole.parameters["up.weight"]
+    assert up.make_if_any("gain", axis) is None and whole.at("down").parameters == {}
+
+
+@pytest.mark.parametrize(("n_heads", "tp", "rows"), [(4, 2, 6), (2, 4, 12), (1, 2, 12)])
+def test_a_head_is_not_cut(n_heads, tp, rows):
+    """With more ranks than heads every rank holds all."""
+    weight = Declared("kv", column(5, 12, heads=n_heads)).make("weight", Axis(group=None, rank=0, size=tp))
+    assert weight.shape == (rows, 5) and declared_of(weight).local_size(tp) == weight.numel()

@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.config import RunConfig
 from megagpt.data.loader import MicroBatch, micro_batches
+from megagpt.inventory.parameter import WEIGHT
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.mesh import build_mesh
+from megagpt.parallel.parameter import Named
 from megagpt.plan.plan import make_plan
 from megagpt.processes.start import quiet
 from megagpt.schedule import Schedule
 from megagpt.train.step.engine import Engine, StepResult
-from megagpt.train.step.named import Named
 
 
 class LocalPart(NamedTuple):

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, batch_sizes
+from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megagpt.config.pattern import Pattern
 from megagpt.schedule import Schedule
 
@@ -42,7 +42,7 @@ def _model(model: ModelConfig, seq_len: int) -> ModelConfig:
         d_ff=None if model.ff_width == 4 * model.d_model else _multiple_of_8(d_model * model.ff_width / model.d_model),
         seq_len=seq_len,
         vocab_size=VOCAB_SIZE,
-        attention=tuple(str(_pattern(Pattern.parse(text), seq_len / model.seq_len)) for text in model.attention),
+        attention=tuple(_pattern(pattern, seq_len / model.seq_len) for pattern in model.attention),
         logit_scale=1.0 if model.logit_scale == 1 else round(model.logit_scale * math.sqrt(model.d_model / d_model), 3),
         mlp_rank=None if model.mlp_rank is None else 8,
         mlp_blocks=None if model.mlp_blocks is None else 4,
@@ -62,7 +62,7 @@ def _train(train: TrainConfig, seq_len: int, train_steps: int) -> TrainConfig:
     if train.batch_ramp_tokens is not None:
         ramps = {"batch_ramp_start": BATCH_SIZE // 2, "batch_ramp_tokens": train_steps // 4 * BATCH_SIZE * seq_len}
     elif train.batch_steps:
-        last_change = max(batch_sizes(train.batch_steps)) / train.train_steps
+        last_change = max(train.batch_steps) / train.train_steps
         ramps = {"batch_steps": f"{BATCH_SIZE // 2}@1,{BATCH_SIZE}@{1 + math.ceil(train_steps * last_change)}"}
     return TrainConfig(train_steps=train_steps, global_batch_size=BATCH_SIZE, micro_batch_size=BATCH_SIZE // 2, **ramps)
 

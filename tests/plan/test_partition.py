@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.config import ModelConfig
-from megagpt.inventory.sizes import layer_sizes
+from megagpt.config.values import Partition
+from megagpt.inventory.layers import layers
 from megagpt.plan.partition import balance, stage_bounds
 
 
@@ -57,7 +58,7 @@ def test_equal_blocks_are_spread_evenly():
 )
 def test_what_the_methods_weigh(partition, bounds):
     model = ModelConfig(n_layers=8, d_model=512, n_heads=8, seq_len=1024, vocab_size=50257)
-    assert stage_bounds(partition, layer_sizes(model, tp=1), pp=2) == bounds
+    assert stage_bounds(Partition.parse(partition), layers(model), pp=2) == bounds
 
 
 def test_the_deepest_model_that_is_allowed_is_cut_at_once():

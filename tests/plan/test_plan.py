@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.errors import UserError
-from megagpt.inventory.sizes import VOCAB_MULTIPLE, layer_sizes
+from megagpt.inventory.layers import canonical, layers
 from megagpt.model.gpt import GPT, layer_list
 from megagpt.parallel.axis import Axis
-from megagpt.parallel.embedding import ROW_MULTIPLE
+from megagpt.parallel.parameter import declared_of
 from megagpt.plan.plan import make_plan
 
 SMALL = ModelConfig(n_layers=6, d_model=48, n_heads=6, seq_len=32, vocab_size=1000)
@@ -63,37 +63,25 @@ FACTORISED = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("pp", [1, 3])
+@pytest.mark.parametrize("name", [*MODELS, *FACTORISED])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 3)])
 def test_sizes_are_those_of_the_model(name, tp, pp):
     """What a rank of a stage holds, element by element, against the layers that it would build."""
-    config = run(MODELS[name], tp=tp, pp=pp)
-    plan = make_plan(config, world_size=tp * pp)
+    config = run((MODELS | FACTORISED)[name], tp=tp, pp=pp)
+    plan, axis = make_plan(config, world_size=tp * pp), Axis(group=None, rank=0, size=tp)
     with torch.device("meta"):
-        axis = Axis(group=None, rank=0, size=tp)
-        if pp == 1:
-            built = [GPT(config.model, axis)]
-        else:
-            layers = layer_list(config.model, axis, seed=0)
-            built = [
-                torch.nn.ModuleList(layer.build() for layer in layers[stage.first_layer : stage.last_layer + 1])
-                for stage in plan.stages
-            ]
-        whole = GPT(config.model, Axis(group=None, rank=0, size=1))
-        logical = sum(shape_of(p).numel() for p in whole.parameters())
+        whole = GPT(config.model, axis)
+        listed = layer_list(config.model, axis, seed=0)
+        stages = [listed[stage.first_layer : stage.last_layer + 1] for stage in plan.stages]
+        built = [whole] if pp == 1 else [torch.nn.ModuleList(layer.build() for layer in stage) for stage in stages]
     for stage, module in zip(plan.stages, built, strict=True):
         assert stage.params_local == sum(p.numel() for p in module.parameters())
-        assert stage.params == sum(shape_of(p).numel() for p in module.parameters())
-    assert plan.params == logical
-
-
-def shape_of(parameter) -> torch.Size:
-    return torch.Size(parameter.part.shape)
+        assert stage.params == sum(declared_of(p).size for p in module.parameters())
+    assert {n: declared_of(p) for n, p in whole.named_parameters()} == canonical(config.model)  # all, and no other
+    assert plan.params == sum(declared_of(p).size for p in whole.parameters())
 
 
 def test_padding_is_that_of_the_layers():
-    assert VOCAB_MULTIPLE == ROW_MULTIPLE
     plan = make_plan(run(replace(SMALL, vocab_size=50257), tp=2), world_size=2)
     assert plan.vocab_local == 25216  # ceil(50257 / 2) = 25129, up to 197 * 128
     assert plan.vocab_padded == 50432
@@ -119,22 +107,10 @@ def test_flops_are_those_that_torch_counts(name):
 @pytest.mark.parametrize(("pattern", "share"), [("window:8", 8 * 9 / 2 + 24 * 8), ("strided:16", 32 * 33 / 2 - 120)])
 def test_a_pattern_counts_the_pairs_that_it_lets_through(pattern, share):
     """Attention alone: the sparse layer's FLOPs are those of the dense one times its share of the causal pairs."""
-    dense, sparse = (
-        layer.flops_per_token for layer in layer_sizes(replace(SMALL, attention=("dense", pattern)), tp=1)[1:3]
-    )
+    model = replace(SMALL, attention=("dense", pattern))
+    dense, sparse = (layer.flops_per_token for layer in layers(model)[1:3])
     of_attention = 4 * SMALL.d_model * SMALL.seq_len
     assert dense - sparse == pytest.approx(of_attention * (1 - share / (32 * 33 / 2)), abs=1)
-
-
-@pytest.mark.parametrize("name", FACTORISED)
-@pytest.mark.parametrize("tp", [1, 2])
-def test_factorised_mlps_are_counted_too(name, tp):
-    axis = Axis(group=None, rank=0, size=tp)
-    with torch.device("meta"):
-        built = GPT(FACTORISED[name], axis)
-    layers = layer_sizes(FACTORISED[name], tp)
-    assert sum(layer.params for layer in layers) == sum(shape_of(p).numel() for p in built.parameters())
-    assert sum(layer.params_local for layer in layers) == sum(p.numel() for p in built.parameters())
 
 
 def test_flops_by_hand():
@@ -247,12 +223,6 @@ REFUSED = {
     ),
     "fp16": (run(zero_stage=0, precision="fp16"), 2, "use --zero-stage 1"),
     "bf16 pipeline": (run(pp=2, zero_stage=0, precision="bf16"), 2, "use --zero-stage 1"),
-    "partition": (
-        run(pp=2, partition="even"),
-        2,
-        "partition='even' is not known; use flops, parameters, uniform, or ",
-    ),
-    "partition, example": (run(pp=2, partition="even"), 2, "block counts such as 3,3"),
     "counts, entries": (
         run(pp=2, partition="2,2,2"),
         2,
@@ -260,7 +230,6 @@ REFUSED = {
     ),
     "counts, sum": (run(pp=2, partition="2,2"), 2, "it has 2 that sum to 4; use for example 3,3"),
     "counts, zero": (run(pp=2, partition="6,0"), 2, "must have pp=2 positive entries"),
-    "counts, empty": (run(pp=2, partition=""), 2, "partition='' is not known"),
 }
 
 

@@ -59,24 +59,33 @@ def whole(dataset, tmp_path_factory) -> dict[int, str]:
     return losses(folder / "run")
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGUSR1, 1)])
-def test_a_signal_to_any_rank_ends_all_after_a_save_within_10_s(number, rank, dataset, whole, tmp_path):
-    run = tmp_path / "run"
-    job = start(dataset, tmp_path, *LONG)
-    wait_for_step(run, 2)
+def stop(dataset: str, folder: Path, number: signal.Signals, rank: int) -> int:
+    """Send a signal to one rank of a run in its first steps, see all end well, and return the steps done."""
+    job = start(dataset, folder, *LONG)
+    wait_for_step(folder / "run", 2)
     sent = time.monotonic()
     os.kill(job.pids()[rank], number)
     assert job.wait(30) == [EXIT_STOPPED] * 2
     assert time.monotonic() - sent < 10
-    (speaking, silent) = said(tmp_path)
-    assert speaking == f"received {number.name}; go on with: --load {run}"
+    (speaking, silent) = said(folder)
+    assert speaking == f"received {number.name}; go on with: --load {folder / 'run'}"
     assert "received" not in silent
-    done = max(losses(run))
-    assert (run / "checkpoints" / "latest").read_text().startswith(f"step-{done:06d} ")
+    done = max(losses(folder / "run"))
+    assert (folder / "run" / "checkpoints" / "latest").read_text().startswith(f"step-{done:06d} ")
+    return done
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_any_rank_ends_all_after_a_save_within_10_s(number, dataset, tmp_path):
+    stop(dataset, tmp_path, number, rank=1)
+
+
+def test_what_was_stopped_goes_on_as_if_nothing_had_been(dataset, whole, tmp_path):
+    done = stop(dataset, tmp_path, signal.SIGTERM, rank=0)
     job = start(dataset, tmp_path, *LONG)
-    wait_for_step(run, done + 3)
+    wait_for_step(tmp_path / "run", done + 3)
     job.kill()
-    both = {step: (loss, whole[step]) for step, loss in losses(run).items() if step in whole}
+    both = {step: (loss, whole[step]) for step, loss in losses(tmp_path / "run").items() if step in whole}
     assert len(both) > done and all(found == expected for found, expected in both.values())
 
 
@@ -98,11 +107,3 @@ def test_of_two_runs_in_one_folder_the_second_is_refused(dataset, tmp_path):
     assert len(errors) == 1 and f"{tmp_path}/run is being written by another run (process {job.pids()[0]}" in errors[0]
     assert job.codes() is None  # the first goes on
     job.kill()
-
-
-def test_a_finished_run_is_left_as_it_is(dataset, tmp_path):
-    for _ in range(2):
-        job = start(dataset, tmp_path)
-        assert job.wait(120) == [0, 0]
-    assert said(tmp_path)[0].startswith("nothing to do: ")
-    assert max(losses(tmp_path / "run")) == 15

@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from megagpt.errors import EXIT_PEER_LOST
 from megagpt.processes.agree import RankError
 from megagpt.processes.rendezvous import open_store
 
@@ -55,5 +56,6 @@ def test_a_taken_port_is_told(port):
 
 
 def test_a_store_that_is_not_there_is_told(port):
-    with pytest.raises(RankError, match=rf"no answer from rank 0 at 127.0.0.1:{port} .* within 1 s"):
+    with pytest.raises(RankError, match=rf"no answer from rank 0 at 127.0.0.1:{port} .* within 1 s") as caught:
         open_store(1, 1.0)
+    assert caught.value.code == EXIT_PEER_LOST

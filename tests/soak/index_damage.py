@@ -79,7 +79,7 @@ def opened(prefix: Path) -> Contents:
 
 def verified(prefix: Path) -> Contents:
     """As `tools/inspect_data.py --verify`, and training with --data.verify."""
-    verify(prefix)
+    verify(IndexedDataset(prefix))
     return opened(prefix)
 
 

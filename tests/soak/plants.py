@@ -62,8 +62,8 @@ def other_samples() -> None:
     """The order of the samples is another one, with the same count."""
     build_splits = megagpt.train.run.build_splits
 
-    def another(data_path: Any, split: Any, seq_len: Any, seed: int, counts: Any) -> Any:
-        return build_splits(data_path, split, seq_len, seed + 1, counts)
+    def another(datasets: Any, weights: Any, split: Any, seq_len: Any, seed: int, counts: Any) -> Any:
+        return build_splits(datasets, weights, split, seq_len, seed + 1, counts)
 
     megagpt.train.run.build_splits = another
 

@@ -15,8 +15,8 @@ import pytest
 
 from megagpt.checkpoint.folders import find
 from megagpt.checkpoint.integrity import damage_of
-from megagpt.checkpoint.load import load_weights
-from megagpt.checkpoint.state import check_resumable, read_state
+from megagpt.checkpoint.load import check_resumable, load_weights
+from megagpt.checkpoint.state import read_state
 from megagpt.config import RunConfig
 from megagpt.errors import UserError, run_cli
 from megagpt.model.gpt import GPT

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -14,21 +14,22 @@ import numpy as np
 import pytest
 import torch
 
-from megagpt.adapt.factorised_run import write_factorised
+from megagpt.adapt.factorise import write_factorised
 from megagpt.checkpoint.folders import find
 from megagpt.checkpoint.integrity import damage_of
 from megagpt.checkpoint.load import load_weights
-from megagpt.checkpoint.pieces import WEIGHT, Reader
+from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import read_state
 from megagpt.cli import read_config
-from megagpt.config import ModelConfig, RunConfig
+from megagpt.config import ModelConfig, RunConfig, plain
 from megagpt.data.text.prepare import TokenizerFiles, prepare
 from megagpt.errors import UserError
+from megagpt.inventory.parameter import WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.processes.local import warm_up
 from tests.checkpoint.written_checkpoint import MODEL, gpt2_tensors, write_checkpoint
-from tests.model.plain_factorised import monarch_dense
+from tests.model.mlp.plain_factorised import monarch_dense
 from tests.soak.ranks import start
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +111,7 @@ def test_what_is_written_is_whole_and_loads(tmp_path, changes):
         for name in ("weight", "bias"):
             up = tensors[f"blocks.{i}.mlp.up.{name}"]
             tensors[f"blocks.{i}.mlp.up.{name}"] = np.stack([up, -up])
-    source = write_checkpoint(tmp_path / "run", 3, {WEIGHT: tensors}, config=asdict(RunConfig(model=model)))
+    source = write_checkpoint(tmp_path / "run", 3, {WEIGHT: tensors}, config=plain(RunConfig(model=model)))
     errors = write_factorised(source, tmp_path / "new", changes)
     folder = find(tmp_path / "new")
     assert damage_of(folder) == [] and 0 < max(error.relative_error for error in errors) < 1

@@ -11,18 +11,19 @@ import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from megagpt.checkpoint.pieces import WEIGHT
 from megagpt.config import ModelConfig, OptimConfig, RunConfig
 from megagpt.errors import UserError
-from megagpt.hf import from_hf, hf_config
+from megagpt.hf import hf_config
+from megagpt.inventory.parameter import WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.optim.build import build_optimizer
 from megagpt.parallel.axis import SINGLE
+from megagpt.parallel.parameter import named_parameters
 from megagpt.processes.agree import RankError
 from megagpt.processes.local import run_ranks
 from megagpt.schedule import Schedule
 from megagpt.train.faults.check_ranks import check_ranks
-from megagpt.train.step.named import named_parameters
+from tests.hf.load import from_hf
 from tests.parity.rank import batches_of, pieces_of, start_engine
 from tests.parity.walk import Layout, merge, parity_config, spread_out
 

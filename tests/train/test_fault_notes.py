@@ -7,8 +7,9 @@ import math
 
 import numpy as np
 
+from megagpt.config.values import Split
 from megagpt.data.indexed.blend import build_splits
-from megagpt.data.indexed.dataset import IndexedWriter
+from megagpt.data.indexed.dataset import IndexedDataset, IndexedWriter
 from megagpt.train.faults.notes import MOST_TEXTS, MOST_TOKENS, FaultNotes
 
 
@@ -17,7 +18,7 @@ def test_a_note_without_a_tokenizer_holds_tokens_and_where_they_lie(tmp_path):
     with IndexedWriter(prefix, np.uint16) as writer:
         for document in range(40):
             writer.add_document(np.full(150, document))
-    samples, _, _ = build_splits([prefix], "1", 299, 7, (19, 0, 0))
+    samples, _, _ = build_splits([IndexedDataset(prefix)], (), Split.parse("1"), 299, 7, (19, 0, 0))
     assert samples is not None
     notes = FaultNotes(tmp_path, samples, None, writes=True)
     told = {"kind": "gradient", "loss": 2.5, "grad_norm": math.inf, "first": {"values": [math.nan]}}

@@ -12,7 +12,9 @@ import pytest
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.integrity import read_sums
 from megagpt.checkpoint.state import State, read_state
+from megagpt.config.values import Split
 from megagpt.data.indexed.blend import build_splits
+from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.text.prepare import TokenizerFiles, prepare
 from megagpt.processes.local import warm_up
 from megagpt.train.metrics_file import NAME, read_rows
@@ -41,7 +43,9 @@ def dataset(tmp_path_factory) -> str:
 def seed_and_step(dataset) -> tuple[int, int]:
     """A seed with which one step, counted from 1, reads all the rubbish: late enough to be judged."""
     for seed in range(2000):
-        samples, _, _ = build_splits([dataset], "1", SEQ_LEN, seed, (STEPS * BATCH, 0, 0))
+        samples, _, _ = build_splits(
+            [IndexedDataset(dataset)], (), Split.parse("1"), SEQ_LEN, seed, (STEPS * BATCH, 0, 0)
+        )
         assert samples is not None
         reads = [i for i in range(STEPS * BATCH) if any(piece[1] == RUBBISH for piece in samples.sources_of(i))]
         steps = {i // BATCH + 1 for i in reads}

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 
 import numpy as np
 
+from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.indexed.index_builder import build_blending_indices
 from megagpt.data.indexed.samples import GPTSamples, split_bounds
-from megagpt.errors import UserError
 
 _SURPLUS = 0.005  # Megatron's mid_level_dataset_surplus: part of the format, it can add an epoch
-_MAX_DATASETS = 32766  # the choice is kept as int16, as in Megatron
 
 
 class Blend:
@@ -50,23 +50,27 @@ Samples = GPTSamples | Blend
 
 
 def build_splits(
-    data_path: Sequence[str], split: str, seq_len: int, seed: int, num_samples: tuple[int, int, int]
+    datasets: Sequence[IndexedDataset],
+    weights: Sequence[Decimal],
+    split: Split,
+    seq_len: int,
+    seed: int,
+    num_samples: tuple[int, int, int],
 ) -> tuple[Samples | None, Samples | None, Samples | None]:
     """Train, validation and test samples; None for a split that is empty or of which 0 samples are asked.
 
-    **Raises** `UserError` for malformed arguments, unreadable data, or a split too small for one sample.
+    weights: one a dataset, or none for one dataset that is not blended.
+    **Raises** `UserError` for unreadable data, or a split too small for one sample.
     """
-    weighted = parse_data_path(data_path)
-    datasets = [IndexedDataset(prefix) for _, prefix in weighted]
     bounds = [split_bounds(split, len(dataset)) for dataset in datasets]
 
     def build(which: int) -> Samples | None:
         parts = [(dataset, bound[which]) for dataset, bound in zip(datasets, bounds, strict=True)]
         if num_samples[which] == 0 or all(start == stop for _, (start, stop) in parts):
             return None
-        if len(data_path) == 1:
+        if not weights:
             return _samples(*parts[0], num_samples[which], seq_len, seed)
-        return _blend(parts, [weight for weight, _ in weighted], num_samples[which], seq_len, seed)
+        return _blend(parts, [float(weight) for weight in weights], num_samples[which], seq_len, seed)
 
     return build(0), build(1), build(2)
 
@@ -74,28 +78,6 @@ def build_splits(
 def sources(samples: Samples) -> list[IndexedDataset]:
     """The datasets that samples come from, in the order of data_path."""
     return [samples.dataset] if isinstance(samples, GPTSamples) else [part.dataset for part in samples.datasets]
-
-
-def parse_data_path(data_path: Sequence[str]) -> list[tuple[float, str]]:
-    """(weight, prefix) of each dataset, from `("A",)` or `("0.7", "A", "0.3", "B")`.
-
-    **Raises** `UserError` naming the word that is wrong.
-    """
-    if len(data_path) == 1:
-        return [(1.0, data_path[0])]
-    shown = f'data.data_path="{" ".join(data_path)}"'
-    if not data_path or len(data_path) % 2:
-        raise UserError(f"{shown} must be one prefix, or pairs of weight and prefix; try 0.7 A 0.3 B")
-    weights, prefixes = data_path[::2], list(data_path[1::2])
-    for weight in weights:
-        if not _is_positive(weight):
-            raise UserError(f'{shown}: weight "{weight}" must be a number above 0; try 0.7 A 0.3 B')
-    for prefix in prefixes:
-        if prefixes.count(prefix) > 1:
-            raise UserError(f"{shown}: {prefix} is there twice; name it once, with the sum of its weights")
-    if len(prefixes) > _MAX_DATASETS:
-        raise UserError(f"data.data_path: {len(prefixes)} datasets, at most {_MAX_DATASETS}; merge some")
-    return [(float(weight), prefix) for weight, prefix in zip(weights, prefixes, strict=True)]
 
 
 def _blend(
@@ -129,10 +111,3 @@ def _samples(
 def _normalized(weights: Sequence[float] | np.ndarray) -> np.ndarray:
     array = np.array(weights, np.float64)
     return array / np.sum(array)
-
-
-def _is_positive(word: str) -> bool:
-    try:
-        return 0 < float(word) < math.inf
-    except ValueError:
-        return False

@@ -79,13 +79,12 @@ class IndexedDataset:
             os.close(self._fd)
 
 
-def verify(prefix: str | Path, vocab_size: int | None = None) -> None:
+def verify(dataset: IndexedDataset, vocab_size: int | None = None) -> None:
     """Check everything: index, size and hash of `.bin`, tokens below vocab_size (default: as recorded).
 
     **Raises** `UserError` at the first fault, with its place.
     """
-    dataset, digest = IndexedDataset(prefix), hashlib.sha256()
-    meta = dataset.meta
+    meta, digest = dataset.meta, hashlib.sha256()
     limit = vocab_size if vocab_size is not None else meta.vocab_size if meta else np.iinfo(dataset.dtype).max + 1
     for start, tokens in dataset.chunks():
         digest.update(tokens.data)
@@ -98,7 +97,9 @@ def verify(prefix: str | Path, vocab_size: int | None = None) -> None:
                 f"{sequence} is not below the vocabulary's {limit}; name the right tokenizer, or {REDO}"
             )
     if meta is not None and meta.bin_sha256 != digest.hexdigest():
-        raise UserError(f"{dataset.bin_path}: its SHA-256 is not the one recorded in {meta_path(prefix)}; {REDO}")
+        raise UserError(
+            f"{dataset.bin_path}: its SHA-256 is not the one recorded in {meta_path(dataset.prefix)}; {REDO}"
+        )
 
 
 class IndexedWriter:

@@ -38,11 +38,11 @@ class Epochs:
     n_samples_together: int
 
 
-def index_builder_backend() -> str:
-    """What builds the maps, for the log: the C++ extension's file, or NumPy and why."""
-    if _built is None:
-        return f"NumPy (slower; the C++ extension is not there: {_why_not}; run `make build`)"
-    return f"C++ ({_built.__file__})"
+def fallback_note() -> str | None:
+    """What a run says at its start where NumPy builds the maps; None where C++ does."""
+    if _built is not None:
+        return None
+    return f"note: NumPy builds the order of the samples, slower than C++ would ({_why_not}); run `make build`"
 
 
 def plan_epochs(tokens_per_epoch: int, num_samples: int, seq_len: int) -> Epochs:

@@ -7,11 +7,10 @@ num_samples: a run that is extended into another epoch sees another order. See `
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 from numpy.random import RandomState
 
+from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.indexed.index_builder import (
     build_document_index,
@@ -90,18 +89,12 @@ class GPTSamples:
         return [(str(self.dataset.prefix), *piece) for piece in self.documents_of(i)]
 
 
-def split_bounds(split: str, n_documents: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Documents [start, stop) of train, validation and test, for shares such as "969,30,1" of any sum.
+def split_bounds(split: Split, n_documents: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Documents [start, stop) of train, validation and test.
 
-    Contiguous, not shuffled; missing shares are 0. An empty split has start == stop.
-    **Raises** `UserError` for a malformed split.
+    Contiguous, not shuffled. An empty split has start == stop.
     """
-    words = [word.strip() for word in split.split(",")]
-    if len(words) > 3 or not all(re.fullmatch(r"\d+\.?\d*|\.\d+", word) for word in words):
-        raise UserError(f'data.split="{split}" must be one to three numbers, none negative; try 969,30,1')
-    shares = np.array([float(word) for word in words] + [0.0] * (3 - len(words)))
-    if not 0 < shares.sum() < np.inf:
-        raise UserError(f'data.split="{split}" must have a share above 0; try 969,30,1')
+    shares = np.array([float(share) for share in split.shares])
     # Summed and rounded as Megatron does (plain floats, half to even): the bounds agree to the document.
     train, valid, test = (shares / shares.sum()).tolist()
     ends = [0.0, train, train + valid, train + valid + test]

@@ -82,11 +82,8 @@ def prepare(
     **Raises** `UserError` for input, tokenizer or output that cannot work.
     """
     tokenizer = _tokenizer(tokenizer_files)
-    if append_eod and tokenizer.eod is None:
-        raise UserError(
-            f"--append-eod: tokenizer {tokenizer.kind} ({', '.join(map(str, tokenizer.files))}) has no "
-            "end-of-text token; leave the option out, or take a tokenizer that has one"
-        )
+    if append_eod:
+        _require_eod(tokenizer)
     files = find_inputs(inputs, input_format)
     total_bytes = sum(file.path.stat().st_size for file in files)
     if workers is None:
@@ -95,10 +92,8 @@ def prepare(
     encode = partial(_encode, tokenizer_files, tuple(keys), append_eod, dtype)
     progress = Progress(total_bytes=total_bytes)
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(IndexedWriter(f"{output_prefix}_{key}_document", dtype, overwrite=overwrite))
-            for key in keys
-        ]
+        names = [f"{output_prefix}_{key}_document" for key in keys]
+        writers = [stack.enter_context(IndexedWriter(name, dtype, overwrite=overwrite)) for name in names]
         text_bytes = [0] * len(keys)
         batches = _batches(read_blocks(files, max_document_mb << 20))
         for stored_bytes, results in _in_order(encode, batches, workers):
@@ -113,6 +108,14 @@ def prepare(
         for writer, meta in zip(writers, metas, strict=True):
             writer.finish(meta)
     return metas
+
+
+def _require_eod(tokenizer: Tokenizer) -> None:
+    if tokenizer.eod is None:
+        raise UserError(
+            f"--append-eod: tokenizer {tokenizer.kind} ({', '.join(map(str, tokenizer.files))}) has no "
+            "end-of-text token; leave the option out, or take a tokenizer that has one"
+        )
 
 
 @lru_cache(maxsize=1)

@@ -5,12 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt.errors import UserError
 
 MAX_ID = 2**31 - 1  # ids are stored as int32 at most
 REDO = "fetch the tokenizer's files again"
+
+
+@dataclass(frozen=True)
+class FileOption:
+    """A file that a kind of tokenizer is built from.
+
+    key: of the argument of `build_tokenizer`. flag: on the command line. name: that transformers gives such a file.
+    """
+
+    key: str
+    flag: str
+    name: str
 
 
 def read_tokenizer_file(path: Path) -> bytes:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import gigatoken
 import numpy as np
 
 from megagpt.data.tokenizers.files import (
     REDO,
+    FileOption,
     byte_alphabet,
     check_ids,
     files_sha256,
@@ -32,7 +34,12 @@ _RENEW_AFTER_CHARS = 256 << 20
 class Gpt2Tokenizer:
     """GPT-2's tokenizer; `<|endoftext|>` in a text becomes its id, as Hugging Face does."""
 
-    kind = "gpt2"
+    kind: ClassVar[str] = "gpt2"
+    options: ClassVar[tuple[FileOption, ...]] = (
+        FileOption("vocab_file", "--vocab-file", "vocab.json"),
+        FileOption("merge_file", "--merge-file", "merges.txt"),
+    )
+    transformers_settings: ClassVar[dict[str, Any]] = {"tokenizer_class": "GPT2Tokenizer"}
 
     def __init__(self, vocab_file: Path, merge_file: Path) -> None:
         self.files: tuple[Path, ...] = (vocab_file, merge_file)

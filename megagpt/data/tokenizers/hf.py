@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from megagpt.data.tokenizers.files import (
     REDO,
+    FileOption,
     byte_alphabet,
     check_ids,
     files_sha256,
@@ -28,7 +30,9 @@ _EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[
 class HfTokenizer:
     """A `tokenizer.json`, given itself or by its folder. Templates (tokens at the ends) are not applied."""
 
-    kind = "hf"
+    kind: ClassVar[str] = "hf"
+    options: ClassVar[tuple[FileOption, ...]] = (FileOption("model", "--tokenizer-model", "tokenizer.json"),)
+    transformers_settings: ClassVar[dict[str, Any]] = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
     def __init__(self, path: Path) -> None:
         folder = path if path.is_dir() else None

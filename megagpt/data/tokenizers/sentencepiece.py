@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from megagpt.data.tokenizers.files import REDO, files_sha256, read_tokenizer_file
+from megagpt.data.tokenizers.files import REDO, FileOption, files_sha256, read_tokenizer_file
 from megagpt.data.tokenizers.hf import piece_bytes
 from megagpt.errors import UserError
 
@@ -16,7 +17,14 @@ from megagpt.errors import UserError
 class SentencePieceTokenizer:
     """An `X.model`; its end-of-sentence token, where it has one, ends documents."""
 
-    kind = "sentencepiece"
+    kind: ClassVar[str] = "sentencepiece"
+    options: ClassVar[tuple[FileOption, ...]] = (FileOption("model", "--tokenizer-model", "tokenizer.model"),)
+    transformers_settings: ClassVar[dict[str, Any]] = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_prefix_space": False,
+        "add_bos_token": False,
+    }
 
     def __init__(self, path: Path) -> None:
         data = read_tokenizer_file(path)

@@ -3,7 +3,7 @@
 | kind | files | encoder |
 |---|---|---|
 | gpt2 | vocab.json, merges.txt | gigatoken: ids equal Hugging Face's, tens of times faster |
-| sentencepiece | X.model | sentencepiece |
+| sentencepiece | tokenizer.model | sentencepiece |
 | hf | tokenizer.json | tokenizers |
 | bytes | none | UTF-8 bytes 0–255, end of document 256 |
 """
@@ -12,25 +12,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from megagpt.config import DataConfig
 from megagpt.data.indexed.meta import DatasetMeta, meta_path, read_meta
-from megagpt.data.tokenizers.files import files_sha256
+from megagpt.data.tokenizers.bytes import ByteTokenizer
+from megagpt.data.tokenizers.files import FileOption
 from megagpt.data.tokenizers.gpt2 import Gpt2Tokenizer
 from megagpt.data.tokenizers.hf import HfTokenizer
 from megagpt.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megagpt.errors import UserError
 
-KINDS = ("gpt2", "sentencepiece", "hf", "bytes")
-
 
 class Tokenizer(Protocol):
-    """Text to ids and back."""
+    """Text to ids and back. What a kind declares of itself: `kind`, `options`, `transformers_settings`."""
 
-    kind: str
+    kind: ClassVar[str]
+    options: ClassVar[tuple[FileOption, ...]]
+    """The files it is built from, in the order of its constructor's arguments."""
+    transformers_settings: ClassVar[dict[str, Any]]
+    """The tokenizer_config.json that lets transformers read these files; empty where it cannot."""
     files: tuple[Path, ...]
     """What it was built from."""
     sha256: str
@@ -39,6 +42,8 @@ class Tokenizer(Protocol):
     """One more than the largest id."""
     eod: int | None
     """Id that ends a document, where there is one."""
+
+    def __init__(self, *files: Any, **_: Any) -> None: ...  # a path for each of its options
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no token is added at its ends."""
@@ -61,6 +66,11 @@ class Tokenizer(Protocol):
         ...
 
 
+KINDS: dict[str, type[Tokenizer]] = {
+    kind.kind: kind for kind in (Gpt2Tokenizer, SentencePieceTokenizer, HfTokenizer, ByteTokenizer)
+}
+
+
 def build_tokenizer(
     kind: str, *, model: str | None = None, vocab_file: str | None = None, merge_file: str | None = None
 ) -> Tokenizer:
@@ -68,19 +78,10 @@ def build_tokenizer(
 
     **Raises** `UserError` for a file that is missing, damaged, or contradicts itself.
     """
-    match kind:
-        case "gpt2":
-            return Gpt2Tokenizer(
-                _needed(vocab_file, kind, "--vocab-file", "vocab.json"),
-                _needed(merge_file, kind, "--merge-file", "merges.txt"),
-            )
-        case "sentencepiece":
-            return SentencePieceTokenizer(_needed(model, kind, "--tokenizer-model", "X.model"))
-        case "hf":
-            return HfTokenizer(_needed(model, kind, "--tokenizer-model", "tokenizer.json"))
-        case "bytes":
-            return ByteTokenizer()
-    raise UserError(f"--tokenizer {kind} is not known; wanted one of {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise UserError(f"--tokenizer {kind} is not known; wanted one of {', '.join(KINDS)}")
+    given = {"model": model, "vocab_file": vocab_file, "merge_file": merge_file}
+    return KINDS[kind](*(_needed(given[option.key], kind, option) for option in KINDS[kind].options))
 
 
 def tokenizer_for(data: DataConfig, prefix: str | Path) -> Tokenizer | None:
@@ -90,21 +91,36 @@ def tokenizer_for(data: DataConfig, prefix: str | Path) -> Tokenizer | None:
 
     **Raises** `UserError` when its files are gone, or are not those that wrote the dataset.
     """
-    meta = read_meta(prefix)
-    kind = data.tokenizer or (meta.tokenizer if meta else None)
-    if kind is None:
-        return None
-    model, vocab_file, merge_file = data.tokenizer_model, data.vocab_file, data.merge_file
-    if meta is not None and meta.tokenizer == kind:
-        recorded = [_recorded(path, Path(prefix).parent) for path in meta.tokenizer_files]
-        if kind == "gpt2" and len(recorded) == 2:
-            vocab_file, merge_file = vocab_file or recorded[0], merge_file or recorded[1]
-        elif recorded:
-            model = model or recorded[0]
-    tokenizer = build_tokenizer(kind, model=model, vocab_file=vocab_file, merge_file=merge_file)
-    if meta is not None:
-        _check_same(tokenizer, meta, prefix)
-    return tokenizer
+    return tokenizers_for(data, [prefix])[0]
+
+
+def tokenizers_for(data: DataConfig, prefixes: Sequence[str | Path]) -> list[Tokenizer | None]:
+    """`tokenizer_for` each of several datasets; what has the same files is built once."""
+    built: dict[tuple[str | None, ...], Tokenizer] = {}
+    found: list[Tokenizer | None] = []
+    for prefix in prefixes:
+        meta = read_meta(prefix)
+        kind = data.tokenizer or (meta.tokenizer if meta else None)
+        if kind is None:
+            found.append(None)
+            continue
+        files = _files(data, kind, meta, Path(prefix).parent)
+        key = (kind, *files.values())
+        if key not in built:
+            built[key] = build_tokenizer(kind, **files)
+        if meta is not None:
+            _check_same(built[key], meta, prefix)
+        found.append(built[key])
+    return found
+
+
+def _files(data: DataConfig, kind: str, meta: DatasetMeta | None, folder: Path) -> dict[str, str | None]:
+    """By the keys of `FileOption`: the files that data names, else those that meta records."""
+    named = _named(data)
+    if meta is not None and meta.tokenizer == kind and kind in KINDS:
+        for option, path in zip(KINDS[kind].options, meta.tokenizer_files, strict=False):
+            named[option.key] = named[option.key] or _recorded(path, folder)
+    return named
 
 
 def tokenizer_of_run(data: DataConfig) -> Tokenizer | None:
@@ -113,12 +129,13 @@ def tokenizer_of_run(data: DataConfig) -> Tokenizer | None:
     **Raises** `UserError` as `tokenizer_for`.
     """
     if data.data_path:
-        return tokenizer_for(data, data.data_path[len(data.data_path) > 1])  # a blend begins with a weight
-    if data.tokenizer is None:
-        return None
-    return build_tokenizer(
-        data.tokenizer, model=data.tokenizer_model, vocab_file=data.vocab_file, merge_file=data.merge_file
-    )
+        return tokenizer_for(data, data.data_path.prefixes[0])
+    return build_tokenizer(data.tokenizer, **_named(data)) if data.tokenizer else None
+
+
+def _named(data: DataConfig) -> dict[str, str | None]:
+    """The files that the configuration names, by the keys of `FileOption`."""
+    return {"model": data.tokenizer_model, "vocab_file": data.vocab_file, "merge_file": data.merge_file}
 
 
 def _recorded(path: str, folder: Path) -> str:
@@ -137,29 +154,7 @@ def _check_same(tokenizer: Tokenizer, meta: DatasetMeta, prefix: str | Path) -> 
         )
 
 
-def _needed(value: str | None, kind: str, option: str, example: str) -> Path:
+def _needed(value: str | None, kind: str, option: FileOption) -> Path:
     if value is None:
-        raise UserError(f"--tokenizer {kind} needs {option}; give the path of its {example}")
+        raise UserError(f"--tokenizer {kind} needs {option.flag}; give the path of its {option.name}")
     return Path(value)
-
-
-class ByteTokenizer:
-    """UTF-8 bytes as ids, and 256 as end of document."""
-
-    kind = "bytes"
-    files: tuple[Path, ...] = ()
-    sha256 = files_sha256("bytes", ())
-    vocab_size = 257
-    eod: int | None = 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-
-    def token_bytes(self) -> np.ndarray:
-        return np.array([1] * 256 + [0], np.int32)

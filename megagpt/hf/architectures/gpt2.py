@@ -13,7 +13,7 @@ def modules(config: ModelConfig) -> dict[str, str | tuple[str, ...]]:
     """Ours → theirs."""
     return {
         "embedding.tokens": "transformer.wte",
-        "embedding.positions": "transformer.wpe",
+        "embedding.positions": "transformer.wpe.weight",
         "blocks.{}.norm_1": "transformer.h.{}.ln_1",
         "blocks.{}.attention.qkv": "transformer.h.{}.attn.c_attn",
         "blocks.{}.attention.out": "transformer.h.{}.attn.c_proj",

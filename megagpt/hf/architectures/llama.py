@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megagpt.config import ModelConfig
+from megagpt.config.pattern import Pattern
 from megagpt.hf.architecture import (
     Architecture,
     Keys,
@@ -55,7 +56,7 @@ def mistral_from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for the config.json of a Mistral. A window as long as the context is none."""
     fields = _shared_fields(keys, d_ff=14336, seq_len=4096 * 32, n_kv_heads=8)
     window = keys.get("sliding_window", 4096)
-    attention = "dense" if window is None or window > fields["seq_len"] else f"window:{window}"
+    attention = Pattern() if window is None or window > fields["seq_len"] else Pattern.parse(f"window:{window}")
     return ModelConfig(**fields, attention=(attention,), bias_attention=False, bias_mlp=False)
 
 

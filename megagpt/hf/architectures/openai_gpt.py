@@ -17,7 +17,7 @@ def modules(config: ModelConfig) -> dict[str, str | tuple[str, ...]]:
     """Ours → theirs."""
     return {
         "embedding.tokens": "transformer.tokens_embed",
-        "embedding.positions": "transformer.positions_embed",
+        "embedding.positions": "transformer.positions_embed.weight",
         "blocks.{}.attention.qkv": "transformer.h.{}.attn.c_attn",
         "blocks.{}.attention.out": "transformer.h.{}.attn.c_proj",
         "blocks.{}.norm_1": "transformer.h.{}.ln_1",

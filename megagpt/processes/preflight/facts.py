@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import os
@@ -17,10 +16,9 @@ import torch
 import torch.cuda.nccl
 
 import megagpt
-from megagpt.config import RunConfig
-from megagpt.data.indexed.blend import parse_data_path
+from megagpt.config import RunConfig, plain
 from megagpt.data.indexed.meta import read_meta
-from megagpt.data.tokenizers.tokenizer import tokenizer_for
+from megagpt.data.opened import OpenedData
 from megagpt.errors import UserError
 from megagpt.plan.plan import make_plan
 from megagpt.train.pretrain import with_text
@@ -55,11 +53,11 @@ def collect(config: RunConfig, rank: int, world_size: int, local_size: int, read
     local_size: ranks on this host, among which its memory is shared out where there is no GPU.
     """
     problem, data, needed, checkpoint_bytes = None, {}, 0, 0
-    settings = flat(dataclasses.asdict(config))
+    settings = flat(plain(config))
     try:
-        config = with_text(config)
+        config, opened = with_text(config)
         if reads_data:
-            data = data_facts(config)
+            data = data_facts(opened)
         plan = make_plan(config, world_size)
         needed = plan.stages[rank // (plan.dp * plan.tp)].memory.total
         checkpoint_bytes = 12 * plan.params  # fp32 weights and two moments, each once
@@ -112,15 +110,14 @@ def driver_version() -> str:
     return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
 
 
-def data_facts(config: RunConfig) -> dict[str, str]:
+def data_facts(data: OpenedData) -> dict[str, str]:
     """Hash of each index, size of each .bin and what its side file says of it, and the tokenizer's hash."""
     facts = {}
-    for _, prefix in parse_data_path(config.data.data_path):
+    for prefix, tokenizer in zip(data.config.data_path.prefixes, data.tokenizers, strict=True):
         with open(f"{prefix}.idx", "rb") as file:
             facts[f"{prefix}.idx"] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
         meta, n_bytes = read_meta(prefix), os.path.getsize(f"{prefix}.bin")
         facts[f"{prefix}.bin"] = f"{n_bytes} bytes" + (f", {meta.bin_sha256[:12]} by its side file" if meta else "")
-        tokenizer = tokenizer_for(config.data, prefix)
         facts[f"tokenizer of {prefix}"] = tokenizer.sha256[:12] if tokenizer else "not recorded"
     return facts
 

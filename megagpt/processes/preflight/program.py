@@ -25,11 +25,9 @@ from megagpt.config import RunConfig
 from megagpt.errors import UserError
 from megagpt.parallel.mesh import Mesh
 from megagpt.processes.agree import RankError
-from megagpt.processes.preflight import disk, facts, reach, speed
-from megagpt.processes.preflight import findings as judge
-from megagpt.processes.preflight import speed_findings as judge_speed
-from megagpt.processes.preflight.board import Board
-from megagpt.processes.preflight.row import Row
+from megagpt.processes.preflight import facts, findings, measure, reach
+from megagpt.processes.preflight.findings import Row
+from megagpt.processes.preflight.reach import Board
 from megagpt.processes.rendezvous import open_store
 from megagpt.processes.start import distributed
 from megagpt.processes.watch.judge import Limits
@@ -84,10 +82,10 @@ def _unconnected(board: Board, config: RunConfig) -> tuple[list[facts.Facts], li
     if board.rank != 0:
         return [], []
     problems = {rank: place["problem"] for rank, place in enumerate(places) if place["problem"]}
-    rows = [judge.judge_hosts(hosts, problems, dict(enumerate(unreached))), *judge.judge_alike(found)]
+    rows = [findings.hosts_row(hosts, problems, dict(enumerate(unreached))), *findings.alike_rows(found)]
     if found[0].memory_needed:
-        rows.append(judge.judge_memory(found))
-    return found, [*rows, judge.judge_limits(found)]
+        rows.append(findings.memory_row(found))
+    return found, [*rows, findings.limits_row(found)]
 
 
 def _connected(
@@ -95,25 +93,25 @@ def _connected(
 ) -> tuple[list[Row], dict[str, Any]]:
     """What is measured between connected ranks; rows and figures on rank 0, nothing on the others."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    sizes = speed.Sizes.of(device)
-    flops = board.gather("flops", speed.matmul_flops_per_s(device, config.train.precision, sizes.matmul_width))
+    sizes = measure.Sizes.of(device)
+    flops = board.gather("flops", measure.matmul_flops_per_s(device, config.train.precision, sizes.matmul_width))
     groups, links = {}, []
-    for axis in judge_speed.AXES:
+    for axis in findings.AXES:
         if axis != "pipe":  # stages only send and receive
-            groups[axis] = board.gather(f"group {axis}", speed.axis_speed(mesh, axis, device, sizes.message_bytes))
-        for own in board.gather(f"links {axis}", speed.link_speeds(mesh, axis, device, sizes.message_bytes)):
+            groups[axis] = board.gather(f"group {axis}", measure.axis_speed(mesh, axis, device, sizes.message_bytes))
+        for own in board.gather(f"links {axis}", measure.link_speeds(mesh, axis, device, sizes.message_bytes)):
             links += [{"axis": axis, **link} for link in own]
-    place = Path(board.share("place on disk", str(disk.place_to_probe(config))))
-    written = board.gather("disk", disk.try_disk(place, board.rank))
+    place = Path(board.share("place on disk", str(measure.place_to_probe(config))))
+    written = board.gather("disk", measure.try_disk(place, board.rank))
     dist.barrier()
     clocks = board.gather("clock", time.time())
     if board.rank != 0:
         return [], {}
     hosts = [f.host for f in known]
-    rows = [judge_speed.judge_compute(flops, config.train.precision, hosts)]
-    rows += judge_speed.judge_axes(groups, links, hosts)
-    rows += judge.judge_disk(written, config, str(place), known[0].checkpoint_bytes, hosts)
-    rows.append(judge.judge_clocks(clocks, hosts))
+    rows = [findings.compute_row(flops, config.train.precision, hosts)]
+    rows += findings.axes_rows(groups, links, hosts)
+    rows += findings.disk_rows(written, config, str(place), known[0].checkpoint_bytes, hosts)
+    rows.append(findings.clocks_row(clocks, hosts))
     return rows, {"flops_per_s": flops, "groups": groups, "links": links, "disk": written, "clocks_s": clocks}
 
 

@@ -1,27 +1,66 @@
-"""Where a process is just now: the line of our code that its busy thread runs, and the collective it waits in.
+"""Where a process is just now: the line of our code that its busy thread runs, the collective it waits in, its step.
 
-Read from outside, by another thread, so that it works when the busy one hangs.
+Read from outside, by another thread, so that it works when the busy one hangs. Another thread's frames must be followed
+without a pause: between two steps it may go on, and leave the frame that the next step starts from (seen: something
+that was no frame). So the whole walk is one call of C code, iterators of the standard library inside each other, in
+which Python does not switch threads. faulthandler would do it in one call as well, but does not lock the list of
+threads: it crashed when one had just been born.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import linecache
 import sys
 import sysconfig
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, chain, islice, repeat
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megagpt.processes.watch.stacks import Line, stack_of, stacks
+MAX_LINES = 100
+
+
+class Line(NamedTuple):
+    """A line of a function that is running; 0 where Python is between two lines."""
+
+    file: str
+    number: int
+    function: str
+
+
+def stacks() -> dict[int, list[Line]]:
+    """By the identity of a thread: its lines, innermost first, MAX_LINES at most."""
+    return {thread: lines for thread in sys._current_frames() if (lines := stack_of(thread))}
+
+
+def stack_of(thread: int) -> list[Line]:
+    """The lines of one thread, innermost first; none where it has ended."""
+    top = islice(map(itemgetter(thread), iter(sys._current_frames, None)), 1)
+    frames = accumulate(chain(top, repeat("f_back", MAX_LINES - 1)), getattr)
+    found: list[tuple[Any, int | None]] = []
+    collects = gc.isenabled()
+    gc.disable()  # it may run Python code, which may switch threads
+    try:
+        found.extend(map(attrgetter("f_code", "f_lineno"), frames))
+    except (AttributeError, KeyError):
+        pass  # the outermost frame's f_back is None; or there is no such thread
+    finally:
+        if collects:
+            gc.enable()
+    return [Line(code.co_filename, number or 0, code.co_name) for code, number in found]
+
 
 PACKAGE = str(Path(__file__).parents[2])
 LIBRARIES = ("<", *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -151,3 +190,66 @@ def _partners(frame: FrameType) -> list[int]:
 
 def _unfinished() -> dict[str, Any]:
     return json.loads(c10d._dump_fr_trace_json(onlyActive=True))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+MAX_GAP_S = 1.0  # more between two looks is sleep of the looking thread, and counts for neither work nor waiting
+
+
+class Activity:
+    """Told of steps by the main thread, looked at by the watch thread.
+
+    busy_s, waiting_s: inside of steps, outside and inside of collectives. On a GPU they mean nothing: the host thread
+    does not wait in a collective there.
+    """
+
+    def __init__(self) -> None:
+        self.failed_at: CallSite | None = None  # instead of the place where the thread is, once it has failed
+        self._step: int | None = None
+        self._in_step = False
+        self._n_marks = 0
+        self._site = call_site()
+        self._moved_at = self._looked_at = 0.0
+        self._busy_s = self._waiting_s = 0.0
+        self._at_mark = (0, 0.0, 0.0)
+        self._n_looked_marks = -1
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Mark a training step, from 1, while it lasts."""
+        self._step, self._in_step = step, True
+        self._n_marks += 1
+        yield
+        self._in_step = False
+        self._n_marks += 1
+        self._at_mark = (step, self._busy_s, self._waiting_s)
+
+    def look(self, now_s: float) -> None:
+        """See where the busy thread is. now_s: a clock that does not jump."""
+        site = self.failed_at or call_site()
+        if site.lines != self._site.lines or self._n_marks != self._n_looked_marks:
+            self._moved_at = now_s
+        gap_s = now_s - self._looked_at
+        if self._in_step and gap_s < MAX_GAP_S:
+            if site.collective:
+                self._waiting_s += gap_s
+            else:
+                self._busy_s += gap_s
+        self._site, self._looked_at, self._n_looked_marks = site, now_s, self._n_marks
+
+    def report(self) -> dict[str, Any]:
+        """As it was at the last look."""
+        steps_done, busy_s, waiting_s = self._at_mark
+        return {
+            "step": self._words(),
+            "place": self._site.place,
+            "collective": self._site.collective,
+            "still_s": self._looked_at - self._moved_at,
+            "steps_done": steps_done,
+            "busy_s": busy_s,
+            "waiting_s": waiting_s,
+        }
+
+    def _words(self) -> str:
+        if self._step is None:
+            return "before its first step"
+        return f"in step {self._step}" if self._in_step else f"after step {self._step}"

@@ -30,12 +30,9 @@ import torch.distributed as dist
 
 from megagpt.errors import EXIT_PEER_LOST, SILENT_S
 from megagpt.parallel.mesh import rank_name
-from megagpt.processes.watch.activity import Activity
-from megagpt.processes.watch.call_site import call_site, enqueued, failed_at, flight_record, waits_for
-from megagpt.processes.watch.host import machine_id, process_state
-from megagpt.processes.watch.judge import BEAT_S, Judge, Limits, end_process, say, write_down
+from megagpt.processes.watch.call_site import Activity, call_site, enqueued, failed_at, flight_record, waits_for
+from megagpt.processes.watch.judge import BEAT_S, Judge, Limits, Wire, end_process, say, write_down
 from megagpt.processes.watch.verdict import RankView, describe
-from megagpt.processes.watch.wire import Wire
 
 LOOK_S = 0.05  # between two looks at the busy thread
 DOUBT_S = 3.0  # how long a rank that fails waits for the news that it fails because another one is lost
@@ -262,3 +259,22 @@ class WatchThread(threading.Thread):
         else:
             time.sleep(SILENT_S)
         end_process(EXIT_PEER_LOST)
+
+
+def machine_id() -> str:
+    """The same for two processes that see each other's process ids and local addresses, and only then."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return " ".join([boot, os.readlink("/proc/self/ns/pid"), os.readlink("/proc/self/ns/net")])
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def process_state(pid: int) -> str:
+    """What the system says of a process of this machine: "gone", "stopped", "runs" or, without /proc, "unknown"."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "gone" if Path("/proc/self/stat").exists() else "unknown"
+    letter = status.rpartition(")")[2].split()[0]
+    return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(letter, "runs")

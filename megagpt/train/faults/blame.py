@@ -9,14 +9,16 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagpt.data.loader import MicroBatch
-from megagpt.train.step.engine import Engine, StepResult
+
+if TYPE_CHECKING:
+    from megagpt.train.step.engine import Engine, StepResult
 
 
 @dataclass(frozen=True, kw_only=True)

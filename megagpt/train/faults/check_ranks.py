@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.errors import UserError
+from megagpt.inventory.layers import TIED
 from megagpt.parallel.axis import Axis
 from megagpt.processes.agree import together
-from megagpt.train.step.engine import Engine
-from megagpt.train.step.named import TIED
+
+if TYPE_CHECKING:
+    from megagpt.train.step.engine import Engine
 
 
 def check_ranks(engine: Engine, step: int) -> None:

@@ -9,20 +9,21 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from megagpt.checkpoint.folders import step_of
 from megagpt.checkpoint.state import State
-from megagpt.config import skipped_steps
 from megagpt.data.loader import MicroBatch
 from megagpt.processes.agree import RankError, together
 from megagpt.train.faults import spikes
 from megagpt.train.faults.blame import Sighting, retry_under_watch, weight_not_finite
 from megagpt.train.faults.notes import FaultNotes, Rewind, add_rewind, read_rewinds
 from megagpt.train.faults.spikes import History, Spike
-from megagpt.train.step.engine import Engine, StepResult
+
+if TYPE_CHECKING:
+    from megagpt.train.step.engine import Engine, StepResult
 
 Batches = Callable[[int], Iterator[MicroBatch]]
 """This rank's micro-batches of a step, counted from 0, as often as they are asked for."""
@@ -40,7 +41,7 @@ class Guard:
         self._config, self._faults = engine.config, engine.config.faults
         self._history, self._n_bad = History(), 0
         self._rewinds = _rewinds_of(notes.run)
-        self._left_out = set(skipped_steps(self._faults.skip_steps)) | {r.step for r in self._rewinds}
+        self._left_out = set(self._faults.skip_steps) | {r.step for r in self._rewinds}
 
     def go_on_from(self, state: State, folder: Path) -> None:
         """Take over what a checkpoint, and the run that it is of, knows of the steps before.

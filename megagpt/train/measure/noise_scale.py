@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.parameter import Named
 from megagpt.train.step.grad_norm import counts
-from megagpt.train.step.named import Named
 
 DECAY = 0.99  # of the two means, a step
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megagpt.data.loader import MicroBatch
-from megagpt.train.step.named import Named
-from megagpt.train.step.segments import Segment, Segments
+from megagpt.optim.segments import Segment, Segments
+from megagpt.parallel.parameter import Named
 
 SKIPPED = "skipped_steps"
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megagpt.checkpoint.load import load_masters
 from megagpt.checkpoint.state import State
@@ -15,12 +16,14 @@ from megagpt.data.loader import MicroBatch
 from megagpt.optim.average import keep_average
 from megagpt.optim.build import set_rate
 from megagpt.parallel.mesh import Mesh
-from megagpt.plan.plan import Plan
 from megagpt.schedule import Schedule
 from megagpt.train.measure.noise_scale import NoiseMeter
 from megagpt.train.step.backend import SKIPPED, Backend
 from megagpt.train.step.deepspeed.backend import start_deepspeed
 from megagpt.train.step.masters import Masters
+
+if TYPE_CHECKING:
+    from megagpt.plan.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megagpt.parallel.collectives import all_reduce
 from megagpt.parallel.mesh import Mesh
-from megagpt.train.step.named import Named
+from megagpt.parallel.parameter import Named
 
 
 def nan_to_gradient(loss: Tensor) -> Tensor:

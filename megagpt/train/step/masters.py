@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.pieces import AVERAGE, WEIGHT
 from megagpt.config import OptimConfig
+from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.optim.mesh_optimizer import MeshOptimizer
-from megagpt.optim.rules import rule_of, statistic_shape
+from megagpt.optim.rules import rule_of
+from megagpt.optim.segments import Segment
+from megagpt.optim.update import statistic_shape
+from megagpt.parallel.parameter import Named
 from megagpt.train.step.backend import Backend
-from megagpt.train.step.named import Named
-from megagpt.train.step.segments import Segment
 
 
 class Masters:
@@ -44,7 +45,7 @@ class Masters:
         """The parameters that there is something of under each key, in the order of the model; weights first."""
         found = {WEIGHT: self.parameters}
         for named in self.parameters:
-            rule = rule_of(named, self._config)
+            rule = rule_of(named.declared, self._config)
             for key in (*rule.moments, *rule.statistics):
                 found.setdefault(key, []).append(named)
         return found
@@ -82,7 +83,7 @@ class Masters:
                 state["step"].fill_(step)
 
     def _create_state(self, master: Tensor, segments: list[Segment]) -> None:
-        rule = rule_of(segments[0].named, self._config)
+        rule = rule_of(segments[0].named.declared, self._config)
         state: dict[str, Any] = {key: torch.zeros_like(master, dtype=torch.float32) for key in rule.moments}
         if AVERAGE in state:
             state[AVERAGE].copy_(master.detach())
@@ -93,6 +94,7 @@ class Masters:
             tensors = self._statistics.setdefault(key, {})
             for segment in segments:
                 shape = statistic_shape(key, segment.named.part.shape)
+                assert shape is not None, key
                 tensors[segment.named.name] = torch.zeros(shape, device=master.device)
 
     def _values(self, segment: Segment, key: str) -> Tensor:

@@ -75,27 +75,6 @@ def after_four(logits_NV: Tensor, labels_N: Tensor, **settings) -> Tensor:
     return cross_entropy(logits_NV[4:], labels_N[4:], **settings)
 
 
-class _Replace(torch.autograd.Function):
-    """The identity; its gradient is a given one."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(grad)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        return ctx.saved_tensors[0], None
-
-
-def as_expected(logits_NV: Tensor, labels_N: Tensor, expected_grad: float, **settings) -> Tensor:
-    """The loss of tokens all of which but the last get the gradient that was expected."""
-    loss = cross_entropy(logits_NV, labels_N, expected_grad=expected_grad, **settings)
-    grad = torch.full_like(loss, expected_grad)
-    grad[-1:] = 2.0
-    return _Replace.apply(loss, grad)  # type: ignore[return-value]
-
-
 SMOOTH: Any = {"label_smoothing": 0.1, "z_loss": 1e-2}
 CASES = (
     Case("one element", cross_entropy, tokens(1, 1, **SMOOTH)),
@@ -113,16 +92,13 @@ CASES = (
     Case("with other ranks", with_others, parts(7, 5)),
     Case("without columns", with_others, parts(0, 9)),
     Case("in place", cross_entropy, tokens(4, 100, in_place=True, **SMOOTH)),
-    Case("in one pass", cross_entropy, tokens(4, 77, n_valid=70, in_place=True, expected_grad=0.25, **SMOOTH)),
-    Case("in one pass, as expected", as_expected, tokens(4, 4099, in_place=True, expected_grad=0.25)),
     Case("extreme values", cross_entropy, extreme, nan=True),
     Case("extreme values in place", partial(cross_entropy, in_place=True), extreme, nan=True),
-    Case("extreme values in one pass", partial(cross_entropy, in_place=True, expected_grad=0.5), extreme, nan=True),
     Case("small", cross_entropy, tokens(3, 11, n_valid=9, **SMOOTH), gradcheck=True),
 )
 
 
-def eager(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False, expected_grad: float | None = None) -> Tensor:
+def eager(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False) -> Tensor:
     """Plain torch, which has neither padding nor a way to work in place."""
     return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
 
@@ -132,7 +108,7 @@ def liger():
     # A peer, which is not a requirement.
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # pyright: ignore[reportMissingImports]
 
-    def call(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False, expected_grad: float | None = None) -> Tensor:
+    def call(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False) -> Tensor:
         settings = (None, -100, 0.0, 0.0, "none", None, False)
         return LigerCrossEntropyFunction.apply(logits_NV, labels_N, *settings)[0]
 
@@ -144,7 +120,7 @@ def quack():
     # A peer, which is not a requirement.
     from quack.cross_entropy import cross_entropy as theirs  # pyright: ignore[reportMissingImports]
 
-    def call(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False, expected_grad: float | None = None) -> Tensor:
+    def call(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False) -> Tensor:
         return theirs(logits_NV, labels_N, reduction="none", inplace_backward=in_place)
 
     return call
@@ -154,8 +130,8 @@ def nbytes(passes: int):
     return lambda arguments: passes * arguments["logits_NV"].numel() * arguments["logits_NV"].element_size()
 
 
-def shape(name: str, n_tokens: int, vocab: int, device: str, **settings: Any) -> Shape:
-    make = tokens(n_tokens, vocab, in_place=True, **settings)
+def shape(name: str, n_tokens: int, vocab: int, device: str) -> Shape:
+    make = tokens(n_tokens, vocab, in_place=True)
     return Shape(name, make, forward_bytes=nbytes(1), backward_bytes=nbytes(2), devices=(device,))
 
 
@@ -168,7 +144,6 @@ SPEC = Spec(
         shape("128K vocabulary, 64 tokens", 64, 131072, "cpu"),
         shape("GPT-2 vocabulary, 8192 tokens", 8192, 50304, "cuda"),
         shape("128K vocabulary, 8192 tokens", 8192, 131072, "cuda"),
-        shape("128K vocabulary, 8192 tokens, one pass", 8192, 131072, "cuda", expected_grad=1.0),
     ),
     eager=eager,
     peers={"liger": liger, "quack": quack},

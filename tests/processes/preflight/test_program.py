@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.errors import EXIT_PEER_LOST
 from tests.tiny_data import VOCAB_SIZE, write_tiny_data
 
 ROOT = Path(__file__).parents[3]
@@ -64,7 +63,7 @@ def test_two_equal_ranks_pass(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_ranks_with_other_flags_are_told_so_by_one_and_do_not_hang(data, tmp_path, port):
+def test_ranks_with_other_flags_are_told_so_by_one_and_do_not_hang(data, port):
     both = [
         subprocess.Popen(
             [sys.executable, PROGRAM, "--tp", "2", *SMALL, "--data-path", data, "--lr", f"{rank + 1}e-3"],
@@ -88,17 +87,4 @@ def test_a_missing_rank_is_named(data, port):
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: 1 of 2 ranks came within 2 s; missing: rank 1; ")
-    assert done.stderr.count("\n") == 1
-
-
-def test_a_rendezvous_that_is_not_there_is_named(data, port):
-    done = subprocess.run(
-        [sys.executable, PROGRAM, "--tp", "2", *SMALL, "--data-path", data, "--wait-s", "2"],
-        env=environment(RANK="1", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-        capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == EXIT_PEER_LOST
-    assert done.stderr.startswith(
-        f"error: no answer from rank 0 at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT) within 2"
-    )
     assert done.stderr.count("\n") == 1

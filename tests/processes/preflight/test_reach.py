@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megagpt.errors import UserError
 from megagpt.processes.preflight import reach
-from megagpt.processes.preflight.board import Board, ranks_text
+from megagpt.processes.preflight.reach import Board, ranks_text
 
 NAMES = ["lo", "docker0", "eth0", "eth1", "eth10", "ib0"]
 

@@ -17,13 +17,10 @@ import torch
 import torch.distributed as dist
 
 from megagpt.processes.local import run_ranks
-from megagpt.processes.watch.activity import Activity
-from megagpt.processes.watch.call_site import call_site, enqueued, failed_at, waits_for
-from megagpt.processes.watch.host import machine_id, process_state
-from megagpt.processes.watch.judge import Judge, Limits
-from megagpt.processes.watch.slow import N_WINDOWS, SlowRanks, Work
-from megagpt.processes.watch.verdict import RankView, culprits, describe
-from megagpt.processes.watch.wire import MAX_LINE_BYTES, Wire
+from megagpt.processes.watch.call_site import Activity, call_site, enqueued, failed_at, waits_for
+from megagpt.processes.watch.judge import MAX_LINE_BYTES, Judge, Limits, Wire
+from megagpt.processes.watch.verdict import N_WINDOWS, RankView, SlowRanks, Work, culprits, describe
+from megagpt.processes.watch.watch import machine_id, process_state
 
 # Whom to blame
 

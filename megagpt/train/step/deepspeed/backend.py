@@ -6,7 +6,7 @@ import contextlib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -17,22 +17,23 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor, nn
 
 from megagpt.config import RunConfig
-from megagpt.config.kernels import Kernels
 from megagpt.data.loader import MicroBatch
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import PLAIN, LossTerms
 from megagpt.optim.build import build_optimizer
+from megagpt.optim.segments import Segment
 from megagpt.parallel.collectives import all_reduce
 from megagpt.parallel.mesh import Mesh
-from megagpt.plan.plan import Plan
+from megagpt.parallel.parameter import Named, named_parameters
 from megagpt.train.step.backend import SKIPPED, Backend, Outcome
 from megagpt.train.step.deepspeed import zero
 from megagpt.train.step.deepspeed.settings import deepspeed_settings
 from megagpt.train.step.deepspeed.stages import GPTStage, loss_terms
 from megagpt.train.step.grad_norm import clip, global_grad_norm, nan_to_gradient
-from megagpt.train.step.named import Named, named_parameters
-from megagpt.train.step.segments import Segment
+
+if TYPE_CHECKING:
+    from megagpt.plan.plan import Plan
 
 SCALER = (
     "cur_scale",
@@ -143,7 +144,7 @@ class _PlainEngine(_DeepSpeedBackend):
     """Without pipeline stages: the whole model on each rank of the data axis."""
 
     def _build(self, config: RunConfig, plan: Plan, mesh: Mesh) -> nn.Module:
-        kernels = Kernels.parse(config.train.kernels)
+        kernels = config.train.kernels
         model = GPT(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
         blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
         self.layers = [("embedding", model.embedding), *blocks, ("head", model.head)]

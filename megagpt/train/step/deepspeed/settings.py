@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megagpt.config import RunConfig
 from megagpt.errors import UserError
-from megagpt.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from megagpt.plan.plan import Plan
 
 # Gradients in one reduction of ZeRO on a CPU: 16 MiB stay near its caches, where DeepSpeed's 500 M would be a buffer
 # of 2 GB. A GPU's links want the large one.

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+from typing import TYPE_CHECKING
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megagpt.config import RunConfig
-from megagpt.config.kernels import Kernels
+from megagpt.inventory.layers import TIED
 from megagpt.model.gpt import Head, layer_list
 from megagpt.model.loss import PLAIN, LossTerms
+from megagpt.model.stream import Stream
 from megagpt.parallel.mesh import Mesh
-from megagpt.plan.plan import Plan
+from megagpt.parallel.parameter import Named
 from megagpt.train.step.grad_norm import nan_to_gradient
-from megagpt.train.step.named import TIED, Named
+
+if TYPE_CHECKING:
+    from megagpt.plan.plan import Plan
 
 
 class GPTStage(PipelineModule):
@@ -28,7 +32,7 @@ class GPTStage(PipelineModule):
 
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
         self.plan_bounds, self.terms = list(plan.bounds), loss_terms(config)
-        kernels = Kernels.parse(config.train.kernels)
+        kernels = config.train.kernels
         layers = layer_list(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
         self.names = [layer.name for layer in layers]
         specs = [LayerSpec(layer.kind, *layer.arguments) for layer in layers]
@@ -46,6 +50,10 @@ class GPTStage(PipelineModule):
         self.parts = self.plan_bounds
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def forward(self, forward_input: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        output = super().forward(forward_input)
+        return output.wire if isinstance(output, Stream) else output
 
     def _loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         head = self.forward_funcs[-1]

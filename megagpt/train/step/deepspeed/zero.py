@@ -14,11 +14,11 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
+from megagpt.optim.segments import Segment, Segments
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.parameter import Named
 from megagpt.train.step.grad_norm import counts
-from megagpt.train.step.named import Named
-from megagpt.train.step.segments import Segment, Segments
 
 
 def find_segments(parameters: list[Named], optimizer: Any, mesh: Mesh, device: torch.device) -> Segments:

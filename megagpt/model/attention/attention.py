@@ -1,0 +1,134 @@
+"""Causal self-attention, heads shared out over the model axis.
+
+Shapes: B batch, T time, D model, H this rank's heads, G its heads of keys and values, K head width, S keys, X what is
+packed side by side: [q, k, v], [q] or [k, v].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.config.kernels import AUTO, Kernels
+from megagpt.inventory.attention import attention_lacks, attention_runs
+from megagpt.model.attention import IMPLEMENTATIONS
+from megagpt.model.attention.masks import Masks
+from megagpt.model.attention.steps import grouped_scores, weighted_values
+from megagpt.model.dropout import Dropout, block_site
+from megagpt.model.position import POSITIONS
+from megagpt.model.stream import Stream
+from megagpt.parallel.axis import Axis
+from megagpt.parallel.linear import SUMMED, ColumnParallelLinear, Edges, Epilogue, HeadsLinear, RowParallelLinear
+from megagpt.parallel.parameter import Declared
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
+
+
+class Attention(nn.Module):
+    """softmax(q kᵀ / √K + position bias, masked) v per head, then a projection back to the residual stream.
+
+    Where each query head has keys of its own, qkv.weight holds them head by head, [q, k, v] within a head; else
+    q.weight holds the queries, kv.weight the others, [k, v] within a head: so a range of rows is one rank's heads.
+    Shapes: stream of x_BTD → y_BTD.  Comm: `edges.enter` of x and `edges.leave` of y; and see `HeadsLinear`.
+    Source: Vaswani et al. 2017; Shoeybi et al. 2019, section 3; Ainslie et al. 2023 (grouped queries).
+    Raises ValueError for a kernel that lacks what the configuration asks for.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        axis: Axis,
+        declared: Declared,
+        kernels: Kernels = AUTO,
+        edges: Edges = SUMMED,
+    ) -> None:
+        super().__init__()
+        self.choice, self.softmax_kernels, self.rotary_kernels = (
+            kernels[op] for op in ("attention", "softmax", "rotary")
+        )
+        lacks = attention_lacks(self.choice, config.position, config.dropout_attention)
+        if lacks is not None:
+            raise ValueError(f"attention={self.choice} has no {lacks}; use attention=auto")
+        n_heads_local = config.n_heads // axis.size
+        self.axis, self.layer, self.d_head, self.edges = axis, layer, config.head_width, edges
+        self.heads = range(n_heads_local * axis.rank, n_heads_local * (axis.rank + 1))
+        self.qkv = self.q = self.kv = None
+        if config.grouped:
+            self.q, self.kv = HeadsLinear(declared.at("q"), axis), HeadsLinear(declared.at("kv"), axis)
+        else:
+            self.qkv = ColumnParallelLinear(declared.at("qkv"), axis, edges)
+        self.out = RowParallelLinear(declared.at("out"), axis, edges)
+        self.dropout = Dropout(config.dropout_attention, declared.seed, block_site(layer, 0), kernels)
+        self.masks = Masks(config.pattern(layer), layer, config.seq_len)
+        self.position = POSITIONS[config.position](config, layer)
+        self.position_name = config.position
+        if self.position.part:
+            self.add_module(self.position.part, LearnedPosition(declared.at(self.position.part), axis))
+
+    def forward(self, stream: Stream, epilogue: Epilogue | None = None) -> Tensor:
+        q_BHTK, k_BGTK, v_BGTK = self._project(stream.x, stream.positions_BT)
+        if stream.positions_BT is None:
+            runs = attention_runs(self.choice, self.position_name, self.dropout.active)
+            y_BHTK = IMPLEMENTATIONS[runs].attend(self, q_BHTK, k_BGTK, v_BGTK, stream.sample_ids_B)
+        else:
+            y_BHTK = self._attend_anywhere(stream, q_BHTK, k_BGTK, v_BGTK)
+        return self.out(y_BHTK.transpose(1, 2).flatten(2), epilogue)
+
+    def learned(self, compute: Callable[..., Tensor], *arguments: object) -> Tensor:
+        """What a method of the position, which takes its parameters by name first, makes of these."""
+        part = self.position.part
+        return self.get_submodule(part)(compute, *arguments) if part else compute({}, *arguments)
+
+    def _project(self, x_BTD: Tensor, positions_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if self.qkv is not None:
+            qkv_BTHXK = self._turn(self.qkv(x_BTD).unflatten(-1, (-1, 3, self.d_head)), positions_BT)
+            q_BHTK, k_BHTK, v_BHTK = qkv_BTHXK.permute(3, 0, 2, 1, 4)
+            return q_BHTK, k_BHTK, v_BHTK
+        assert self.q is not None and self.kv is not None
+        x_BTD = self.edges.enter(x_BTD, self.axis)
+        q_BTHXK = self._turn(self.q(x_BTD).unflatten(-1, (-1, 1, self.d_head)), positions_BT, 1)
+        kv_BTGXK = self._turn(self.kv(x_BTD).unflatten(-1, (-1, 2, self.d_head)), positions_BT)
+        k_BGTK, v_BGTK = kv_BTGXK.permute(3, 0, 2, 1, 4)
+        return q_BTHXK.squeeze(3).transpose(1, 2), k_BGTK, v_BGTK
+
+    def _turn(self, x_BTGXK: Tensor, positions_BT: Tensor | None, n_turned: int | None = None) -> Tensor:
+        return self.position.turn(x_BTGXK, positions_BT, n_turned, self.rotary_kernels)
+
+    def _attend_anywhere(self, stream: Stream, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
+        """Of queries at any positions, to their own keys and those in the cache: plain PyTorch, for decoding.
+
+        A key is seen by where it stands: positions that come twice in a row of the batch see each other's keys.
+        """
+        queries_BT = keys_BS = stream.positions_BT
+        assert queries_BT is not None and keys_BS is not None
+        if self.dropout.active:
+            raise ValueError("attention dropout knows tokens by their place in the sample; got other positions")
+        k_BGSK, v_BGSK = k_BGTK, v_BGTK
+        if stream.cache is not None:
+            k_BGSK, v_BGSK, keys_BS = stream.cache.extend(self.layer, k_BGTK, v_BGTK, queries_BT)
+        scores_BHTS = grouped_scores(q_BHTK, k_BGSK) / math.sqrt(self.d_head)
+        distance_BTS = queries_BT.unsqueeze(-1) - keys_BS.unsqueeze(-2)
+        if self.position.adds is not None:
+            added = self.learned(self.position.added, q_BHTK, k_BGSK, distance_BTS, self.heads)
+            scores_BHTS = scores_BHTS + added
+        allowed_BTS = self.masks.between(queries_BT, keys_BS)
+        p_BHTS = scores_BHTS.masked_fill(~allowed_BTS.unsqueeze(1), -math.inf).softmax(-1, dtype=torch.float32)
+        return weighted_values(p_BHTS.to(v_BGSK.dtype), v_BGSK)
+
+
+class LearnedPosition(nn.Module):
+    """The parameters of a kind of position within attention. ZeRO-3 gathers them for what runs inside of forward."""
+
+    def __init__(self, declared: Declared, axis: Axis) -> None:
+        super().__init__()
+        for name in declared.parameters:
+            self.register_parameter(name, declared.make(name, axis))
+
+    def forward(self, compute: Callable[..., Tensor], *arguments: object) -> Tensor:
+        return compute(dict(self.named_parameters()), *arguments)

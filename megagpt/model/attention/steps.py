@@ -1,0 +1,67 @@
+"""The plain steps of attention around the fused softmax: scores, softmax, dropout, values. Has all there is."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from megagpt.model.attention.implementation import Implementation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megagpt.model.attention.attention import Attention
+
+
+class Steps(Implementation):
+    """Keeps the probabilities, before and after dropout."""
+
+    title = "softmax's steps"
+    adds = frozenset({"slopes", "bias", "relative"})
+    drops = True
+    keeps_probabilities = True
+
+    def attend(
+        self, attention: Attention, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, sample_ids_B: Tensor
+    ) -> Tensor:
+        from megagpt.ops.softmax import attention_softmax  # computes: what is declared is read without torch
+
+        T, device, masks = q_BHTK.shape[2], q_BHTK.device, attention.masks
+        scores_BHTT, scale = self._scores(attention, q_BHTK, k_BGTK)
+        p_BHTT = attention_softmax(
+            scores_BHTT,
+            scale=scale,
+            causal=True,
+            window=masks.rule.window,
+            mask=masks.dense(T, device) if masks.rule.needs_mask else None,
+            slopes_H=attention.position.slopes(attention.heads, device),
+            kernels=attention.softmax_kernels,
+        )
+        p_BHTT = attention.dropout(p_BHTT, sample_ids_B, offset=attention.heads.start * T * T)
+        return weighted_values(p_BHTT, v_BGTK)
+
+    def _scores(self, attention: Attention, q_BHTK: Tensor, k_BGTK: Tensor) -> tuple[Tensor, float]:
+        """Scores, and what they still must be multiplied by."""
+        import torch  # likewise
+
+        scale = 1 / math.sqrt(attention.d_head)
+        if attention.position.adds == "relative":
+            return attention.learned(attention.position.relative, q_BHTK, k_BGTK), scale
+        scores_BHTT = grouped_scores(q_BHTK, k_BGTK)
+        if attention.position.adds == "bias":  # scaled here, in the one rounding of the sum
+            return torch.add(attention.learned(attention.position.bias, q_BHTK.shape[2]), scores_BHTT, alpha=scale), 1.0
+        return scores_BHTT, scale
+
+
+def grouped_scores(q_BHTK: Tensor, k_BGSK: Tensor) -> Tensor:
+    """q · k, each key head for H / G neighbouring query heads.  Shapes: → scores_BHTS."""
+    T = q_BHTK.shape[2]
+    q_BGXK = q_BHTK.unflatten(1, (k_BGSK.shape[1], -1)).flatten(2, 3)  # one matrix for all queries of a key head
+    return (q_BGXK @ k_BGSK.transpose(-2, -1)).unflatten(2, (-1, T)).flatten(1, 2)
+
+
+def weighted_values(p_BHTS: Tensor, v_BGSK: Tensor) -> Tensor:
+    """Sums of values, each value head for H / G neighbouring query heads.  Shapes: → y_BHTK."""
+    T = p_BHTS.shape[2]
+    p_BGXS = p_BHTS.unflatten(1, (v_BGSK.shape[1], -1)).flatten(2, 3)
+    return (p_BGXS @ v_BGSK).unflatten(2, (-1, T)).flatten(1, 2)
