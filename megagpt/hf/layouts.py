@@ -37,7 +37,7 @@ def ours_of(parts: Parts, declared: Sequence[Parameter]) -> tuple[Tensor, ...]:
 
 def parts_of_ours(ours: Sequence[Tensor], declared: Sequence[Parameter]) -> Parts:
     """The inverse of ours_of."""
-    by_head = [t.unflatten(0, (p.heads, p.maps_per_head, -1)) for t, p in zip(ours, declared, strict=True)]
+    by_head = [t.unflatten(0, (p.heads or 1, p.maps_per_head, -1)) for t, p in zip(ours, declared, strict=True)]
     q_HK, k_GK, v_GK = (part for heads in by_head for part in heads.unbind(1))
     return q_HK, k_GK, v_GK
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from megagpt.optim.update import COLUMNS, EXP_AVG, EXP_AVG_SQ, ROWS, Update
+from megagpt.optim.update import EXP_AVG, EXP_AVG_SQ, Update
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Statistics = dict[str, dict[str, "Tensor"]]
 """key -> name of the parameter -> its means over rows or columns."""
 
+ROWS, COLUMNS = "exp_avg_sq_rows", "exp_avg_sq_columns"  # a number a row, a number a column
 LEAST_MEAN = 2.0**-126  # fp32's smallest normal number
 LEAST_SCALE = 1e-3  # of weights that are nearly zero: the paper's epsilon 2
 
@@ -49,10 +50,10 @@ class OfVectors(Unfactored):
 
 
 class Adafactor(Unfactored):
-    """Means over rows and columns in place of a matrix's second moment, whole on every rank."""
+    """Means over rows and columns in place of a matrix's second moment; leading dims number matrices."""
 
     moments = ()
-    statistics = (ROWS, COLUMNS)
+    statistics = {ROWS: lambda shape: shape[:-1], COLUMNS: lambda shape: (*shape[:-2], shape[-1])}  # noqa: RUF012
 
     def of(self, parameter: Parameter) -> Update:
         return self if parameter.decays else OF_VECTORS
@@ -94,7 +95,7 @@ def adafactor(
 
 def _row_and_column_means(part: Segment) -> tuple[Tensor, Tensor]:
     """What this rank adds to the mean squared gradient of each row and column of the logical tensor."""
-    squares = part.alone(_own_gradient(part)).square_()
+    squares = part.alone(part.gradients).square_()
     n_rows, n_columns = part.named.part.shape[-2:]
     of_rows, of_columns = squares.sum(-1) / n_columns, squares.sum(-2) / n_rows
     last = squares.dim() - 1
@@ -124,13 +125,8 @@ def _move(part: Segment, state: Any, scale: Tensor, group: dict[str, Any]) -> No
     weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step)
 
 
-def _own_gradient(part: Segment) -> Tensor:
-    assert part.master.grad is not None
-    return part.master.grad
-
-
 def _gradient(part: Segment) -> Tensor:
-    return part.of(_own_gradient(part))
+    return part.of(part.gradients)
 
 
 def _placed(part: Part, local: Tensor, gone: int) -> Tensor:

@@ -5,12 +5,14 @@ Source: Kingma & Ba 2015; Loshchilov & Hutter 2019.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib.util
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from megagpt.errors import require
+from megagpt.errors import UserError
 from megagpt.optim.update import EXP_AVG, EXP_AVG_SQ, Update
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from megagpt.config import OptimConfig
@@ -22,10 +24,26 @@ class AdamW(Update):
 
     name = "adam"
     moments = (EXP_AVG, EXP_AVG_SQ)
-    by_torch = True
+    decoupled: ClassVar[bool] = True
+
+    def build(
+        self, groups: list[dict[str, Any]], settings: dict[str, Any], optim: OptimConfig, on_gpu: bool
+    ) -> tuple[torch.optim.Optimizer, str]:
+        import torch  # computes: what is declared is read without it
+
+        # NVIDIA's apex has apex.optimizers; the package called apex on the registry is another project.
+        if on_gpu and importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers"):
+            from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]  # built from source
+
+            for group in groups:
+                group["step"] = 0  # it counts here, and would begin anew where a run goes on
+            return FusedAdam(groups, adam_w_mode=self.decoupled, **settings), "apex FusedAdam"
+        reason = "apex is not installed" if on_gpu else "no GPU for apex"
+        of_torch = torch.optim.AdamW if self.decoupled else torch.optim.Adam
+        return of_torch(groups, fused=True, **settings), f"torch {of_torch.__name__}, fused ({reason})"
 
     def step(self, optimizer: MeshOptimizer, masters: list[Tensor], group: dict[str, Any]) -> None:
-        from torch.optim.adamw import adamw  # computes: what is declared is read without torch
+        from torch.optim.adamw import adamw  # likewise
 
         states = [optimizer.state[master] for master in masters]
         adamw(
@@ -50,11 +68,13 @@ class AdamW(Update):
 class Adam(AdamW):
     """Weight decay as a part of the gradient."""
 
+    decoupled = False
+
     def check(self, optim: OptimConfig) -> None:
-        require(
-            optim.weight_decay_times == "lr",
-            f"optim.weight_decay_times={optim.weight_decay_times} with optim.optimizer=adam",
-            "cannot work: its decay is part of the gradient",
-            "use adamw, or weight_decay_times lr",
-            *("optim.weight_decay_times", "optim.optimizer"),
-        )
+        if optim.weight_decay_times != "lr":
+            raise UserError(
+                f"optim.weight_decay_times={optim.weight_decay_times} with optim.optimizer=adam",
+                "cannot work: its decay is part of the gradient",
+                "use adamw, or weight_decay_times lr",
+                ("optim.weight_decay_times", "optim.optimizer"),
+            )

@@ -1,55 +1,41 @@
-"""The optimizer over groups of parameters that are stepped alike."""
+"""The optimizer of a run, over groups of parameters that are stepped alike."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 
 from megagpt.config import OptimConfig, RunConfig
 from megagpt.optim import OPTIMIZERS
-from megagpt.optim.mesh_optimizer import MeshOptimizer
 from megagpt.optim.rules import Rule, rule_of
 from megagpt.parallel.parameter import Named
 
 
 def build_optimizer(parameters: list[Named], run: RunConfig) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer over groups of parameters that are stepped alike, and what it is called in the log.
+    """The optimizer, and what it is called in the log.
 
     The rate starts at 0 and is set before every step (`set_rate`), so that nothing moves before the schedule says so.
     """
-    config = run.optim
+    optim, groups = run.optim, _groups(parameters, run.optim)
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    for group in groups:
+        settings |= group["update"].settings(run)
+    on_gpu = parameters[0].parameter.is_cuda or torch.cuda.is_available()
+    return OPTIMIZERS[optim.optimizer].build(groups, settings, optim, on_gpu)
+
+
+def _groups(parameters: list[Named], optim: OptimConfig) -> list[dict[str, Any]]:
+    """Parameters of one rule each, those that decay first; "decay" is the configured one, see `set_rate`."""
     of_rule: dict[Rule, list[Named]] = {}
     for named in parameters:
-        of_rule.setdefault(rule_of(named.declared, config), []).append(named)
-    decaying_first = sorted(of_rule, key=lambda rule: (not rule.decays, rule.update.name))
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [named.parameter for named in of_rule[rule]],
-            "weight_decay": config.weight_decay if rule.decays else 0.0,
-            "decay": config.weight_decay if rule.decays else 0.0,
-            "update": rule.update,
-        }
-        for rule in decaying_first
-    ]
-    settings: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if not OPTIMIZERS[config.optimizer].by_torch:
-        for group in groups:
-            settings |= group["update"].settings(run)
-        return MeshOptimizer(groups, **settings), f"{config.optimizer} over logical tensors"
-    decoupled = config.optimizer == "adamw"
-    on_gpu = parameters[0].parameter.is_cuda or torch.cuda.is_available()
-    # NVIDIA's apex has apex.optimizers; the package called apex on the registry is another project.
-    if on_gpu and importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers"):
-        from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]  # built from source
-
-        for group in groups:
-            group["step"] = 0  # it counts here, and would begin anew where a run goes on
-        return FusedAdam(groups, adam_w_mode=decoupled, **settings), "apex FusedAdam"
-    reason = "apex is not installed" if on_gpu else "no GPU for apex"
-    of_torch = torch.optim.AdamW if decoupled else torch.optim.Adam
-    return of_torch(groups, fused=True, **settings), f"torch {of_torch.__name__}, fused ({reason})"
+        of_rule.setdefault(rule_of(named.declared, optim), []).append(named)
+    groups = []
+    for rule in sorted(of_rule, key=lambda rule: (not rule.decays, rule.update.name)):
+        decay = optim.weight_decay if rule.decays else 0.0
+        members = [named.parameter for named in of_rule[rule]]
+        groups.append({"params": members, "weight_decay": decay, "decay": decay, "update": rule.update})
+    return groups
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float, config: OptimConfig) -> None:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from megagpt.inventory.parameter import Parameter
     from megagpt.optim.mesh_optimizer import MeshOptimizer
     from megagpt.optim.segments import Segment, Segments
-    from megagpt.parallel.axis import Axis
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: the steepest at 0 that ends between about 0.7 and 1.2
@@ -53,20 +52,31 @@ def muon(segments: Segments, parts: list[Segment], state: Any, group: dict[str, 
     Nesterov momentum; the step's root mean square is that of AdamW's, so that its rate and decay serve.
     The matrices are shared out over the ranks of the data and model axes: the iteration costs more than the transfer.
     group: has the "precision" of the iteration.
-    Comm: a matrix, an all-reduce over the model axis, a reduction and a broadcast over the data axis, a broadcast over
-    the model axis, as far as these share it.
+    Comm: that of `Segments.gather` and `Segments.scatter`, for each matrix.
     Source: Jordan et al. 2024 (Muon); Liu et al. 2025, section 2.2 (scale).
     """
     for part in parts:
-        assert part.master.grad is not None
-        gradient, momentum = part.of(part.master.grad), part.of(state[part.master][EXP_AVG])
+        gradient, momentum = part.of(part.gradients), part.of(state[part.master][EXP_AVG])
         momentum.lerp_(gradient, 1 - group["betas"][0])
         gradient.lerp_(momentum, group["betas"][0])
+    data, model = segments.mesh.data, segments.mesh.model
     for number, part in enumerate(parts):
-        step = _step_of(segments, part, number, group)
+        owner = (number % data.size, number // data.size % model.size)
+        full = segments.gather(part, part.gradients, owner)
+        if owner == (data.rank, model.rank):
+            full = _orthogonal_weight(full, part.named.declared, group["precision"])
         weight = part.of(part.master)
         weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.sub_(part.cut(step).to(weight.device), alpha=group["lr"])
+        weight.sub_(segments.scatter(part, full, owner).to(weight.device), alpha=group["lr"])
+
+
+def _orthogonal_weight(full: Tensor, declared: Parameter, precision: str) -> Tensor:
+    """The step of a logical weight: each of the linear maps in it made orthogonal by itself."""
+    import torch  # computes: what is declared is read without it
+
+    n_heads = declared.heads or 1
+    maps = orthogonal(maps_of(full, n_heads, declared.maps_per_head), getattr(torch, precision))
+    return weight_of(maps, n_heads, declared.shape).contiguous()
 
 
 def orthogonal(matrices_NRC: Tensor, precision: torch.dtype) -> Tensor:
@@ -75,7 +85,7 @@ def orthogonal(matrices_NRC: Tensor, precision: torch.dtype) -> Tensor:
     Shapes: N matrices of R rows and C columns, and the same.
     Source: Jordan et al. 2024: five steps of a quintic Newton-Schulz iteration; Liu et al. 2025, equation 4.
     """
-    import torch  # computes: what is declared is read without it
+    import torch  # likewise
 
     n_rows, n_columns = matrices_NRC.shape[-2:]
     x = matrices_NRC.to(precision)
@@ -103,43 +113,3 @@ def weight_of(maps_NRC: Tensor, n_heads: int, shape: tuple[int, ...]) -> Tensor:
         n_maps, _, n_columns = maps_NRC.shape
         return maps_NRC.reshape(n_maps, n_heads, -1, n_columns).transpose(0, 1).reshape(shape)
     return maps_NRC.reshape(shape)
-
-
-def _step_of(segments: Segments, part: Segment, number: int, group: dict[str, Any]) -> Tensor:
-    """The step of this rank's part of the `number`-th matrix, with padding.
-
-    Comm: see `muon`.
-    """
-    import torch  # likewise
-    import torch.distributed as dist  # likewise
-
-    from megagpt.parallel.collectives import all_reduce  # likewise
-
-    place, mesh = part.named.part, segments.mesh
-    owner = (number % mesh.data.size, number // mesh.data.size % mesh.model.size)
-    assert part.master.grad is not None
-    local = part.alone(part.master.grad).to(segments.device)
-    full = local.new_zeros(place.shape)
-    place.take(full).copy_(place.unpadded(local))
-    if place.dim is not None:
-        full = all_reduce(full, mesh.model)
-    if segments.shards.size > 1:
-        dist.reduce(full, group=segments.shards.group, group_dst=owner[0])
-    if owner == (mesh.data.rank, mesh.model.rank):
-        declared = part.named.declared
-        n_heads, maps_per_head = declared.heads or 1, declared.maps_per_head
-        maps = orthogonal(maps_of(full, n_heads, maps_per_head), getattr(torch, group["precision"]))
-        full = weight_of(maps, n_heads, place.shape).contiguous()
-    if mesh.model.rank == owner[1]:
-        _broadcast(full, mesh.data, owner[0])
-    _broadcast(full, mesh.model, owner[1])
-    local.zero_()
-    place.unpadded(local).copy_(place.take(full))
-    return local
-
-
-def _broadcast(full: Tensor, axis: Axis, source: int) -> None:
-    import torch.distributed as dist  # likewise
-
-    if axis.size > 1:
-        dist.broadcast(full, group=axis.group, group_src=source)

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megagpt.optim.update import statistic_shape
+from megagpt.optim.rules import statistic_shape
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import all_reduce
 from megagpt.parallel.mesh import Mesh
@@ -44,6 +45,12 @@ class Segment:
     def whole(named: Named) -> Segment:
         """All of a parameter that is its own master: where there is no ZeRO."""
         return Segment(named, named.parameter.shape, named.parameter, 0, 0, named.parameter.numel())
+
+    @property
+    def gradients(self) -> Tensor:
+        """Those of the master, laid out as it is. It has some while a step is taken."""
+        assert self.master.grad is not None
+        return self.master.grad
 
     def of(self, values: Tensor) -> Tensor:
         """The elements in a tensor that is laid out as the master is, as a view of shape (length,)."""
@@ -93,6 +100,33 @@ class Segments:
         # Zeros elsewhere: a sum of one number and zeros is that number, to the bit.
         return all_reduce(segment.alone(values).to(self.device), self.shards)
 
+    def gather(self, segment: Segment, values: Tensor, owner: tuple[int, int]) -> Tensor:
+        """The logical tensor on one rank, on the others what they add to it.
+
+        values: laid out as the segment's master is. owner: that rank's place on the data and the model axis.
+        Comm: all-reduce over the model axis if the tensor is cut there, reduction over `shards`.
+        """
+        part, local = segment.named.part, segment.alone(values).to(self.device)
+        full = local.new_zeros(part.shape)
+        part.take(full).copy_(part.unpadded(local))
+        if part.dim is not None:
+            full = all_reduce(full, self.mesh.model)
+        if self.shards.size > 1:
+            dist.reduce(full, group=self.shards.group, group_dst=owner[0])
+        return full
+
+    def scatter(self, segment: Segment, full: Tensor, owner: tuple[int, int]) -> Tensor:
+        """This rank's elements, in shape (length,), of a logical tensor that the owner has; `full` is overwritten.
+
+        Comm: broadcast from the owner over the data axis, and from there over the model axis.
+        """
+        if self.mesh.model.rank == owner[1]:
+            _broadcast(full, self.mesh.data, owner[0])
+        _broadcast(full, self.mesh.model, owner[1])
+        local, part = full.new_zeros(segment.shape), segment.named.part
+        part.unpadded(local).copy_(part.take(full))
+        return segment.cut(local)
+
     def totals(self, segments: list[Segment], values: list[Tensor]) -> list[Tensor]:
         """Sums over the ranks that share a logical tensor, for several at once; bitwise equal on all of them.
 
@@ -106,6 +140,11 @@ class Segments:
             flat = all_reduce(flat, axis)
         sizes = [v.numel() for v in values]
         return [t.view(v.shape).to(v.device) for t, v in zip(flat.split(sizes), values, strict=True)]
+
+
+def _broadcast(full: Tensor, axis: Axis, source: int) -> None:
+    if axis.size > 1:
+        dist.broadcast(full, group=axis.group, group_src=source)
 
 
 def place_of(named: Named, key: str) -> Part:

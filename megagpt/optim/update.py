@@ -2,34 +2,38 @@
 
 A kind is one file beside this one and a line of OPTIMIZERS. Torch is imported where it computes, so that a plan reads
 what an optimizer keeps without it.
+
+Most kinds step in our `MeshOptimizer`. It hands them the masters, the fp32 tensors that DeepSpeed steps on (shards of
+several parameters laid end to end), and says where in these each parameter lies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from megagpt.config import OptimConfig, RunConfig
-    from megagpt.inventory.parameter import Parameter
+    from megagpt.inventory.parameter import Parameter, Shape
     from megagpt.optim.mesh_optimizer import MeshOptimizer
 
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
-ROWS, COLUMNS = "exp_avg_sq_rows", "exp_avg_sq_columns"
 
 
 class Update:
     """One way to step parameters.
 
-    name: for the log.  moments: fp32 tensors of a parameter's own shape that it keeps, cut and padded as the parameter
-    is.  statistics: what it keeps beside these, whole on every rank.  by_torch: whether torch's own optimizer steps.
+    name: what groups of parameters are sorted by, alike on every rank.
+    moments: keys of the fp32 tensors of a parameter's own shape that it keeps, cut and padded as the parameter is.
+    statistics: keys of what it keeps beside these, whole on every rank, and their shapes for the parameter's.
     """
 
     name: ClassVar[str]
     moments: ClassVar[tuple[str, ...]] = ()
-    statistics: ClassVar[tuple[str, ...]] = ()
-    by_torch: ClassVar[bool] = False
+    statistics: ClassVar[Mapping[str, Callable[[Shape], Shape]]] = {}
 
     def of(self, parameter: Parameter) -> Update:
         """What steps this parameter where this optimizer is chosen."""
@@ -42,16 +46,20 @@ class Update:
         """What a step reads of the run, beside learning rate, betas, eps and weight decay."""
         return {}
 
+    def build(
+        self, groups: list[dict[str, Any]], settings: dict[str, Any], optim: OptimConfig, on_gpu: bool
+    ) -> tuple[torch.optim.Optimizer, str]:
+        """The optimizer over groups of parameters, where this one is chosen, and what it is called in the log.
+
+        settings: what a step reads, see `step`.  on_gpu: whether it steps there.
+        """
+        from megagpt.optim.mesh_optimizer import MeshOptimizer  # computes
+
+        return MeshOptimizer(groups, **settings), f"{optim.optimizer} over logical tensors"
+
     def step(self, optimizer: MeshOptimizer, masters: list[Tensor], group: dict[str, Any]) -> None:
         """One step of `masters`, each with a gradient, which it may overwrite; optimizer.state has their moments.
 
         group: their settings, lr, betas, eps, weight_decay and those of `settings`.
         """
         raise NotImplementedError
-
-
-def statistic_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Of the means over rows (a number a row), or over columns; leading dims number matrices. None for a moment."""
-    if key not in (ROWS, COLUMNS):
-        return None
-    return shape[:-1] if key == ROWS else (*shape[:-2], shape[-1])

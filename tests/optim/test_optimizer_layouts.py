@@ -20,7 +20,7 @@ from megagpt.checkpoint.state import State
 from megagpt.config import CheckpointConfig, ModelConfig, OptimConfig, RunConfig, plain
 from megagpt.errors import UserError
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
-from megagpt.optim import muon, segments
+from megagpt.optim import segments
 from megagpt.processes.local import run_ranks
 from megagpt.train.step.engine import Engine
 from tests.parity.rank import RankReport, batches_of, start_engine, train_on_rank
@@ -112,7 +112,7 @@ def replicas_count_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shards_are_made_orthogonal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(muon, "all_reduce", lambda full, axis: full)
+    monkeypatch.setattr(segments, "all_reduce", lambda full, axis: full)
 
 
 FAULTS = [

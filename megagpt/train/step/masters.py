@@ -15,9 +15,8 @@ from torch import Tensor
 from megagpt.config import OptimConfig
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.optim.mesh_optimizer import MeshOptimizer
-from megagpt.optim.rules import rule_of
+from megagpt.optim.rules import rule_of, statistic_shape
 from megagpt.optim.segments import Segment
-from megagpt.optim.update import statistic_shape
 from megagpt.parallel.parameter import Named
 from megagpt.train.step.backend import Backend
 
