@@ -27,7 +27,7 @@ class AdamW(Update):
     decoupled: ClassVar[bool] = True
 
     def build(
-        self, groups: list[dict[str, Any]], settings: dict[str, Any], optim: OptimConfig, on_gpu: bool
+        self, groups: list[dict[str, Any]], settings: dict[str, Any], on_gpu: bool
     ) -> tuple[torch.optim.Optimizer, str]:
         import torch  # computes: what is declared is read without it
 

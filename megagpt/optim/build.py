@@ -8,6 +8,7 @@ import torch
 
 from megagpt.config import OptimConfig, RunConfig
 from megagpt.optim import OPTIMIZERS
+from megagpt.optim.mesh_optimizer import MeshOptimizer
 from megagpt.optim.rules import Rule, rule_of
 from megagpt.parallel.parameter import Named
 
@@ -22,7 +23,8 @@ def build_optimizer(parameters: list[Named], run: RunConfig) -> tuple[torch.opti
     for group in groups:
         settings |= group["update"].settings(run)
     on_gpu = parameters[0].parameter.is_cuda or torch.cuda.is_available()
-    return OPTIMIZERS[optim.optimizer].build(groups, settings, optim, on_gpu)
+    of_torch = OPTIMIZERS[optim.optimizer].build(groups, settings, on_gpu)
+    return of_torch or (MeshOptimizer(groups, **settings), f"{optim.optimizer} over logical tensors")
 
 
 def _groups(parameters: list[Named], optim: OptimConfig) -> list[dict[str, Any]]:

@@ -47,15 +47,13 @@ class Update:
         return {}
 
     def build(
-        self, groups: list[dict[str, Any]], settings: dict[str, Any], optim: OptimConfig, on_gpu: bool
-    ) -> tuple[torch.optim.Optimizer, str]:
-        """The optimizer over groups of parameters, where this one is chosen, and what it is called in the log.
+        self, groups: list[dict[str, Any]], settings: dict[str, Any], on_gpu: bool
+    ) -> tuple[torch.optim.Optimizer, str] | None:
+        """An optimizer of torch's kind over groups of parameters, where this one is chosen and there is one; its name.
 
-        settings: what a step reads, see `step`.  on_gpu: whether it steps there.
+        settings: what a step reads, see `step`.  on_gpu: whether it steps there.  None: `MeshOptimizer` calls `step`.
         """
-        from megagpt.optim.mesh_optimizer import MeshOptimizer  # computes
-
-        return MeshOptimizer(groups, **settings), f"{optim.optimizer} over logical tensors"
+        return None
 
     def step(self, optimizer: MeshOptimizer, masters: list[Tensor], group: dict[str, Any]) -> None:
         """One step of `masters`, each with a gradient, which it may overwrite; optimizer.state has their moments.
