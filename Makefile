@@ -14,7 +14,7 @@ OP     ?=
 FUZZ_S ?= 60
 # What a developer runs at each change: fast and broad, under 90 s on two idle cores.
 QUICK := tests/repository/test_layering.py tests/repository/test_safe_code.py tests/config tests/plan/test_table.py \
-  tests/plan/test_plan.py tests/checkpoint/test_folders.py tests/model/test_gpt.py tests/model/test_components.py \
+  tests/plan/test_plan.py tests/checkpoint/test_folders.py tests/model/test_gpt.py tests/inventory \
   tests/ops/test_every_op.py::test_values_are_those_of_the_reference_in_float64 \
   tests/train/test_engine.py::test_trains_as_transformers_and_torch_do
 

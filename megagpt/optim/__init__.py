@@ -2,6 +2,7 @@
 
 from megagpt.optim.adafactor import Adafactor, Unfactored
 from megagpt.optim.adam import Adam, AdamW
+from megagpt.optim.ademamix import AdEMAMix
 from megagpt.optim.lion import Lion
 from megagpt.optim.muon import Muon
 from megagpt.optim.update import Update
@@ -13,4 +14,5 @@ OPTIMIZERS: dict[str, Update] = {
     "adafactor_unfactored": Unfactored(),
     "lion": Lion(),
     "muon": Muon(),
+    "ademamix": AdEMAMix(),
 }

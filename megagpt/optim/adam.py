@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megagpt.errors import require
+from megagpt.errors import UserError
 from megagpt.optim.update import EXP_AVG, EXP_AVG_SQ, Update
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ class Adam(AdamW):
     decoupled = False
 
     def check(self, optim: OptimConfig) -> None:
-        require(
-            optim.weight_decay_times == "lr",
-            f"optim.weight_decay_times={optim.weight_decay_times} with optim.optimizer=adam",
-            "cannot work: its decay is part of the gradient",
-            "use adamw, or weight_decay_times lr",
-            *("optim.weight_decay_times", "optim.optimizer"),
-        )
+        if optim.weight_decay_times != "lr":
+            raise UserError(
+                f"optim.weight_decay_times={optim.weight_decay_times} with optim.optimizer=adam",
+                "cannot work: its decay is part of the gradient",
+                "use adamw, or weight_decay_times lr",
+                ("optim.weight_decay_times", "optim.optimizer"),
+            )

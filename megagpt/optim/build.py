@@ -23,8 +23,8 @@ def build_optimizer(parameters: list[Named], run: RunConfig) -> tuple[torch.opti
     for group in groups:
         settings |= group["update"].settings(run)
     on_gpu = parameters[0].parameter.is_cuda or torch.cuda.is_available()
-    ready_made = OPTIMIZERS[optim.optimizer].build(groups, settings, on_gpu)
-    return ready_made or (MeshOptimizer(groups, **settings), f"{optim.optimizer} over logical tensors")
+    of_torch = OPTIMIZERS[optim.optimizer].build(groups, settings, on_gpu)
+    return of_torch or (MeshOptimizer(groups, **settings), f"{optim.optimizer} over logical tensors")
 
 
 def _groups(parameters: list[Named], optim: OptimConfig) -> list[dict[str, Any]]:

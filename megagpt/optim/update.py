@@ -49,9 +49,9 @@ class Update:
     def build(
         self, groups: list[dict[str, Any]], settings: dict[str, Any], on_gpu: bool
     ) -> tuple[torch.optim.Optimizer, str] | None:
-        """A ready-made optimizer over groups of parameters, and what it is called in the log; None: `MeshOptimizer`.
+        """An optimizer of torch's kind over groups of parameters, where this one is chosen and there is one; its name.
 
-        settings: what a step reads, see `step`.  on_gpu: whether it steps there.
+        settings: what a step reads, see `step`.  on_gpu: whether it steps there.  None: `MeshOptimizer` calls `step`.
         """
         return None
 

@@ -43,6 +43,7 @@ def test_what_is_of_the_kind_is_recovered(name, direction):
     weight = multiplied(ours, config, direction)
     found = factorise(weight, config, direction)
     assert {n: p.shape for n, p in found.items()} == {n: p.shape for n, p in ours.items()}
+    assert all(p.is_contiguous() and p.dtype == weight.dtype for p in found.values())
     again = multiplied(found, config, direction)
     assert_close(again, weight)
 

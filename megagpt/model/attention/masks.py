@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megagpt.config.pattern import Pattern
 
 if TYPE_CHECKING:
-    from megagpt.model.attention.patterns.kind import Predicate
+    from megagpt.model.attention.patterns import Predicate
 
 
 class Masks:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megagpt.config.pattern import Pattern
 from megagpt.model.attention.masks import Masks
-from megagpt.model.attention.patterns.bigbird import random_blocks
+from megagpt.model.attention.patterns import random_blocks
 from tests.tolerances import assert_equal
 
 CPU = torch.device("cpu")
