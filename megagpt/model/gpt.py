@@ -105,7 +105,7 @@ class Head(nn.Module):
 
 
 @dataclass(frozen=True)
-class Layer:
+class Blueprint:
     """One entry of the layer list: how to build it (so that a stage builds only its own)."""
 
     name: str
@@ -119,13 +119,13 @@ class Layer:
 
 def layer_list(
     config: ModelConfig, axis: Axis, seed: int, recompute: bool = False, kernels: Kernels = AUTO
-) -> list[Layer]:
+) -> list[Blueprint]:
     """The whole model in order: embedding, blocks.0 …, head."""
     embedding, *blocks, head = (Declared(layer.name, layer.parameters, seed) for layer in inventory.layers(config))
     return [
-        Layer("embedding", Embedding, (config, axis, embedding, kernels)),
-        *(Layer(b.name, Block, (config, i, axis, b, recompute, kernels)) for i, b in enumerate(blocks)),
-        Layer("head", Head, (config, axis, head, kernels)),
+        Blueprint("embedding", Embedding, (config, axis, embedding, kernels)),
+        *(Blueprint(b.name, Block, (config, i, axis, b, recompute, kernels)) for i, b in enumerate(blocks)),
+        Blueprint("head", Head, (config, axis, head, kernels)),
     ]
 
 

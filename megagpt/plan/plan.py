@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from megagpt.config import RunConfig
 from megagpt.inventory.layers import Layer, layers, tied_matrix, vocab_local
-from megagpt.plan.checks import (
+from megagpt.plan.fit import (
     check_attention,
     check_batch,
     check_lengths,

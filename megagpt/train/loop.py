@@ -22,7 +22,7 @@ from megagpt.data.indexed.index_builder import fallback_note
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.data.opened import OpenedData
 from megagpt.errors import Stopped
-from megagpt.model.kernels import attention_status, check_kernels, kernel_rows, ops_used
+from megagpt.model.ops_used import attention_status, check_kernels, kernel_rows, ops_used
 from megagpt.plan.plan import make_plan
 from megagpt.plan.table import config_table, plan_table
 from megagpt.processes.agree import together

@@ -7,7 +7,7 @@ import pytest
 from megagpt.config.kernels import AUTO, Kernels
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT  # noqa: F401  # declares the ops that a model uses
-from megagpt.model.kernels import check_kernels, kernel_rows
+from megagpt.model.ops_used import check_kernels, kernel_rows
 from megagpt.ops.library import MISSING_KERNELS
 
 OPS = ["norm", "softmax"]

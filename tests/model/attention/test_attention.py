@@ -19,7 +19,7 @@ from megagpt.inventory.attention import attention_lacks, attention_runs
 from megagpt.model.attention.attention import Attention
 from megagpt.model.attention.masks import Masks
 from megagpt.model.gpt import GPT
-from megagpt.model.kernels import attention_status, ops_used
+from megagpt.model.ops_used import attention_status, ops_used
 from megagpt.model.stream import Stream
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.parameter import Declared, part_of
