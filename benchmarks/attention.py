@@ -24,6 +24,7 @@ from rich.table import Table
 from benchmarks.machine import conditions, headline
 from megagpt.config import ModelConfig
 from megagpt.config.kernels import Kernels
+from megagpt.errors import ArgumentParser, run_cli
 from megagpt.inventory.layers import attention
 from megagpt.model.attention.attention import Attention
 from megagpt.model.stream import Stream
@@ -96,8 +97,7 @@ def step(config: ModelConfig, kernels: str, args: Any, dtype: torch.dtype) -> Ca
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=2)
@@ -108,4 +108,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

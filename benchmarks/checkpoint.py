@@ -27,7 +27,7 @@ from megagpt.checkpoint.load import shared_damage_of
 from megagpt.checkpoint.save import Saved, Saver
 from megagpt.checkpoint.state import State
 from megagpt.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from megagpt.errors import run_cli
+from megagpt.errors import ArgumentParser, run_cli
 from megagpt.processes.local import run_ranks
 from megagpt.train.step.engine import Engine
 from tests.parity.rank import batches_of, start_engine
@@ -37,7 +37,7 @@ BLOCK = 16 * 2**20
 
 def main() -> None:
     """Measure, print medians, and write them where --json says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--n-layers", type=int, default=8)
     parser.add_argument("--dp", type=int, default=2, help="processes, with ZeRO 1 (default 2)")

@@ -35,7 +35,7 @@ from rich.table import Table
 
 from benchmarks.machine import conditions, headline
 from megagpt.config import ModelConfig
-from megagpt.errors import UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, run_cli
 from megagpt.inventory.layers import layers
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
@@ -189,7 +189,7 @@ def standard_library() -> np.ndarray:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", nargs="+", default=[DENSE, "low_rank:4", "monarch:4", "butterfly"], metavar="KIND")
     parser.add_argument("--widths", nargs="+", type=int, default=[32, 64], metavar="D", help="of d_model")
     parser.add_argument(

@@ -9,7 +9,6 @@ then. What a layout may change (round-off) is tools/parity.py's business.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.machine import conditions
-from megagpt.errors import UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, run_cli
 
 RESULTS = Path(__file__).parent / "results" / "golden-cpu.json"
 REPOSITORY = Path(__file__).parents[1]
@@ -53,7 +52,7 @@ RUNS = {  # name -> (processes, flags after SMALL)
 
 def main() -> int:
     """Run, then record or compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--record", action="store_true", help=f"write {RESULTS.name} anew")
     parser.add_argument("--only", default="", help=f'runs whose name has this in it; "{MAKE_TRAIN}": its 500 steps')
     options = parser.parse_args()

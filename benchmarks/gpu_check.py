@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import conditions, headline
-from megagpt.errors import UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, run_cli
 
 ROOT = Path(__file__).parents[1]
 TIME_LIMIT_S = {"build": 500, "prove": 240, "bench": 300, "train": 400}  # of one process
@@ -291,7 +291,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], Result], str]] = {
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     ops = sorted(file.stem for file in (ROOT / "tests" / "ops" / "cases").glob("[a-z]*.py"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda)")
     for flag, choices in (("--parts", list(PARTS)), ("--ops", ops)):

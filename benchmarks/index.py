@@ -25,11 +25,11 @@ from megagpt.data.indexed import index_builder as maps
 from megagpt.data.indexed.blend import build_splits
 from megagpt.data.indexed.dataset import IndexedDataset, IndexedWriter
 from megagpt.data.loader import micro_batches
-from megagpt.errors import UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, run_cli
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=float, default=1e9, help="tokens of the dataset (default 1e9)")
     parser.add_argument("--mean-length", type=int, default=500, help="tokens of a document (default 500)")
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a sample (default 1024)")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import conditions, headline
-from megagpt.errors import UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, run_cli
 from megagpt.ops.library import MISSING_KERNELS
 from tests.ops.case import Arguments, Draw, Shape, Spec, all_specs
 from tests.ops.proof import differentiable
@@ -238,7 +238,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="OP", help="files of tests/ops/cases (default: all)")
     devices = ("cpu", "cuda")
     default = "cuda" if torch.cuda.is_available() else "cpu"

@@ -30,7 +30,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.tokenizers.gpt2 import END_OF_TEXT, Gpt2Tokenizer
-from megagpt.errors import run_cli
+from megagpt.errors import ArgumentParser, run_cli
 
 TOOL = Path(__file__).parents[1] / "tools" / "preprocess_data.py"
 
@@ -188,7 +188,7 @@ def _same_files(ours: Path, theirs: Path) -> bool:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--input", metavar="FILE", help="JSON lines with a text key (default: the standard library)")
     parser.add_argument("--vocab-file", metavar="FILE", help="GPT-2's vocab.json (default: train one)")
     parser.add_argument("--merge-file", metavar="FILE", help="GPT-2's merges.txt")

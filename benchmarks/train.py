@@ -43,7 +43,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.data.loader import MicroBatch, micro_batches
-from megagpt.errors import run_cli
+from megagpt.errors import ArgumentParser, run_cli
 from megagpt.hf import hf_config, lazy_to_hf
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE, Axis
@@ -421,7 +421,7 @@ def _layouts(args: argparse.Namespace, precision: str, dropout: float) -> list[L
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     for flag, choices, default, text in (
         ("--shapes", SHAPES, [name for name in SHAPES if name != SMOKE], "models"),
         ("--precisions", PEERS, PEERS, "number formats"),

@@ -7,7 +7,6 @@ Copies of what is tested cannot rot as templates do; what is laid compiles, is r
 
 from __future__ import annotations
 
-import argparse
 import io
 import keyword
 import re
@@ -17,7 +16,7 @@ import tokenize
 from contextlib import suppress
 from pathlib import Path
 
-from megagpt.errors import UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, run_cli
 
 EXAMPLE = "softcap"
 FILES = {
@@ -39,7 +38,7 @@ docs/adding-a-kernel.md goes through the four files.
 
 def main() -> None:
     """Lay an op's files, and say what they are and what comes next."""
-    parser = argparse.ArgumentParser(prog="python -m tools.new_op", description="The four files of a new op.")
+    parser = ArgumentParser(prog="python -m tools.new_op", description="The four files of a new op.")
     parser.add_argument("name", metavar="NAME")
     name = parser.parse_args().name
     lay(Path.cwd(), name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
 from megagpt.checkpoint.state import State, read_state
 from megagpt.cli import read_config, to_yaml
-from megagpt.config import ModelConfig, RunConfig
+from megagpt.config import ModelConfig, RunConfig, plain
 from megagpt.errors import UserError
 from megagpt.inventory.layers import canonical
 from megagpt.inventory.parameter import WEIGHT
@@ -90,7 +90,7 @@ def write_factorised(
             tokens=0,
             lr=0.0,
             counters={"skipped_steps": 0},
-            config=asdict(config),
+            config=plain(config),
             data=at.data,
             origin=f"{config.model.mlp} form of {source.parent.parent.name}/{source.name}",
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from megagpt.errors import UserError
 from megagpt.hf.architecture import Architecture
 from megagpt.hf.config import architecture_of, few
-from megagpt.hf.rules import Rule, rules
+from megagpt.hf.correspondence import Correspondence, correspondences
 
 if TYPE_CHECKING:
     from megagpt.config import ModelConfig
@@ -40,15 +40,15 @@ def lazy_from_hf(
     if config.tied_embeddings:
         _drop_copy(found, read, f"{head}.weight", f"{embedding}.weight")
     ours = {}
-    for rule in rules(table, config):
-        for name in rule.theirs:
+    for pair in correspondences(table, config):
+        for name in pair.theirs:
             if name not in found:
                 raise UserError(
                     f"the weights have no {name}; wanted a {table.name} of {config.n_layers} layers; check the config"
                 )
-        as_given = [found.pop(name) for name in rule.theirs]
-        for i, (name, shape) in enumerate(rule.ours.items()):
-            ours[name] = LazyTensor(shape, partial(_to_ours, rule, as_given, read, i))
+        as_given = [found.pop(name) for name in pair.theirs]
+        for i, (name, shape) in enumerate(pair.ours.items()):
+            ours[name] = LazyTensor(shape, partial(_to_ours, pair, as_given, read, i))
     if found:
         unknown = few(sorted(found))
         raise UserError(
@@ -67,9 +67,9 @@ def lazy_to_hf(
     Raises UserError where that architecture, or with None any, has no place for ours.
     """
     theirs = {}
-    for rule in rules(architecture_of(config, architecture), config):
-        for i, (name, shape) in enumerate(zip(rule.theirs, rule.their_shapes(), strict=True)):
-            theirs[name] = LazyTensor(shape, partial(_to_theirs, rule, read, i))
+    for pair in correspondences(architecture_of(config, architecture), config):
+        for i, (name, shape) in enumerate(zip(pair.theirs, pair.their_shapes(), strict=True)):
+            theirs[name] = LazyTensor(shape, partial(_to_theirs, pair, read, i))
     return theirs
 
 
@@ -81,16 +81,16 @@ class LazyTensor:
     get: Callable[[], Tensor]
 
 
-def _to_ours(rule: Rule, as_given: list[str], read: Callable[[str], Tensor], i: int) -> Tensor:
+def _to_ours(pair: Correspondence, as_given: list[str], read: Callable[[str], Tensor], i: int) -> Tensor:
     theirs = [read(name) for name in as_given]
-    for name, tensor, shape in zip(rule.theirs, theirs, rule.their_shapes(), strict=True):
+    for name, tensor, shape in zip(pair.theirs, theirs, pair.their_shapes(), strict=True):
         if tuple(tensor.shape) != shape:
             raise UserError(f"{name} has shape {tuple(tensor.shape)}, wanted {shape}; check the model configuration")
-    return rule.to_ours(theirs)[i]
+    return pair.to_ours(theirs)[i]
 
 
-def _to_theirs(rule: Rule, read: Callable[[str], Tensor], i: int) -> Tensor:
-    return rule.to_theirs([read(name) for name in rule.ours])[i]
+def _to_theirs(pair: Correspondence, read: Callable[[str], Tensor], i: int) -> Tensor:
+    return pair.to_theirs([read(name) for name in pair.ours])[i]
 
 
 def _as_written(name: str, table: Architecture, head: str) -> str:

@@ -137,6 +137,15 @@ def test_there_are_commands():
         assert problem(Command("", shlex.split(wrong), block=False), ROOT), wrong
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/operations.md"])
+def test_files_that_a_page_names_exist(page: str):
+    """As `megagpt/…`, `tests/…` and the like; NAME is the reader's own. operations.md has a test of its own."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:megagpt|tests|tools|docs|benchmarks|examples|csrc)/[\w/.-]+)`", text)
+    named += [f"megagpt/{path}" for path in re.findall(r"`((?:model|train|optim|inventory|processes)/[\w/.]+)`", text)]
+    assert [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
 def problem(command: Command, here: Path) -> str | None:
     """What is wrong with a command; None where it ran, or its arguments are right."""
     words = command.words

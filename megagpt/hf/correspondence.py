@@ -25,7 +25,7 @@ _QKV = "qkv"  # what tables call queries, keys and values, be they one matrix or
 
 
 @dataclass(frozen=True)
-class Rule:
+class Correspondence:
     """Logical tensors of ours (name → shape), those of theirs with the same contents, and the way between.
 
     The two changes are exact inverses. A tensor that needs none is passed on, not copied.
@@ -42,7 +42,7 @@ class Rule:
         return [tuple(tensor.shape) for tensor in self.to_theirs(ours)]
 
 
-def rules(table: Architecture, config: ModelConfig) -> Iterator[Rule]:
+def correspondences(table: Architecture, config: ModelConfig) -> Iterator[Correspondence]:
     """All tensors of the model, block by block within a module.
 
     A module of the table that no layer of this configuration declares is passed over: a tied output matrix, say.
@@ -54,7 +54,7 @@ def rules(table: Architecture, config: ModelConfig) -> Iterator[Rule]:
             held = _held(module.format(i), modules)
             for leaf in next(iter(held.values()), {}):
                 ours = {_joined(part, leaf): leaves[leaf] for part, leaves in held.items()}
-                yield _rule(table, config, ours, tuple(_joined(name.format(i), leaf) for name in names))
+                yield _correspondence(table, config, ours, tuple(_joined(name.format(i), leaf) for name in names))
 
 
 def _modules(config: ModelConfig) -> Modules:
@@ -75,8 +75,10 @@ def _held(module: str, modules: Modules) -> Modules:
     return {name: modules[name] for name in names if name in modules}
 
 
-def _rule(table: Architecture, config: ModelConfig, ours: Mapping[str, Parameter], theirs: tuple[str, ...]) -> Rule:
-    """The rule of one leaf of a module: of its weights, or of its biases."""
+def _correspondence(
+    table: Architecture, config: ModelConfig, ours: Mapping[str, Parameter], theirs: tuple[str, ...]
+) -> Correspondence:
+    """That of one leaf of a module: of its weights, or of its biases."""
     declared, shapes = list(ours.values()), {name: parameter.shape for name, parameter in ours.items()}
     turn = _turn if table.transposed and declared[0].kind == "map" else _same
     if declared[0].heads is not None:  # rows that go by head: q, k, v
@@ -87,10 +89,10 @@ def _rule(table: Architecture, config: ModelConfig, ours: Mapping[str, Parameter
         def to_theirs(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             return turn(table.qkv.give(parts_of_ours(tensors, declared)))
 
-        return Rule(shapes, theirs, to_ours, to_theirs)
+        return Correspondence(shapes, theirs, to_ours, to_theirs)
     if len(theirs) > 1:
-        return Rule(shapes, theirs, _stack, _unstack)
-    return Rule(shapes, theirs, turn, turn)
+        return Correspondence(shapes, theirs, _stack, _unstack)
+    return Correspondence(shapes, theirs, turn, turn)
 
 
 def _joined(module: str, leaf: str) -> str:
