@@ -17,7 +17,8 @@ from megagpt.parallel.parameter import declared_of, part_of
 from megagpt.presets import preset_names
 from tests.parity.shrunken import shrunken
 
-BASE = ModelConfig(n_layers=3, d_model=24, n_heads=4, d_ff=48, seq_len=16, vocab_size=257)  # 2 ranks: 129 rows, padded to 256
+# Of 257 tokens 2 ranks hold 129, padded to 256: rounding down would leave 128.
+BASE = ModelConfig(n_layers=3, d_model=24, n_heads=4, d_ff=48, seq_len=16, vocab_size=257)
 ODD = {
     "one key head, a bias of logits": replace(BASE, n_kv_heads=1, bias_head=True, tied_embeddings=False, d_head=10),
     "two key heads, Transformer-XL": replace(BASE, n_kv_heads=2, position="transformer_xl", block="parallel"),
