@@ -13,6 +13,7 @@ from pathlib import Path
 from megagpt.cli import parse_run_config
 from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megagpt.errors import run_cli
+from megagpt.inventory.layers import block
 from megagpt.presets import preset_names, preset_path
 from megagpt.schedule import Schedule
 
@@ -132,9 +133,9 @@ def _block(model: ModelConfig) -> str:
 
 
 def _biases(model: ModelConfig) -> str:
-    norms = model.bias_norm and model.norm == "layernorm"
-    parts = [("attention", model.bias_attention), ("MLP", model.bias_mlp), ("norms", norms)]
-    return ", ".join(name for name, there in parts if there) or "none"
+    held = block(model, 0).parameters
+    parts = {"attention": "attention.out", "MLP": "mlp.down", "norms": "norm_1"}
+    return ", ".join(name for name, module in parts.items() if f"{module}.bias" in held) or "none"
 
 
 def _position(model: ModelConfig) -> str:

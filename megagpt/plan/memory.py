@@ -16,7 +16,7 @@ w bytes of one number of the precision.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megagpt.config import ParallelConfig, RunConfig
@@ -51,16 +51,16 @@ def estimate_memory(
     *,
     zero_stage: int,
     layers: Sequence[Layer],
-    copies: Collection[Parameter],
+    held: Sequence[Parameter],
     in_flight: int,
 ) -> Memory:
-    """Memory of one rank of the stage that holds `layers` and, of other stages' parameters, `copies`.
+    """Memory of one rank of the stage that computes `layers`.
 
+    held: their parameters, and copies of other stages' that the stage keeps.
     zero_stage: the one in use.
     in_flight: micro-batches whose activations are kept at the peak (1F1B: pp - stage, at most all of them).
     """
     precision, tp = config.train.precision, config.parallel.tp
-    held = [p for layer in layers for p in layer.parameters.values()] + list(copies)
     params = sum(p.local_size(tp) for p in held)
     states = _optimizer_bytes(config, zero_stage, held) // (dp if zero_stage >= 1 else 1)
     tokens = config.train.micro_batch_size * config.model.seq_len

@@ -78,13 +78,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
 
     Raises: UserError, one line with a remedy, where the configuration and the world size do not fit together.
     """
-    check_model(config)
-    check_attention(config)
-    check_precision(config)
-    check_lengths(config)
-    dp = check_world(config, world_size)
-    micro_batches = check_batch(config, dp)
-    check_noise_scale(config)
+    dp, micro_batches = _checked(config, world_size)
     model, parallel = config.model, config.parallel
     listed = layers(model, config.train.kernels)
     bounds = stage_bounds(parallel.partition, listed, parallel.pp)
@@ -108,6 +102,18 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     )
 
 
+def _checked(config: RunConfig, world_size: int) -> tuple[int, int]:
+    """The data parallel size and the micro-batches of a step.  Raises UserError, see `make_plan`."""
+    check_model(config)
+    check_attention(config)
+    check_precision(config)
+    check_lengths(config)
+    dp = check_world(config, world_size)
+    micro_batches = check_batch(config, dp)
+    check_noise_scale(config)
+    return dp, micro_batches
+
+
 def zero_stage_in_use(config: RunConfig, dp: int) -> int:
     """parallel.zero_stage, or 0 where ZeRO would only copy: one data parallel rank has nothing to share out.
 
@@ -129,26 +135,19 @@ def model_flops_per_token(layers: tuple[Layer, ...]) -> int:
 
 
 def _stage(config: RunConfig, dp: int, micro_batches: int, number: int, first: int, layers: tuple[Layer, ...]) -> Stage:
-    model, parallel = config.model, config.parallel
-    is_first, is_last = number == 0, number == parallel.pp - 1
-    copies = tied_matrix(model).values() if is_last and not is_first else ()
-    params_local = sum(layer.params_local(parallel.tp) for layer in layers) + sum(
-        p.local_size(parallel.tp) for p in copies
-    )
-    in_flight = micro_batches_in_flight(parallel, number, micro_batches)
+    tp, pp = config.parallel.tp, config.parallel.pp
+    is_first, is_last = number == 0, number == pp - 1
+    held = [p for layer in layers for p in layer.parameters.values()]
+    if is_last and not is_first:
+        held += tied_matrix(config.model).values()
+    in_flight = micro_batches_in_flight(config.parallel, number, micro_batches)
+    zero_stage = zero_stage_in_use(config, dp)
     return Stage(
         first_layer=first,
         last_layer=first + len(layers) - 1,
         n_blocks=len(layers) - is_first - is_last,
-        params=sum(layer.params for layer in layers) + sum(p.size for p in copies),
-        params_local=params_local,
+        params=sum(p.size for p in held),
+        params_local=sum(p.local_size(tp) for p in held),
         in_flight=in_flight,
-        memory=estimate_memory(
-            config,
-            dp,
-            zero_stage=zero_stage_in_use(config, dp),
-            layers=layers,
-            copies=copies,
-            in_flight=in_flight,
-        ),
+        memory=estimate_memory(config, dp, zero_stage=zero_stage, layers=layers, held=held, in_flight=in_flight),
     )

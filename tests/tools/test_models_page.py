@@ -10,6 +10,7 @@ import yaml
 
 from megagpt.cli import parse_run_config
 from megagpt.config import RunConfig
+from megagpt.config.pattern import Pattern
 from megagpt.config.values import BatchSteps
 from megagpt.presets import preset_names, preset_path
 from tools.models_page import PAGE, page, row
@@ -26,7 +27,7 @@ OTHERS: dict[str, Any] = {  # what a setting is changed to, where twice as much 
     "schedule": "wsd",
     "weight_decay_times": "lr",
     "precision": "fp32",
-    "attention": ("window:64",),
+    "attention": (Pattern.parse("window:64"),),
     "batch_steps": BatchSteps.parse("7@1"),
     "d_head": 512,
     "n_kv_heads": 2,
