@@ -17,7 +17,8 @@ from megagpt.parallel.parameter import declared_of, part_of
 from megagpt.presets import preset_names
 from tests.parity.shrunken import shrunken
 
-BASE = ModelConfig(n_layers=3, d_model=24, n_heads=4, d_ff=48, seq_len=16, vocab_size=211)
+# Of 257 tokens 2 ranks hold 129, padded to 256: rounding down would leave 128.
+BASE = ModelConfig(n_layers=3, d_model=24, n_heads=4, d_ff=48, seq_len=16, vocab_size=257)
 ODD = {
     "one key head, a bias of logits": replace(BASE, n_kv_heads=1, bias_head=True, tied_embeddings=False, d_head=10),
     "two key heads, Transformer-XL": replace(BASE, n_kv_heads=2, position="transformer_xl", block="parallel"),
@@ -91,7 +92,7 @@ def test_a_model_by_hand():
     gain = ((24,), None, None, 1, "vector")
     assert found == {
         "embedding.positions": ((16, 24), None, None, 1, "table"),
-        "embedding.tokens.weight": ((211, 24), 0, None, 1, "table"),
+        "embedding.tokens.weight": ((257, 24), 0, None, 1, "table"),
         "blocks.0.norm_1.weight": gain,
         "blocks.0.attention.q.weight": ((40, 24), 0, 4, 1, "map"),
         "blocks.0.attention.q.bias": ((40,), 0, 4, 1, "vector"),
@@ -105,8 +106,8 @@ def test_a_model_by_hand():
         "blocks.0.mlp.down.weight": ((24, 48), 1, None, 1, "map"),
         "blocks.0.mlp.down.bias": ((24,), None, None, 1, "vector"),
         "head.norm.weight": gain,
-        "head.tokens.weight": ((211, 24), 0, None, 1, "table"),
-        "head.bias": ((211,), 0, None, 1, "vector"),
+        "head.tokens.weight": ((257, 24), 0, None, 1, "table"),
+        "head.bias": ((257,), 0, None, 1, "vector"),
     }
     with_two = canonical(replace(model, n_kv_heads=2))["blocks.0.attention.kv.weight"]
     assert [with_two.dim(tp) for tp in (1, 2, 4)] == [0, 0, None]
