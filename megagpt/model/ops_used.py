@@ -10,7 +10,7 @@ from megagpt.errors import UserError
 from megagpt.inventory.attention import attention_lacks, attention_runs
 from megagpt.model.attention import IMPLEMENTATIONS
 from megagpt.model.position import POSITIONS
-from megagpt.ops.library import has_kernel, kernel_status, op_names
+from megagpt.ops.library import declare, has_kernel, kernel_status, op_names
 
 if TYPE_CHECKING:
     from megagpt.config import ModelConfig
@@ -57,6 +57,7 @@ def check_kernels(kernels: Kernels, ops: Sequence[str], device: str) -> None:
             "train.kernels has attention=flex, but torch's FlexAttention cannot train on the cpu (it has no backward "
             "pass there); use attention=auto"
         )
+    declare(ops)
     for op in ops:
         choice = kernels[op]
         if choice not in ("cpu", "cuda"):
@@ -70,4 +71,5 @@ def check_kernels(kernels: Kernels, ops: Sequence[str], device: str) -> None:
 
 def kernel_rows(kernels: Kernels, ops: Sequence[str], device: str) -> list[Status]:
     """A row for each of `ops`."""
+    declare(ops)
     return [Status(op, *kernel_status(op, device, kernels[op])) for op in ops]

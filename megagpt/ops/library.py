@@ -6,10 +6,11 @@ library only adds kernels for a device. Where there is none, the public function
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -93,6 +94,12 @@ def kernel_status(op: str, device: str, choice: str = "auto") -> tuple[str, str]
     if has_kernel(op, device):
         return f"{device} kernel", "asked for" if choice == device else "built"
     return "reference", MISSING_KERNELS or UNUSABLE.get(device) or f"this build has no {device} kernel of it"
+
+
+def declare(ops: Iterable[str]) -> None:
+    """Import these ops' files: which kernels there are is known once an op has declared itself."""
+    for op in ops:
+        importlib.import_module(f"megagpt.ops.{op}")
 
 
 def op_names() -> list[str]:

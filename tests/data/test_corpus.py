@@ -74,7 +74,7 @@ def test_a_killed_build_is_begun_again_and_gives_the_same(tmp_path: Path) -> Non
 
 def test_several_processes_build_once(small_library: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from megagpt.data import corpus; "
+        "import sys; from pathlib import Path; from megagpt.data.text import corpus; "
         "corpus.sysconfig.get_paths = lambda: {'stdlib': sys.argv[1]}; corpus._SAMPLE_BYTES = 500_000; "
         "print(corpus.default_corpus(Path(sys.argv[2])))"
     )

@@ -71,7 +71,7 @@ def test_what_makes_a_model_special_is_kept(name):
         *("dropout_embedding", "dropout_attention", "dropout_residual", "norm_eps"),
     ):
         assert getattr(small.model, field) == getattr(full.model, field), field
-    kinds = [[text.split(":")[0] for text in run.model.attention] for run in (small, full)]
+    kinds = [[pattern.kind for pattern in run.model.attention] for run in (small, full)]
     assert kinds[0] == kinds[1]
     d_inner, full_inner = (run.model.n_heads * run.model.head_width for run in (small, full))
     assert small.model.d_model / d_inner == pytest.approx(full.model.d_model / full_inner, rel=0.01)

@@ -120,3 +120,9 @@ def test_a_bad_configuration(text: str, words: list[str], tmp_path: Path) -> Non
     with pytest.raises(UserError) as refused:
         parse_run_config(["--config", str(tmp_path / "run.yaml")])
     assert "\n" not in str(refused.value) and all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.bad_input(49)
+def test_a_bad_configuration_ends_the_program(tmp_path: Path, run_program: Start) -> None:
+    (tmp_path / "run.yaml").write_text("model: {n_layer: 2}")
+    refused(run_program("python", "--config", tmp_path / "run.yaml"), "model.n_layer", "did you mean")
