@@ -6,13 +6,12 @@ python -m megagpt.ops new NAME    the four files of a new op, ready to run: in t
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 from megagpt.errors import ArgumentParser, UserError, run_cli
-from megagpt.ops.library import DTYPES, kernel_status, op_names
+from megagpt.ops.library import DTYPES, declare, kernel_status, op_names
 
 
 def main() -> int:
@@ -40,8 +39,7 @@ def new_op(name: str) -> int:
 
 def list_ops() -> None:
     """Print a line per op and device: what runs there, and why."""
-    for op in op_names():
-        importlib.import_module(f"megagpt.ops.{op}")  # declares it
+    declare(op_names())
     rows = [(op, device, *kernel_status(op, device)) for op in op_names() for device in DTYPES]
     width = max(len(op) for op, *_ in rows) + 2
     for op, device, what, why in [("op", "device", "runs", "why"), *rows]:
