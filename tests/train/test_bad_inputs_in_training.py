@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megagpt.cli import parse_run_config
-from megagpt.data.indexed.dataset import IndexedWriter, verify
+from megagpt.data.indexed.dataset import IndexedDataset, IndexedWriter, verify
 from megagpt.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def test_a_token_beyond_the_vocabulary(dataset: str, run_program: Start) -> None
     tokens.flush()
     refused(run_program("python", "--data-path", dataset), "token 300", "257", "inspect_data.py --verify")
     with pytest.raises(UserError, match="byte 0: token 300 of sequence 0"):
-        verify(dataset, 257)  # what --data.verify does
+        verify(IndexedDataset(dataset), 257)  # what --data.verify does
 
 
 @pytest.mark.bad_input(37)
