@@ -113,12 +113,12 @@ def _computed(config: ModelConfig) -> dict[str, Any]:
     fields |= {"n_kv_heads": config.kv_heads, "d_head": config.head_width, "d_ff": config.ff_width}
     fields["bias_norm"] = "bias" in norm(config)
     fields["attention"] = " ".join(_cycle([str(config.pattern(layer)) for layer in range(config.n_layers)]))
-    if config.position == "rotary":
-        del fields["rotary_scaling"]
-        fields["rotary_base"], fields["rotary_factor"] = rotary_of_ours(config)
-        fields["rotary_fraction"] = config.rotary_width / config.head_width
     chosen = {*POSITIONS[config.position].settings, *MLPS[config.mlp].settings}
     of_kinds = {setting for kind in (*POSITIONS.values(), *MLPS.values()) for setting in kind.settings}
+    if "rotary_" in chosen:
+        del fields["rotary_scaling"]  # a factor, or another base
+        fields["rotary_base"], fields["rotary_factor"] = rotary_of_ours(config)
+        fields["rotary_fraction"] = config.rotary_width / config.head_width
     return {name: value for name, value in fields.items() if not name.startswith(tuple(of_kinds - chosen))}
 
 

@@ -44,10 +44,6 @@ class Layer:
         """Elements of its logical tensors."""
         return sum(parameter.size for parameter in self.parameters.values())
 
-    def params_local(self, tp: int) -> int:
-        """What one rank of the model axis holds, padding included."""
-        return sum(parameter.local_size(tp) for parameter in self.parameters.values())
-
 
 def layers(model: ModelConfig, kernels: Kernels = AUTO) -> tuple[Layer, ...]:
     """The whole list. A tied head has no output matrix of its own: `tied_matrix` is what a stage adds."""

@@ -10,7 +10,7 @@ from megagpt.inventory.parameter import AVERAGE
 def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
     """From now on let every step of the optimizer move the average; one that moves no weight does not count.
 
-    The state has a place for the average (`create_moments`). Comm: none.
+    The state has a place for the average, see `Masters`. Comm: none.
     Source: Polyak & Juditsky 1992; with exponential weights as in Tarvainen & Valpola 2017.
     """
 

@@ -227,8 +227,8 @@ def test_one_process_in_float64(name):
 
 @pytest.mark.parametrize(
     ("function", "n_ranks"),
-    [(tensor_parallel, 2), (tensor_parallel, 4), (stages_by_hand, 2), (stages_by_hand, 4)],
-    ids=["tp2", "tp4", "pp2", "tp2-pp2"],
+    [(tensor_parallel, 4), (stages_by_hand, 4)],
+    ids=["tp4", "tp2-pp2"],
 )
 def test_several_processes(function: Callable[..., dict[str, Result]], n_ranks):
     fits = n_ranks if function is tensor_parallel else n_ranks // 2
