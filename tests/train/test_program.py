@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from megagpt.cli import parse_run_config
@@ -59,6 +60,7 @@ def run(cache: Path, *command: str, timeout_s: float = 280.0) -> Run:
     words = [word for part in command for word in part.split()]
     launcher = [str(BIN / words[0]), PROGRAM] if words[0] != "torchrun" else [str(BIN / "torchrun")]
     env = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env["MPLCONFIGDIR"] = matplotlib.get_cachedir()  # not in the new cache: making its list of fonts takes seconds
     env.pop("DS_ACCELERATOR", None)
     with subprocess.Popen(
         [*launcher, *words[1:]],
