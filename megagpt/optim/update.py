@@ -9,6 +9,7 @@ several parameters laid end to end), and says where in these each parameter lies
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 
 
-class Update:
+class Update(ABC):
     """One way to step parameters.
 
     name: what groups of parameters are sorted by, alike on every rank.
@@ -39,7 +40,7 @@ class Update:
         """What steps this parameter where this optimizer is chosen."""
         return self
 
-    def check(self, optim: OptimConfig) -> None:
+    def check(self, optim: OptimConfig) -> None:  # noqa: B027  # most have nothing to check
         """Raises UserError for settings that do not fit together."""
 
     def settings(self, run: RunConfig) -> dict[str, Any]:
@@ -55,9 +56,9 @@ class Update:
         """
         return None
 
+    @abstractmethod
     def step(self, optimizer: MeshOptimizer, masters: list[Tensor], group: dict[str, Any]) -> None:
         """One step of `masters`, each with a gradient, which it may overwrite; optimizer.state has their moments.
 
         group: their settings, lr, betas, eps, weight_decay and those of `settings`.
         """
-        raise NotImplementedError

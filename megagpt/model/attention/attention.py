@@ -114,9 +114,7 @@ class Attention(nn.Module):
             k_BGSK, v_BGSK, keys_BS = stream.cache.extend(self.layer, k_BGTK, v_BGTK, queries_BT)
         scores_BHTS = grouped_scores(q_BHTK, k_BGSK) / math.sqrt(self.d_head)
         distance_BTS = queries_BT.unsqueeze(-1) - keys_BS.unsqueeze(-2)
-        if self.position.adds is not None:
-            added = self.learned(self.position.added, q_BHTK, k_BGSK, distance_BTS, self.heads)
-            scores_BHTS = scores_BHTS + added
+        scores_BHTS = scores_BHTS + self.learned(self.position.added, q_BHTK, k_BGSK, distance_BTS, self.heads)
         allowed_BTS = self.masks.between(queries_BT, keys_BS)
         p_BHTS = scores_BHTS.masked_fill(~allowed_BTS.unsqueeze(1), -math.inf).softmax(-1, dtype=torch.float32)
         return weighted_values(p_BHTS.to(v_BGSK.dtype), v_BGSK)

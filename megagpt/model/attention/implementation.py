@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from megagpt.model.attention.attention import Attention
 
 
-class Implementation:
+class Implementation(ABC):
     """One way to compute attention; a file beside this one, and a line in `__init__.py`.
 
     title: for the table at the start of a run.  adds: what of positions it has a place for (`Position.adds`).
@@ -23,8 +24,8 @@ class Implementation:
     drops: ClassVar[bool] = False
     keeps_probabilities: ClassVar[bool] = False
 
+    @abstractmethod
     def attend(
         self, attention: Attention, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, sample_ids_B: Tensor
     ) -> Tensor:
         """Of queries and keys at positions 0 … T - 1.  Shapes: → y_BHTK."""
-        raise NotImplementedError

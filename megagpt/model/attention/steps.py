@@ -45,11 +45,9 @@ class Steps(Implementation):
         import torch  # likewise
 
         scale = 1 / math.sqrt(attention.d_head)
-        if attention.position.adds == "relative":
-            return attention.learned(attention.position.relative, q_BHTK, k_BGTK), scale
-        scores_BHTT = grouped_scores(q_BHTK, k_BGTK)
+        scores_BHTT = attention.learned(attention.position.scores, q_BHTK, k_BGTK)
         if attention.position.adds == "bias":  # scaled here, in the one rounding of the sum
-            return torch.add(attention.learned(attention.position.bias, q_BHTK.shape[2]), scores_BHTT, alpha=scale), 1.0
+            return torch.add(attention.learned(attention.position.bias, q_BHTK), scores_BHTT, alpha=scale), 1.0
         return scores_BHTT, scale
 
 

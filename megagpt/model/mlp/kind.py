@@ -10,6 +10,7 @@ gated unit, else absent.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -67,7 +68,7 @@ class Dense:
         return {"weight": weight}
 
 
-class Product(Dense):
+class Product(Dense, ABC):
     """W as a product of fewer parameters.
 
     factors: of up or down by name, for a dense W of that standard deviation.
@@ -91,17 +92,17 @@ class Product(Dense):
         bias = Parameter((D,), "vector", ZEROS)
         return {**self.factors("down", residual_std(self.model, F)), **({"bias": bias} if self.model.bias_mlp else {})}
 
+    @abstractmethod
     def factors(self, direction: Direction, std: float) -> Parameters:
         """What W is a product of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def multiply_up(self, weights: Weights, x_I: Tensor, axis: Axis, edges: Edges) -> Tensor:
         """W x: from what is equal on all ranks to this rank's outputs, pack by pack."""
-        raise NotImplementedError
 
+    @abstractmethod
     def multiply_down(self, weights: Weights, x_I_local: Tensor, axis: Axis, edges: Edges) -> Tensor:
         """W x: from this rank's inputs to the sum over the ranks."""
-        raise NotImplementedError
 
 
 def factor_stds(std: float, n_inputs: int, fan_ins: tuple[int, int]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from megagpt.inventory.parameter import Kept, Parameters
+from megagpt.model.attention.steps import grouped_scores
 
 if TYPE_CHECKING:
     import torch
@@ -70,16 +71,19 @@ class Position:
         """What scores lose for each token of distance; None where they lose nothing.  Shapes: → (H) float32."""
         return None
 
-    def bias(self, weights: Mapping[str, Tensor], n_tokens: int) -> Tensor:
-        """What is added to the scores of n_tokens queries and keys.  Shapes: → (H, T, T), right where k <= q."""
-        raise NotImplementedError
-
-    def relative(self, weights: Mapping[str, Tensor], q_BHTK: Tensor, k_BGTK: Tensor) -> Tensor:
-        """The scores, not yet divided by √K, of queries and keys at 0 … T - 1.
+    def scores(self, weights: Mapping[str, Tensor], q_BHTK: Tensor, k_BGTK: Tensor) -> Tensor:
+        """q kᵀ, not yet divided by √K, of queries and keys at 0 … T - 1; with positions where these are "relative".
 
         Shapes: → (B, H, T, T), right where k <= q.
         """
-        raise NotImplementedError
+        return grouped_scores(q_BHTK, k_BGTK)
+
+    def bias(self, weights: Mapping[str, Tensor], q_BHTK: Tensor) -> Tensor:
+        """What is added to the scaled scores of queries and keys at 0 … T - 1, where it is a "bias".
+
+        Shapes: → broadcasts to (H, T, T), right where k <= q.
+        """
+        return q_BHTK.new_zeros(())
 
     def added(
         self, weights: Mapping[str, Tensor], q_BHTK: Tensor, k_BGSK: Tensor, distance_BTS: Tensor, heads: range
@@ -89,4 +93,4 @@ class Position:
         heads: which of all heads these are.
         Shapes: → broadcasts to (B, H, T, S), right where the distance is not negative.
         """
-        raise NotImplementedError
+        return q_BHTK.new_zeros(())

@@ -40,10 +40,10 @@ class T5(Position):
         shape = (self.model.t5_buckets, self.model.n_heads)
         return {"weight": Parameter(shape, "table", matrix_init(self.model, shape[-1]), sharded=1)}
 
-    def bias(self, weights: Mapping[str, Tensor], n_tokens: int) -> Tensor:
+    def bias(self, weights: Mapping[str, Tensor], q_BHTK: Tensor) -> Tensor:
         import torch  # computes: what is declared is read without it
 
-        weight = weights["weight"]
+        weight, n_tokens = weights["weight"], q_BHTK.shape[2]
         distance_T = torch.arange(n_tokens - 1, -1, -1, device=weight.device)
         bias_HT = weight[self._bucket(distance_T)].t()
         return shift(bias_HT.unsqueeze(1).expand(-1, n_tokens, -1))

@@ -50,7 +50,7 @@ class TransformerXL(Position):
             Kept("positions and their projection", self.model.d_model, ways=1, once=True),
         )
 
-    def relative(self, weights: Mapping[str, Tensor], q_BHTK: Tensor, k_BGTK: Tensor) -> Tensor:
+    def scores(self, weights: Mapping[str, Tensor], q_BHTK: Tensor, k_BGTK: Tensor) -> Tensor:
         r_TD = self.sinusoids.like(q_BHTK)[: q_BHTK.shape[2]].flip(0)  # of the distances T - 1 … 0
         by_distance_BHTT = self._by_distance(weights, q_BHTK, r_TD)
         return grouped_scores(q_BHTK + weights["content_bias"].unsqueeze(1), k_BGTK) + shift(by_distance_BHTT)

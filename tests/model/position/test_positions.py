@@ -58,7 +58,7 @@ def test_transformer_xl_scores_are_the_sum_of_four_terms(T, n_kv_heads):
                     q, k, r = q_BHTK[b, h, i], k_TK[h // (4 // n_kv_heads), j], sinusoid(i - j)
                     rows.append(q @ k + q @ (W @ r) + u @ k + v @ (W @ r))
     expected = torch.stack(rows)
-    scores = module.learned(module.position.relative, q_BHTK, k_BGTK)[:, :, reach(T)].flatten()
+    scores = module.learned(module.position.scores, q_BHTK, k_BGTK)[:, :, reach(T)].flatten()
     assert_close(scores, expected)
     dy = torch.randn_like(expected)
     ours, theirs = (torch.autograd.grad(x, leaves, dy, retain_graph=True) for x in (scores, expected))
