@@ -67,6 +67,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": formatter, **options})
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's takes -1e-3 for a flag until Python 3.14
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
         """As argparse's, hyphens and underscores in the names of flags being the same."""

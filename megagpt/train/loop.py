@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -193,7 +194,10 @@ def _go_back(parts: Parts, folder: Path) -> int:
 
 
 def _validate(parts: Parts, step: int) -> float | None:
-    """Mean loss over eval_steps global batches, always the same ones; reported with bits per byte of their text."""
+    """Mean loss over eval_steps global batches, always the same ones; reported with bits per byte of their text.
+
+    None where nothing is held out, and where it is not finite: such a checkpoint is never the best one.
+    """
     run, samples = parts.run, parts.run.valid_samples
     if samples is None:
         return None
@@ -205,7 +209,7 @@ def _validate(parts: Parts, step: int) -> float | None:
         labels = np.concatenate([samples[i][1:] for i in positions])
         bits = metrics.bits_per_byte(loss, len(labels), int(run.tokenizer.token_bytes()[labels].sum()))
     parts.report.validation(step, loss, bits)
-    return loss
+    return loss if math.isfinite(loss) else None
 
 
 def _training_batches(run: Run, schedule: Schedule, step: int) -> Iterator[MicroBatch]:

@@ -74,7 +74,7 @@ def _pretrain(argv: Sequence[str]) -> None:
     n_ranks = ranks_to_start(config)
     config, data = with_text(config)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        # Several ranks agree first on who speaks (train.py): each machine may have its own copy.
+        # Several ranks agree first on who speaks (train/loop.py): each machine may have its own copy.
         _ = data.datasets
     if n_ranks:
         sys.exit(start_ranks(n_ranks, argv))

@@ -165,6 +165,7 @@ BAD_FLAGS = {
     "NaN": (["--lr", "nan"], "--lr: got nan, wanted a finite number"),
     "infinity": (["--lr", "inf"], "--lr: got inf, wanted a finite number"),
     "negative": (["--n-layers", "-4"], "model.n_layers=-4 must be positive; use 1 or more"),
+    "negative, with an exponent": (["--lr", "-1e-3"], "optim.lr=-0.001 must be positive; use a finite number above 0"),
     "huge number": (["--train-steps", "1" + "0" * 400], "train.train_steps=1000"),
     "too many layers": (["--n-layers", "5000"], "model.n_layers=5000 must be at most 4096"),
     "NaN dropout": (["--model.dropout-residual", "nan"], "--model.dropout-residual: got nan, wanted a finite number"),

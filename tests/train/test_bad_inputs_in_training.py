@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megagpt.checkpoint.folders import pointed
+from megagpt.checkpoint.state import read_state
 from megagpt.cli import parse_run_config
 from megagpt.data.indexed.dataset import IndexedDataset, IndexedWriter, verify
 from megagpt.errors import UserError
@@ -95,6 +97,15 @@ def test_a_bin_that_is_cut_while_training_reads_it(dataset: str, run_program: St
             break
     os.truncate(f"{dataset}.bin", 0)
     refused(process, f"{dataset}.bin: ends at byte 0", "preprocess_data.py")
+
+
+def test_a_run_that_has_diverged_still_saves(dataset: str, run_program: Start, tmp_path: Path) -> None:
+    diverge = "--lr=1e25", "--warmup-steps=0", "--clip=0", "--train-steps=2"
+    process = run_program("python", "--data-path", dataset, "--split=1,1", "--eval-steps=1", "--save=run", *diverge)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "validation loss nan" in out, (out, err)
+    saved = read_state(pointed(tmp_path / "run"))
+    assert saved.step == 2 and saved.validation_loss is None
 
 
 @pytest.mark.bad_input(23)

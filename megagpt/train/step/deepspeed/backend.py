@@ -8,14 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from torch import Tensor, nn
+
 from megagpt.config import RunConfig
 from megagpt.data.loader import MicroBatch
 from megagpt.errors import UserError

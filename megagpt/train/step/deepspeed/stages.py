@@ -6,10 +6,10 @@ import contextlib
 import io
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
 from megagpt.config import RunConfig
 from megagpt.inventory.layers import TIED
 from megagpt.model.gpt import Head, layer_list

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from megagpt.optim.segments import Segment, Segments
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.mesh import Mesh
