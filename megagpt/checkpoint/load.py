@@ -16,9 +16,8 @@ from megagpt.checkpoint.state import State, read_state
 from megagpt.config import RunConfig, plain
 from megagpt.errors import UserError
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
-from megagpt.model.gpt import GPT
 from megagpt.optim.segments import place_of
-from megagpt.parallel.parameter import Part, named_parameters
+from megagpt.parallel.parameter import Named, Part
 from megagpt.processes.agree import RankError, together
 from megagpt.schedule import Schedule
 
@@ -114,8 +113,8 @@ def load_masters(masters: Masters, config: RunConfig, folder: Path) -> State:
     return together(read_all)
 
 
-def load_weights(model: GPT, folder: Path, key: str = WEIGHT) -> None:
-    """Read the weights into a model that no engine holds (evaluation, generation), or their average (key "ema").
+def load_weights(parameters: Iterable[Named], folder: Path, key: str = WEIGHT) -> None:
+    """Read the weights of a model that no engine holds (evaluation, generation), or their average (key "ema").
 
     Comm: none.  Raises UserError where the checkpoint has none.
     """
@@ -124,7 +123,7 @@ def load_weights(model: GPT, folder: Path, key: str = WEIGHT) -> None:
             raise UserError(
                 f"{folder} has no average of the weights: its run had no --optim.ema-decay; use --weights last"
             )
-        for named in named_parameters(model):
+        for named in parameters:
             named.part.unpadded(named.parameter.data).copy_(read_part(reader, key, named.name, named.part))
 
 

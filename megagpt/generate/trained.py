@@ -1,12 +1,12 @@
-"""A trained model by the name of its run: for evaluation and generation, without an engine and on any layout."""
+"""A trained model by the name of its run or folder: for evaluation and generation, without an engine, in any layout."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,50 +16,115 @@ import torch
 from megagpt.checkpoint.load import find_whole, load_weights
 from megagpt.checkpoint.state import read_state
 from megagpt.cli import read_config
-from megagpt.config import RunConfig
+from megagpt.config import ParallelConfig, RunConfig
 from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_of_run
+from megagpt.errors import UserError
+from megagpt.generate.stage import Stage
+from megagpt.hf.import_folder import read_folder, tokenizer_of
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
-from megagpt.model.gpt import GPT
 from megagpt.parallel.mesh import Mesh
+from megagpt.plan.fit import check_model
 from megagpt.processes.agree import together
 from megagpt.processes.start import distributed
 
 Weights = Literal["last", "ema"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in evaluation mode, and where it came from. The model is shared out over mesh.model."""
+    """A model in evaluation mode, or this process's stage of it, and where it came from.
 
-    model: GPT
+    config: of the run; of a folder of transformers, the defaults around its model.  step: 0 for these.
+    """
+
+    stage: Stage
     config: RunConfig
     tokenizer: Tokenizer | None
     folder: Path
     step: int
-    mesh: Mesh
+
+    @property
+    def mesh(self) -> Mesh:
+        """The processes that share the model."""
+        return self.stage.mesh
 
     @property
     def device(self) -> torch.device:
         """Where the model lives."""
-        return self.model.embedding.tokens.weight.device
+        return self.stage.weight.device
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model comes from. fill: reads the weights of a stage."""
+
+    config: RunConfig
+    folder: Path
+    step: int
+    tokenizer: Callable[[], Tokenizer | None]
+    fill: Callable[[Stage], None]
 
 
 @contextmanager
-def open_trained(path: str | Path, fallback: bool = False, weights: Weights = "last") -> Iterator[Trained]:
-    """Load the latest checkpoint of a run folder, another of its (RUN@best, RUN@STEP), or a checkpoint folder.
+def open_trained(
+    path: str | Path,
+    fallback: bool = False,
+    weights: Weights = "last",
+    *,
+    pp: int = 1,
+    dp: int = 1,
+    precision: str = "fp32",
+) -> Iterator[Trained]:
+    """Load the latest checkpoint of a run folder, another of its (RUN@best, RUN@STEP), a checkpoint folder, or a
+    folder of transformers: a config.json and safetensors.
 
-    fallback: where it is damaged, take the newest whole one before it. weights: the last ones, or their average.
-    Started as several processes (torchrun), they share the model by tensor parallelism; started as one, it holds all.
+    fallback: where it is damaged, take the newest whole one before it.  weights: the last ones, or their average.
+    pp, dp: stages and replicas. Of all processes (torchrun, deepspeed), the rest share each layer: tensor parallelism.
+    precision: of weights, activations and cache: fp32 or bf16.
+    Raises UserError where the processes cannot be laid out so, or what is there is no such model.
     """
-    key = AVERAGE if weights == "ema" else WEIGHT
-    tp = int(os.environ.get("WORLD_SIZE", "1"))
-    with distributed(pp=1, dp=1, tp=tp) as (mesh, _):
+    n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_ranks % (pp * dp):
+        raise UserError(
+            f"got {n_ranks} processes for --pp {pp} --dp {dp}", f"wanted a multiple of {pp * dp}", "start as many"
+        )
+    with distributed(pp=pp, dp=dp, tp=n_ranks // (pp * dp)) as (mesh, _):
         say = partial(print, file=sys.stderr) if mesh.rank == 0 else lambda _: None
-        folder = find_whole(path, fallback, say, newest_will_do=fallback, keys=[key])
-        state = read_state(folder)
-        config = read_config(state.config, f"{folder}/state.json")
-        model = GPT(config.model, mesh.model)
-        together(lambda: load_weights(model, folder, key))
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        tokenizer = tokenizer_of_run(config.data)
-        yield Trained(model, config, tokenizer, folder, state.step, mesh)
+        source = _transformers(Path(path)) if _is_transformers(Path(path)) else _ours(path, fallback, weights, say)
+        layout = ParallelConfig(tp=mesh.model.size, pp=pp)
+        together(lambda: check_model(replace(source.config, parallel=layout)))
+        stage = Stage(source.config.model, mesh)
+        together(lambda: source.fill(stage))
+        stage.to("cuda" if torch.cuda.is_available() else "cpu", DTYPES[precision])
+        yield Trained(stage, source.config, together(source.tokenizer), source.folder, source.step)
+
+
+def _ours(path: str | Path, fallback: bool, weights: Weights, say: Callable[[str], None]) -> _Source:
+    key = AVERAGE if weights == "ema" else WEIGHT
+    folder = find_whole(path, fallback, say, newest_will_do=fallback, keys=[key])
+    state = read_state(folder)
+    config = read_config(state.config, f"{folder}/state.json")
+    return _Source(
+        config,
+        folder,
+        state.step,
+        lambda: tokenizer_of_run(config.data),
+        lambda stage: load_weights(stage.canonical_parameters(), folder, key),
+    )
+
+
+def _is_transformers(path: Path) -> bool:
+    """Whether a folder is one of transformers, and not a run of ours."""
+    return (path / "config.json").is_file()
+
+
+def _transformers(path: Path) -> _Source:
+    model, lazy = together(lambda: read_folder(path))
+
+    def fill(stage: Stage) -> None:
+        for named in stage.canonical_parameters():
+            values = named.part.take(lazy[named.name].get())
+            named.part.unpadded(named.parameter.data).copy_(values)
+
+    return _Source(RunConfig(model=model), path, 0, lambda: tokenizer_of(path), fill)

@@ -18,9 +18,9 @@ from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
 from megagpt.checkpoint.state import State
 from megagpt.cli import to_yaml
 from megagpt.config import DataConfig, ModelConfig, RunConfig, plain
-from megagpt.data.tokenizers.tokenizer import KINDS, tokenizer_of_run
+from megagpt.data.tokenizers.tokenizer import KINDS, Tokenizer, tokenizer_of_run
 from megagpt.errors import UserError
-from megagpt.hf import config_from_hf, lazy_from_hf
+from megagpt.hf import LazyTensor, config_from_hf, lazy_from_hf
 from megagpt.inventory.parameter import WEIGHT
 
 _PREFERRED = ("gpt2", "hf", "sentencepiece")  # of several tokenizers that are there, the first is taken
@@ -37,9 +37,7 @@ def import_model(source: Path, out: Path) -> Path:
     Raises UserError, and leaves nothing, where files are missing or pickles, the architecture or a tensor is not one
     that we know, a value is NaN or Inf, or `out` exists.
     """
-    architecture, model = _model_config(source / "config.json")
-    places = _places(source)
-    lazy = lazy_from_hf(places, lambda name: _read(places[name], name), model, architecture)
+    model, lazy = read_folder(source)
 
     def rows_of(key: str, name: str, rows: range) -> Iterable[np.ndarray]:
         yield lazy[name].get().numpy()[rows.start : rows.stop]
@@ -61,6 +59,22 @@ def import_model(source: Path, out: Path) -> Path:
         folders.point_to(checkpoint)
         (folder / "config.yaml").write_text(to_yaml(RunConfig(model=model)), encoding="utf-8")
     return folders.folder_of(out, 0)
+
+
+def read_folder(source: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
+    """The model of a folder, and its weights under our names, each read when it is asked for.
+
+    Raises UserError as `import_model` does, for values of a tensor when it is read.
+    """
+    architecture, model = _model_config(source / "config.json")
+    places = _places(source)
+    return model, lazy_from_hf(places, lambda name: _read(places[name], name), model, architecture)
+
+
+def tokenizer_of(source: Path) -> Tokenizer | None:
+    """The tokenizer of a folder, as it lies there; None where there is none."""
+    kind = _kind_in(source)
+    return tokenizer_of_run(_tokenizer_in(source, kind)) if kind else None
 
 
 def _model_config(path: Path) -> tuple[str, ModelConfig]:
@@ -114,17 +128,23 @@ def _opened(path: Path) -> Any:
 
 def _copy_tokenizer(source: Path, copy: Path, final: Path) -> DataConfig:
     """Copy what makes a tokenizer, and how to name it once `copy` is called `final`. Raises where it is damaged."""
-    files = {kind: [option.name for option in KINDS[kind].options] for kind in _PREFERRED}
-    kind = next((kind for kind, names in files.items() if all((source / name).exists() for name in names)), None)
+    kind = _kind_in(source)
     if kind is None:
         return DataConfig()
-    names = [*files[kind], _SETTINGS] if kind == "hf" else files[kind]
+    files = [option.name for option in KINDS[kind].options]
+    names = [*files, _SETTINGS] if kind == "hf" else files
     copy.mkdir()
     for name in names:
         if (source / name).exists():
             shutil.copyfile(source / name, copy / name)
     tokenizer_of_run(_tokenizer_in(copy, kind))
     return _tokenizer_in(final, kind)
+
+
+def _kind_in(source: Path) -> str | None:
+    """The kind of tokenizer whose files are all there."""
+    files = {kind: [option.name for option in KINDS[kind].options] for kind in _PREFERRED}
+    return next((kind for kind, names in files.items() if all((source / name).exists() for name in names)), None)
 
 
 def _tokenizer_in(folder: Path, kind: str) -> DataConfig:
