@@ -76,13 +76,10 @@ def open_trained(
     dp: int = 1,
     precision: str = "fp32",
 ) -> Iterator[Trained]:
-    """Load the latest checkpoint of a run folder, another of its (RUN@best, RUN@STEP), a checkpoint folder, or a
-    folder of transformers: a config.json and safetensors.
+    """`load_trained` on the processes that were started (torchrun, deepspeed), for as long as the block lasts.
 
-    fallback: where it is damaged, take the newest whole one before it.  weights: the last ones, or their average.
-    pp, dp: stages and replicas. Of all processes (torchrun, deepspeed), the rest share each layer: tensor parallelism.
-    precision: of weights, activations and cache: fp32 or bf16.
-    Raises UserError where the processes cannot be laid out so, or what is there is no such model.
+    pp, dp: stages and replicas; the rest share each layer: tensor parallelism.
+    Raises UserError where the processes cannot be laid out so.
     """
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if n_ranks % (pp * dp):
@@ -90,14 +87,27 @@ def open_trained(
             f"got {n_ranks} processes for --pp {pp} --dp {dp}", f"wanted a multiple of {pp * dp}", "start as many"
         )
     with distributed(pp=pp, dp=dp, tp=n_ranks // (pp * dp)) as (mesh, _):
-        say = partial(print, file=sys.stderr) if mesh.rank == 0 else lambda _: None
-        source = _transformers(Path(path)) if _is_transformers(Path(path)) else _ours(path, fallback, weights, say)
-        layout = ParallelConfig(tp=mesh.model.size, pp=pp)
-        together(lambda: check_model(replace(source.config, parallel=layout)))
-        stage = Stage(source.config.model, mesh)
-        together(lambda: source.fill(stage))
-        stage.to("cuda" if torch.cuda.is_available() else "cpu", DTYPES[precision])
-        yield Trained(stage, source.config, together(source.tokenizer), source.folder, source.step)
+        yield load_trained(path, mesh, fallback, weights, precision)
+
+
+def load_trained(
+    path: str | Path, mesh: Mesh, fallback: bool = False, weights: Weights = "last", precision: str = "fp32"
+) -> Trained:
+    """Load the latest checkpoint of a run folder, another of its (RUN@best, RUN@STEP), a checkpoint folder, or a
+    folder of transformers: a config.json and safetensors. No layout is asked of them: each rank reads its part.
+
+    fallback: where it is damaged, take the newest whole one before it.  weights: the last ones, or their average.
+    precision: of weights, activations and cache: fp32 or bf16.
+    Comm: collective over all ranks.  Raises a RankError where what is there is no such model.
+    """
+    say = partial(print, file=sys.stderr) if mesh.rank == 0 else lambda _: None
+    source = _transformers(Path(path)) if _is_transformers(Path(path)) else _ours(path, fallback, weights, say)
+    layout = ParallelConfig(tp=mesh.model.size, pp=mesh.pipe.size)
+    together(lambda: check_model(replace(source.config, parallel=layout)))
+    stage = Stage(source.config.model, mesh)
+    together(lambda: source.fill(stage))
+    stage.to("cuda" if torch.cuda.is_available() else "cpu", DTYPES[precision])
+    return Trained(stage, source.config, together(source.tokenizer), source.folder, source.step)
 
 
 def _ours(path: str | Path, fallback: bool, weights: Weights, say: Callable[[str], None]) -> _Source:
