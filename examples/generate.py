@@ -6,8 +6,9 @@
 Several processes (torchrun --nproc-per-node 2 …) share a large model by tensor parallelism.
 """
 
-from megagpt.errors import ArgumentParser, run_cli
 from megagpt.generate.sample import complete
+
+from megagpt.errors import ArgumentParser, run_cli
 from megagpt.generate.trained import open_trained
 
 

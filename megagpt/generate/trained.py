@@ -26,6 +26,8 @@ from megagpt.parallel.mesh import Mesh
 from megagpt.plan.fit import check_model
 from megagpt.processes.agree import together
 from megagpt.processes.start import distributed
+from megagpt.processes.watch.judge import Limits
+from megagpt.processes.watch.watch import Watch
 
 Weights = Literal["last", "ema"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -81,13 +83,23 @@ def open_trained(
     pp, dp: stages and replicas; the rest share each layer: tensor parallelism.
     Raises UserError where the processes cannot be laid out so.
     """
+    with laid_out(pp=pp, dp=dp) as (mesh, _):
+        yield load_trained(path, mesh, fallback, weights, precision)
+
+
+@contextmanager
+def laid_out(*, pp: int, dp: int, limits: Limits | None = None) -> Iterator[tuple[Mesh, Watch]]:
+    """`distributed`, with tensor parallelism over what stages and replicas leave of the processes that were started.
+
+    Raises UserError where they cannot be laid out so.
+    """
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if n_ranks % (pp * dp):
         raise UserError(
             f"got {n_ranks} processes for --pp {pp} --dp {dp}", f"wanted a multiple of {pp * dp}", "start as many"
         )
-    with distributed(pp=pp, dp=dp, tp=n_ranks // (pp * dp)) as (mesh, _):
-        yield load_trained(path, mesh, fallback, weights, precision)
+    with distributed(pp=pp, dp=dp, tp=n_ranks // (pp * dp), limits=limits) as found:
+        yield found
 
 
 def load_trained(

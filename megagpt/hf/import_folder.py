@@ -24,7 +24,8 @@ from megagpt.hf import LazyTensor, config_from_hf, lazy_from_hf
 from megagpt.inventory.parameter import WEIGHT
 
 _PREFERRED = ("gpt2", "hf", "sentencepiece")  # of several tokenizers that are there, the first is taken
-_SETTINGS = "tokenizer_config.json"  # beside their files; of ours, hf reads it
+SETTINGS = "tokenizer_config.json"  # beside their files; of ours, hf reads it
+CHAT_TEMPLATE = "chat_template.jinja"  # likewise; the server reads it
 
 _WHOLE, _SHARDS = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -132,7 +133,7 @@ def _copy_tokenizer(source: Path, copy: Path, final: Path) -> DataConfig:
     if kind is None:
         return DataConfig()
     files = [option.name for option in KINDS[kind].options]
-    names = [*files, _SETTINGS] if kind == "hf" else files
+    names = [*files, SETTINGS, CHAT_TEMPLATE] if kind == "hf" else files
     copy.mkdir()
     for name in names:
         if (source / name).exists():
