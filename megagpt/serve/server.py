@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from megagpt.generate.trained import Trained, Weights, laid_out, load_trained
 from megagpt.processes.agree import together
 from megagpt.processes.stopping import Stopper
 from megagpt.processes.watch.judge import Limits as WatchLimits
+from megagpt.processes.watch.watch import Watch
 from megagpt.serve.app import App, Rules
-from megagpt.serve.chat import template_beside
+from megagpt.serve.chat import ChatTemplate, template_beside
 from megagpt.serve.desk import Desk
 from megagpt.serve.measures import Measures
 from megagpt.serve.served import Served
@@ -62,22 +64,43 @@ def serve(settings: Settings) -> None:
     settings.check()
     # A replica with less to do than others is no fault: no rank is called slow.
     with laid_out(pp=settings.pp, dp=settings.dp, limits=WatchLimits(slow_rank_factor=0)) as (mesh, watch):
-        opened = together(lambda: open_door(settings) if mesh.rank == 0 else None)
+        door = together(lambda: open_door(settings) if mesh.rank == 0 else None)
         trained = load_trained(settings.load, mesh, settings.load_fallback, settings.weights, settings.precision)
-        limits = limits_for(trained, settings.n_rows)
-        worker = Worker(Engine(trained.stage, limits, trained.tokenizer), mesh.data.rank)
+        template = together(lambda: template_beside(trained.tokenizer.files) if trained.tokenizer else None)
         with Stopper(None) as stopper:
-            if opened is None:
-                return take_turns(worker, Meeting(mesh), watch, None)
-            desk = Desk(limits.n_rows * mesh.data.size + settings.max_waiting)
-            clerk = Clerk(desk, mesh.data.size, lambda: stopper.asked)
-            served = served_as(settings, trained, limits, desk)
-            front = Front(App(served, desk, measures(desk, clerk, limits), opened.rules), opened.listener, desk)
-            front.start()
-            announce(f"{served.name}: {limits.n_rows * mesh.data.size} texts at once, each of {limits.n_places} tokens")
-            announce(f"listening on {opened.address}")
-            take_turns(worker, Meeting(mesh), watch, clerk)
-            front.finish()
+            answer(settings, trained, template, door, watch, lambda: stopper.asked)
+
+
+def answer(
+    settings: Settings,
+    trained: Trained,
+    template: ChatTemplate | None,
+    door: Door | None,
+    watch: Watch,
+    asked_to_stop: Callable[[], bool],
+) -> None:
+    """Answer clients with a model that is open, until rank 0 is asked to stop.  door: rank 0's.  Comm: `take_turns`."""
+    mesh, limits = trained.mesh, limits_for(trained, settings.n_rows)
+    worker, meeting = Worker(Engine(trained.stage, limits, trained.tokenizer), mesh.data.rank), Meeting(mesh)
+    if door is None:
+        return take_turns(worker, meeting, watch, None)
+    desk = Desk(limits.n_rows * mesh.data.size + settings.max_waiting)
+    clerk = Clerk(desk, mesh.data.size, asked_to_stop)
+    served = Served(
+        name=settings.name or Path(settings.load).resolve().name,
+        tokenizer=trained.tokenizer,
+        vocab_size=trained.config.model.vocab,
+        n_places=limits.n_places,
+        max_texts=desk.max_texts,
+        template=template,
+        created=int(time.time()),
+    )
+    front = Front(App(served, desk, measures(desk, clerk, limits), door.rules), door.listener, desk)
+    front.start()
+    announce(f"{served.name}: {limits.n_rows * mesh.data.size} texts at once, each of {limits.n_places} tokens")
+    announce(f"listening on {door.address}")
+    take_turns(worker, meeting, watch, clerk)
+    front.finish()
 
 
 @dataclass(frozen=True)
@@ -111,19 +134,6 @@ def open_door(settings: Settings) -> Door:
         raise UserError(f"cannot listen on {where}: {error.strerror or error}", remedy="name others") from None
     local = listener.getsockname()[0] in ("127.0.0.1", "::1")
     return Door(listener, Rules(key, settings.max_body_kib * 1024, local))
-
-
-def served_as(settings: Settings, trained: Trained, limits: Limits, desk: Desk) -> Served:
-    """The model as clients see it.  Raises UserError for a damaged chat template."""
-    return Served(
-        name=settings.name or Path(settings.load).resolve().name,
-        tokenizer=trained.tokenizer,
-        vocab_size=trained.config.model.vocab,
-        n_places=limits.n_places,
-        max_texts=desk.max_texts,
-        template=template_beside(trained.tokenizer.files) if trained.tokenizer else None,
-        created=int(time.time()),
-    )
 
 
 def measures(desk: Desk, clerk: Clerk, limits: Limits) -> Measures:

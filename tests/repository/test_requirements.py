@@ -30,7 +30,7 @@ def test_everything_imported_is_required():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     runtime = distributions(project["dependencies"])
-    programs = runtime | distributions(extras["wandb"] + extras["hf"])
+    programs = runtime | distributions(extras["wandb"] + extras["hf"] + extras["serve"])
     development = programs | distributions(extras["dev"] + extras["fuzz"])
     for folders, allowed in (
         (("megagpt", "tools", "examples"), programs),
