@@ -8,7 +8,7 @@ Shapes: B rows, T tokens of a pass, D model, N places whose logits are wanted, V
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.generate.batching import Batching, Group, Pass, Sample
 from megagpt.generate.draw import logprobs_of
+from megagpt.generate.limits import Limits
 from megagpt.generate.request import Piece, Request, TokenLogprobs
 from megagpt.generate.stage import Stage
 from megagpt.generate.write import Writer
@@ -26,18 +27,6 @@ from megagpt.parallel.mesh import Mesh
 
 M = TypeVar("M")
 MAX_SCORED = 256  # places whose logits are held at once while a prompt is scored
-
-
-@dataclass(frozen=True)
-class Limits:
-    """n_rows: texts that are in the cache at once; others wait.  n_places: tokens of one, at most the model's seq_len.
-
-    chunk: tokens of a prompt that go through the model in one pass.
-    """
-
-    n_rows: int = 16
-    n_places: int = 1024
-    chunk: int = 512
 
 
 class Engine:

@@ -150,7 +150,7 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: Finish | None = None
 
     def add(self, piece: Piece) -> None:
@@ -158,5 +158,5 @@ class Completion:
         self.tokens += piece.tokens
         self.text += piece.text
         self.logprobs += piece.logprobs
-        self.prompt += piece.prompt
+        self.prompt_logprobs += piece.prompt
         self.finish = piece.finish or self.finish

@@ -10,7 +10,8 @@ import torch
 from megagpt.config import ModelConfig
 from megagpt.data.tokenizers.bytes import ByteTokenizer
 from megagpt.errors import UserError
-from megagpt.generate.engine import Engine, Limits
+from megagpt.generate.engine import Engine
+from megagpt.generate.limits import Limits
 from megagpt.generate.request import Completion, Request, Sampling
 from megagpt.generate.stage import Stage
 from megagpt.parallel.mesh import single_process_mesh
@@ -60,9 +61,9 @@ def test_a_text_is_what_it_is_alone_whoever_is_in_the_batch(stage, n_rows, chunk
 
 def test_probabilities_of_prompt_and_text_are_those_of_the_whole_text_at_once(stage):
     wanted = Sampling(n_tokens=5, temperature=0, logprobs=3, prompt_logprobs=True)
-    (text,), = run(engine_of(stage, chunk=4), Request(PROMPTS[2], wanted))
+    ((text,),) = run(engine_of(stage, chunk=4), Request(PROMPTS[2], wanted))
     tokens = [*PROMPTS[2], *text.tokens]
-    found = text.prompt + text.logprobs
+    found = text.prompt_logprobs + text.logprobs
     assert [entry.token for entry in found] == tokens and found[0].logprob is None
     expected_TV = logits_of(stage, tokens[:-1]).log_softmax(-1)
     own_T = torch.tensor([entry.logprob for entry in found[1:]])
@@ -73,36 +74,36 @@ def test_probabilities_of_prompt_and_text_are_those_of_the_whole_text_at_once(st
 
 
 def test_a_prompt_can_be_scored_alone(stage):
-    (text,), = run(engine_of(stage), Request(PROMPTS[0], Sampling(n_tokens=0, prompt_logprobs=True)))
-    assert text.tokens == [] and text.finish == "length" and len(text.prompt) == 3
-    (text,), = run(engine_of(stage), Request(PROMPTS[0], Sampling(n_tokens=0)))
+    ((text,),) = run(engine_of(stage), Request(PROMPTS[0], Sampling(n_tokens=0, prompt_logprobs=True)))
+    assert text.tokens == [] and text.finish == "length" and len(text.prompt_logprobs) == 3
+    ((text,),) = run(engine_of(stage), Request(PROMPTS[0], Sampling(n_tokens=0)))
     assert text == Completion(finish="length")
 
 
 def test_a_full_context_ends_the_text_or_goes_on_with_its_last_half(stage):
     wanted = Sampling(n_tokens=60, temperature=0)
-    (ended,), = run(engine_of(stage), Request(PROMPTS[0], wanted))
+    ((ended,),) = run(engine_of(stage), Request(PROMPTS[0], wanted))
     assert ended.finish == "context" and len(ended.tokens) == 32 - 3 + 1
-    (slid,), = run(engine_of(stage), Request(PROMPTS[0], replace(wanted, slide=True)))
+    ((slid,),) = run(engine_of(stage), Request(PROMPTS[0], replace(wanted, slide=True)))
     assert slid.finish == "length" and len(slid.tokens) == 60 and slid.tokens[:30] == ended.tokens
     window = [*PROMPTS[0], *slid.tokens[:30]][-16:]  # by hand
     for token in slid.tokens[30:46]:
         assert token == int(logits_of(stage, window)[-1].argmax())
         window.append(token)
-    (long,), = run(engine_of(stage), Request(tuple(range(100)), replace(wanted, n_tokens=3, slide=True)))
-    (short,), = run(engine_of(stage), Request(tuple(range(84, 100)), replace(wanted, n_tokens=3)))
+    ((long,),) = run(engine_of(stage), Request(tuple(range(100)), replace(wanted, n_tokens=3, slide=True)))
+    ((short,),) = run(engine_of(stage), Request(tuple(range(84, 100)), replace(wanted, n_tokens=3)))
     assert long.tokens == short.tokens
 
 
 def test_an_end_token_and_a_stop_string_end_the_text_and_are_no_part_of_it(stage):
-    (free,), = run(engine_of(stage), Request(PROMPTS[0], replace(DRAWN, n_tokens=20)))
+    ((free,),) = run(engine_of(stage), Request(PROMPTS[0], replace(DRAWN, n_tokens=20)))
     ends = (free.tokens[5],)
-    (text,), = run(engine_of(stage), Request(PROMPTS[0], replace(DRAWN, n_tokens=20), ends))
+    ((text,),) = run(engine_of(stage), Request(PROMPTS[0], replace(DRAWN, n_tokens=20), ends))
     assert text.finish == "stop" and text.tokens == free.tokens[: free.tokens.index(ends[0])]
     shown = ByteTokenizer().decode(free.tokens)
     assert free.text == shown
     stop = shown[4:7]
-    (text,), = run(engine_of(stage), Request(PROMPTS[0], replace(DRAWN, n_tokens=20, stop=(stop,))))
+    ((text,),) = run(engine_of(stage), Request(PROMPTS[0], replace(DRAWN, n_tokens=20, stop=(stop,))))
     assert text.finish == "stop" and text.text == shown[: shown.index(stop)]
 
 

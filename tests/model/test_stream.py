@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megagpt.config import ModelConfig
+from megagpt.model.cache import Cache
 from megagpt.model.gpt import GPT
 from megagpt.model.position import POSITIONS
-from megagpt.model.cache import Cache
 from megagpt.model.stream import Stream
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.parameter import part_of
