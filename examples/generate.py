@@ -59,9 +59,7 @@ def parser() -> ArgumentParser:
     what = flags.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="def ", help='text to go on from (default: "def ")')
     what.add_argument("--prompt-ids", type=int, nargs="+", metavar="ID", help="the same as token ids")
-    what.add_argument(
-        "--prompts", type=Path, metavar="FILE", help='a text a line, or JSON lines: text, ids, {"prompt"}'
-    )
+    what.add_argument("--prompts", type=Path, metavar="FILE", help='a line each: text, or JSON: text, ids, {"prompt"}')
     what.add_argument("--interactive", action="store_true", help="ask for prompts, a line each, until the input ends")
     add("--json", action="store_true", help="print JSON lines: prompt, sample, text, tokens, finish, logprobs")
     add("--batch", type=int, default=ROWS, help=f"texts that are written at once (default: {ROWS})")
@@ -121,9 +119,11 @@ def _prompt(line: str) -> Prompt:
         value = json.loads(line)
     except ValueError:
         return line
-    value = value.get("prompt") if isinstance(value, dict) else value
-    ids = isinstance(value, list) and all(isinstance(token, int) for token in value)
-    return value if ids or isinstance(value, str) else line
+    if isinstance(value, dict):
+        value = value.get("prompt")
+    if isinstance(value, list) and all(isinstance(token, int) for token in value):
+        return value
+    return value if isinstance(value, str) else line
 
 
 def typed() -> Iterator[str]:
@@ -165,9 +165,8 @@ def write_many(trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, 
     with Progress(
         *Progress.get_default_columns(), console=Console(stderr=True), disable=trained.mesh.rank > 0, transient=True
     ) as bar:
-        task = bar.add_task(
-            "tokens", total=len(prompts) * sampling.n_samples * sampling.n_tokens / trained.mesh.data.size
-        )
+        n_mine = len(range(trained.mesh.data.rank, len(prompts), trained.mesh.data.size))
+        task = bar.add_task("tokens", total=n_mine * sampling.n_samples * sampling.n_tokens)
         texts = complete(
             trained, prompts, sampling, limits=limits, show=lambda _, piece: bar.advance(task, len(piece.tokens))
         )

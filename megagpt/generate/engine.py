@@ -127,20 +127,21 @@ class Engine:
         x_ND, T = x_BTD.flatten(0, 1), done.n_tokens
         scored = [self._score(sample, x_ND[i * T : i * T + n]) for i, (sample, n) in enumerate(done.items)]
         drawing = [i for i, draws in enumerate(done.draws) if draws]
+        logits_NV = None
         if drawing:
             places = torch.tensor([i * T + done.counts[i] - 1 for i in drawing], device=x_ND.device)
             logits_NV = self.stage.logits(x_ND[places])
         if not self.draws:
             return [Piece(0, 0)] * len(done.samples)
         pieces = [Piece(s.number, s.index, prompt=p) for s, p in zip(done.samples, scored, strict=True)]
-        if drawing:
+        if logits_NV is not None:
             drawn = self.writer.write([done.samples[i] for i in drawing], logits_NV)
             for i, piece in zip(drawing, drawn, strict=True):
                 pieces[i] = replace(piece, prompt=scored[i])
         return pieces
 
     def _score(self, sample: Sample, x_ND: Tensor) -> tuple[TokenLogprobs, ...]:
-        """Log-probabilities of the prompt's tokens that these places predict, if asked for; the first token has none."""
+        """Of the prompt's tokens that these places predict, if asked for; nothing predicts the first one."""
         request, first = sample.request, sample.n_dropped + sample.n_done + 1
         if not request.sampling.prompt_logprobs or first > len(request.prompt):
             return ()

@@ -15,6 +15,7 @@ from megagpt.generate.limits import Limits, limits_for
 from megagpt.generate.request import Completion, Piece, Request, Sampling
 from megagpt.generate.trained import Trained, Weights, open_trained
 
+DEFAULT = Sampling()
 Prompt = str | Sequence[int]
 """Text, or token ids."""
 
@@ -22,7 +23,7 @@ Prompt = str | Sequence[int]
 def generate(
     load: str | Path,
     prompts: Sequence[Prompt],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT,
     *,
     limits: Limits | None = None,
     weights: Weights = "last",
@@ -85,7 +86,5 @@ def request_of(prompt: Prompt, sampling: Sampling, tokenizer: Tokenizer | None) 
     if not isinstance(prompt, str):
         return Request(tuple(prompt), sampling, ends)
     if tokenizer is None:
-        raise UserError(
-            "got a prompt as text", "but the model has no tokenizer", "give token ids, or --tokenizer", ("prompt",)
-        )
+        raise UserError("got a prompt as text", "but the model has no tokenizer", "give token ids", ("prompt",))
     return Request(tuple(tokenizer.encode(prompt)) or ends, sampling, ends)

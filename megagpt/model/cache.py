@@ -75,8 +75,8 @@ class View:
 
     cache: Cache
     rows: slice
-    positions_BT: Tensor
-    counts_B: Tensor | None
+    positions_BT: Tensor  # noqa: N815
+    counts_B: Tensor | None  # noqa: N815
     end: int
     sees_all: bool
     kept: dict[object, Tensor] = field(default_factory=dict)

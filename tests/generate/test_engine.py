@@ -14,6 +14,7 @@ from megagpt.generate.engine import Engine
 from megagpt.generate.limits import Limits
 from megagpt.generate.request import Completion, Request, Sampling
 from megagpt.generate.stage import Stage
+from megagpt.model.stream import Stream
 from megagpt.parallel.mesh import single_process_mesh
 from tests.tolerances import assert_close
 
@@ -43,9 +44,9 @@ def run(engine: Engine, *requests: Request) -> list[list[Completion]]:
 
 def logits_of(stage: Stage, tokens: list[int]) -> torch.Tensor:
     """Of the whole text at once, by the attention of training.  Shapes: → (T, V)."""
-    tokens_BT = torch.tensor([tokens])
+    stream = Stream(torch.tensor([tokens]), torch.zeros(1, dtype=torch.int64))
     for layer in stage.layers[:-1]:
-        stream = layer((tokens_BT, torch.zeros(1, dtype=torch.int64)) if layer is stage.layers[0] else stream)
+        stream = layer(stream)
     return stage.logits(stream.x[0])
 
 

@@ -1,4 +1,4 @@
-"""The engine in several layouts: beside transformers' `generate`, for each of their architectures; others, beside one."""
+"""The engine in several layouts: for transformers' architectures beside their `generate`, for others beside itself."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_greedy_tokens_and_all_probabilities_are_those_of_transformers(folders, 
                 assert (
                     text.prompt_logprobs[0].logprob is None and [p.token for p in text.prompt_logprobs] == PROMPTS[i]
                 ), what
-                places = text.prompt_logprobs[1:] + text.logprobs
+                places = others + text.logprobs
                 ours_TV = torch.tensor([[p for _, p in sorted(place.likeliest)] for place in places])
                 assert_close(ours_TV, logprobs_TV, what)
 
