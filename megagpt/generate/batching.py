@@ -112,7 +112,7 @@ class Group:
     read_last: bool = False
 
     def admit(self, waiting: deque[Sample], n_wanted: int) -> None:
-        """Take in those that wait, up to n_wanted rows, unless prompts are being read: these are read first, together."""
+        """Take in those that wait, up to n_wanted rows, unless prompts are being read: first these, together."""
         if self.n_writing == len(self.rows):
             while waiting and len(self.rows) < min(n_wanted, self.n_rows):
                 self.rows.append(waiting.popleft())

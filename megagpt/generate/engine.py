@@ -8,7 +8,7 @@ Shapes: B rows, T tokens of a pass, D model, N places whose logits are wanted, V
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -17,27 +17,16 @@ from torch import Tensor
 
 from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.generate.batching import Batching, Group, Pass, Sample
-from megagpt.generate.draw import draw, logprobs_of, uniform_at
+from megagpt.generate.draw import logprobs_of
+from megagpt.generate.limits import Limits
 from megagpt.generate.request import Piece, Request, TokenLogprobs
 from megagpt.generate.stage import Stage
-from megagpt.generate.text import TextStream
+from megagpt.generate.write import Writer
 from megagpt.model.cache import Cache
 from megagpt.parallel.mesh import Mesh
 
 M = TypeVar("M")
 MAX_SCORED = 256  # places whose logits are held at once while a prompt is scored
-
-
-@dataclass(frozen=True)
-class Limits:
-    """n_rows: texts that are in the cache at once; others wait.  n_places: tokens of one, at most the model's seq_len.
-
-    chunk: tokens of a prompt that go through the model in one pass.
-    """
-
-    n_rows: int = 16
-    n_places: int = 1024
-    chunk: int = 512
 
 
 class Engine:
@@ -47,14 +36,14 @@ class Engine:
     """
 
     def __init__(self, stage: Stage, limits: Limits, tokenizer: Tokenizer | None = None) -> None:
-        self.stage, self.limits, self.tokenizer, self.mesh = stage, limits, tokenizer, stage.mesh
+        self.stage, self.limits, self.mesh = stage, limits, stage.mesh
         n_groups = self.mesh.pipe.size
         n_rows = -(-limits.n_rows // n_groups)
         self.caches = [self._cache(n_rows) for _ in range(n_groups)]
         self.batching = Batching([Group(i, n_rows, limits.chunk, c.move) for i, c in enumerate(self.caches)])
         self.in_flight: deque[Pass | None] = deque([None] * (n_groups - 1))  # by stage, between steps
         self.x_BTD: Tensor | None = None  # what came from the stage before
-        self.texts: dict[tuple[int, int], TextStream] = {}  # of each sample, where tokens are drawn
+        self.writer = Writer(tokenizer, limits.n_places)  # at work where `draws`
         self.n_added = 0
 
     def _cache(self, n_rows: int) -> Cache:
@@ -98,6 +87,7 @@ class Engine:
         for sample in self.batching:
             if sample.number == number:
                 sample.finish = "cancelled"
+                self.writer.forget(sample)
         self.batching.drop_ended()
 
     @torch.inference_mode()
@@ -137,20 +127,21 @@ class Engine:
         x_ND, T = x_BTD.flatten(0, 1), done.n_tokens
         scored = [self._score(sample, x_ND[i * T : i * T + n]) for i, (sample, n) in enumerate(done.items)]
         drawing = [i for i, draws in enumerate(done.draws) if draws]
+        logits_NV = None
         if drawing:
             places = torch.tensor([i * T + done.counts[i] - 1 for i in drawing], device=x_ND.device)
             logits_NV = self.stage.logits(x_ND[places])
         if not self.draws:
             return [Piece(0, 0)] * len(done.samples)
         pieces = [Piece(s.number, s.index, prompt=p) for s, p in zip(done.samples, scored, strict=True)]
-        if drawing:
-            drawn = self._draw([done.samples[i] for i in drawing], logits_NV)
+        if logits_NV is not None:
+            drawn = self.writer.write([done.samples[i] for i in drawing], logits_NV)
             for i, piece in zip(drawing, drawn, strict=True):
                 pieces[i] = replace(piece, prompt=scored[i])
         return pieces
 
     def _score(self, sample: Sample, x_ND: Tensor) -> tuple[TokenLogprobs, ...]:
-        """Log-probabilities of the prompt's tokens that these places predict, if asked for; the first token has none."""
+        """Of the prompt's tokens that these places predict, if asked for; nothing predicts the first one."""
         request, first = sample.request, sample.n_dropped + sample.n_done + 1
         if not request.sampling.prompt_logprobs or first > len(request.prompt):
             return ()
@@ -161,45 +152,6 @@ class Engine:
             logits_NV = self.stage.logits(x_ND[i : i + len(some)])
             scored += logprobs_of(logits_NV, some, request.sampling.logprobs or 0)
         return tuple(scored)
-
-    def _draw(self, samples: list[Sample], logits_NV: Tensor) -> list[Piece]:
-        """The next token of each."""
-        likeliest = logits_NV.argmax(-1).tolist()
-        if not all(sample.sampling.greedy for sample in samples):
-            logits_NV = logits_NV.float().cpu()
-        pieces = []
-        for i, sample in enumerate(samples):
-            sampling, token = sample.sampling, likeliest[i]
-            if sampling.n_tokens == 0:
-                pieces.append(Piece(sample.number, sample.index, finish="length"))
-                continue
-            if not sampling.greedy:
-                uniform = uniform_at(sampling.seed, sample.index, sample.n_written)
-                token = draw(logits_NV[i], sampling, uniform, sample.request.prompt, sample.written)
-            n_likeliest = sampling.logprobs
-            logprobs = () if n_likeliest is None else logprobs_of(logits_NV[i : i + 1], (token,), n_likeliest)
-            pieces.append(self._piece(sample, token, tuple(logprobs)))
-        return pieces
-
-    def _piece(self, sample: Sample, token: int, logprobs: tuple[TokenLogprobs, ...]) -> Piece:
-        """What a drawn token means for the text: more of it, or its end."""
-        request, key = sample.request, (sample.number, sample.index)
-        if self.tokenizer is not None and key not in self.texts:
-            self.texts[key] = TextStream(self.tokenizer, request.prompt, sample.sampling.stop)
-        text = self.texts.get(key)
-        if token in request.ends:
-            tokens, logprobs, shown, finish = (), (), "", "stop"
-        else:
-            tokens, shown, finish = (token,), text.push(token) if text else "", None
-            if text and text.stopped:
-                finish = "stop"
-            elif sample.n_written + 1 >= sample.sampling.n_tokens:
-                finish = "length"
-            elif sample.n_window + 1 > self.limits.n_places and not sample.sampling.slide:
-                finish = "context"
-        if finish and text:
-            shown += self.texts.pop(key).end()
-        return Piece(sample.number, sample.index, tokens, shown, logprobs, finish=finish)
 
 
 def from_last_stage(value: M, mesh: Mesh) -> M:

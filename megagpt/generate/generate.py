@@ -10,10 +10,12 @@ import torch.distributed as dist
 
 from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.generate.engine import Engine, Limits
+from megagpt.generate.engine import Engine
+from megagpt.generate.limits import Limits, limits_for
 from megagpt.generate.request import Completion, Piece, Request, Sampling
 from megagpt.generate.trained import Trained, Weights, open_trained
 
+DEFAULT = Sampling()
 Prompt = str | Sequence[int]
 """Text, or token ids."""
 
@@ -21,9 +23,9 @@ Prompt = str | Sequence[int]
 def generate(
     load: str | Path,
     prompts: Sequence[Prompt],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT,
     *,
-    n_rows: int = 16,
+    limits: Limits | None = None,
     weights: Weights = "last",
     pp: int = 1,
     dp: int = 1,
@@ -33,13 +35,13 @@ def generate(
 
         generate("runs/a", ["def main():"], Sampling(n_tokens=40, temperature=0))[0][0].text
 
-    load: a run, RUN@best, RUN@STEP, a checkpoint, or a folder of transformers.  n_rows: texts in the cache at once.
-    Prompt i is drawn with seed + i.  Other arguments are those of `open_trained`.
+    load: a run, RUN@best, RUN@STEP, a checkpoint, or a folder of transformers.  limits: as in `complete`.  Prompt i is
+    drawn with seed + i.  Other arguments are those of `open_trained`.
     Under torchrun or deepspeed each process calls this alike, and gets all texts.
     Raises UserError where the model or a prompt is none.
     """
     with open_trained(load, weights=weights, pp=pp, dp=dp, precision=precision) as trained:
-        return complete(trained, prompts, sampling, n_rows=n_rows)
+        return complete(trained, prompts, sampling, limits=limits)
 
 
 def complete(
@@ -47,19 +49,21 @@ def complete(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
-    n_rows: int = 16,
+    limits: Limits | None = None,
     show: Callable[[int, Piece], None] = lambda prompt, piece: None,
 ) -> list[list[Completion]]:
-    """`generate` with a model that is open. show: told each piece as it comes, of the prompts of this replica.
+    """`generate` with a model that is open.
 
+    limits: of the cache; None: 16 rows, as long as these prompts need.
+    show: told each piece as it comes, with the number of its prompt: of the prompts of this replica.
     Comm: those of the engine; with replicas, which share out the prompts, one all-gather of the texts.
     """
-    data = trained.mesh.data
-    engine = Engine(trained.stage, limits_for(trained, n_rows), trained.tokenizer)
-    numbers = {}
+    data, mine = trained.mesh.data, {}
     for i in range(data.rank, len(prompts), data.size):
         seeded = replace(sampling, seed=(sampling.seed + i) % 2**64)
-        numbers[engine.add(request_of(prompts[i], seeded, trained.tokenizer))] = i
+        mine[i] = request_of(prompts[i], seeded, trained.tokenizer)
+    engine = Engine(trained.stage, limits or limits_for(trained, mine.values()), trained.tokenizer)
+    numbers = {engine.add(request): i for i, request in mine.items()}
     texts = {i: [Completion() for _ in range(sampling.n_samples)] for i in numbers.values()}
     while not engine.idle:
         for piece in engine.step():
@@ -82,12 +86,5 @@ def request_of(prompt: Prompt, sampling: Sampling, tokenizer: Tokenizer | None) 
     if not isinstance(prompt, str):
         return Request(tuple(prompt), sampling, ends)
     if tokenizer is None:
-        raise UserError(
-            "got a prompt as text", "but the model has no tokenizer", "give token ids, or --tokenizer", ("prompt",)
-        )
+        raise UserError("got a prompt as text", "but the model has no tokenizer", "give token ids", ("prompt",))
     return Request(tuple(tokenizer.encode(prompt)) or ends, sampling, ends)
-
-
-def limits_for(trained: Trained, n_rows: int) -> Limits:
-    """Rows of the model's whole context."""
-    return Limits(n_rows=n_rows, n_places=trained.config.model.seq_len)

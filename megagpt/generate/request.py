@@ -127,8 +127,9 @@ class Piece:
     """What a step adds to one text.
 
     request: the number that `Engine.add` gave.  tokens: the new ones; none where the text ends by itself.
-    text: what can be shown by now, "" while a character or a stop string may still be on its way, or without a tokenizer.
-    logprobs: of the new tokens, if asked for.  prompt: of those of the prompt that the step read, likewise.  finish: where this ends the text.
+    text: what can be shown by now: "" while a character or a stop string may still be on its way, and without a
+    tokenizer.  logprobs: of the new tokens, if asked for.  prompt: of those of the prompt that the step read, likewise.
+    finish: where this ends the text.
     """
 
     request: int
@@ -150,7 +151,7 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: Finish | None = None
 
     def add(self, piece: Piece) -> None:
@@ -158,5 +159,5 @@ class Completion:
         self.tokens += piece.tokens
         self.text += piece.text
         self.logprobs += piece.logprobs
-        self.prompt += piece.prompt
+        self.prompt_logprobs += piece.prompt
         self.finish = piece.finish or self.finish

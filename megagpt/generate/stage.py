@@ -71,7 +71,7 @@ class Stage(nn.Module):
         return stream.x
 
     def logits(self, x_ND: Tensor) -> Tensor:
-        """On the last stage, of some places.  Shapes: → logits_NV, on each rank of the model axis.  Comm: all-gather."""
+        """On the last stage, of some places.  Shapes: → logits_NV, on each model rank.  Comm: all-gather."""
         logits_1NV = self.layers[-1]((x_ND[None],))
         return gather_logits(logits_1NV, self.config.vocab, self.mesh.model)[0]
 

@@ -54,13 +54,13 @@ class Cache:
 
     def view(self, first_row: int, starts: Sequence[int], counts: Sequence[int], n_tokens: int) -> View:
         """For a pass of neighbouring rows: where each begins, and how many of its n_tokens are tokens."""
+        rows = slice(first_row, first_row + len(starts))
+        end = max(start + count for start, count in zip(starts, counts, strict=True))
+        sees_all = n_tokens == 1 and min(starts) == max(starts) and min(counts) == 1
         starts_B, counts_B = torch.tensor(starts), torch.tensor(counts)
         places_BT = torch.arange(n_tokens).minimum((counts_B - 1).clamp(min=0)[:, None])
         positions_BT = (starts_B[:, None] + places_BT).to(self.device)
-        counted = None if min(counts) == n_tokens else counts_B
-        rows = slice(first_row, first_row + len(starts))
-        end = max(start + count for start, count in zip(starts, counts, strict=True))
-        return View(self, rows, positions_BT, counted, max(starts), end)
+        return View(self, rows, positions_BT, None if min(counts) == n_tokens else counts_B, end, sees_all)
 
 
 @dataclass
@@ -68,17 +68,19 @@ class View:
     """The rows of a cache that a pass reads and adds to.
 
     counts_B: tokens of each row, where these are not all; the others are padding, seen by nobody.
-    start, end: the furthest place that was written before, and after, of any row.
-    kept: what layers of one kind share in this pass, such as masks.
+    end: the furthest position of any row, and one.
+    sees_all: whether each row has one token, and all at the same position: then they see all keys, of a window too.
+    kept: masks that layers share in this pass.  written: where layers with so many places write.
     """
 
     cache: Cache
     rows: slice
-    positions_BT: Tensor
-    counts_B: Tensor | None
-    start: int
+    positions_BT: Tensor  # noqa: N815
+    counts_B: Tensor | None  # noqa: N815
     end: int
+    sees_all: bool
     kept: dict[object, Tensor] = field(default_factory=dict)
+    written: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def extend(self, layer: int, kv_BTGXK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add these; returns all keys, values, and their positions: (B, G, S, K) twice, (B or 1, S)."""
@@ -100,9 +102,7 @@ class View:
 
     def _first(self, n: int) -> Tensor:
         """0 … n - 1: places that are positions. Those that a row has not reached are later than its queries."""
-        if n not in self.kept:
-            self.kept[n] = torch.arange(n, device=self.positions_BT.device)[None]
-        return self.kept[n]
+        return torch.arange(n, device=self.positions_BT.device)[None]
 
     def _around(self, last_B1: Tensor, n_places: int) -> Tensor:
         """The positions in the places of a window, of which the last one was written last.  Shapes: → (B, W)."""
@@ -118,9 +118,16 @@ class View:
 
     def _write(self, kv_BGXSK: Tensor, kv_BTGXK: Tensor) -> None:
         """The tokens of each row, the last ones where a window does not hold them all."""
-        n_places, T = kv_BGXSK.shape[3], kv_BTGXK.shape[1]
-        counts_B1 = torch.full((len(kv_BTGXK), 1), T) if self.counts_B is None else self.counts_B[:, None]
+        n_places = kv_BGXSK.shape[3]
+        if n_places not in self.written:
+            self.written[n_places] = self._places(n_places, kv_BTGXK.shape[1])
+        rows, times, places = self.written[n_places]
+        kv_BGXSK[rows, :, :, places] = kv_BTGXK[rows, times]
+
+    def _places(self, n_places: int, T: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, time in the pass, and place of each token that is kept."""
+        counts_B1 = torch.full((len(self.positions_BT), 1), T) if self.counts_B is None else self.counts_B[:, None]
         times_T = torch.arange(T)
         rows, times = ((times_T < counts_B1) & (times_T >= counts_B1 - n_places)).nonzero(as_tuple=True)
-        rows, times = rows.to(kv_BGXSK.device), times.to(kv_BGXSK.device)
-        kv_BGXSK[rows, :, :, self.positions_BT[rows, times] % n_places] = kv_BTGXK[rows, times]
+        rows, times = rows.to(self.cache.device), times.to(self.cache.device)
+        return rows, times, self.positions_BT[rows, times] % n_places

@@ -109,15 +109,42 @@ class Attention(nn.Module):
         assert queries_BT is not None and keys_BS is not None
         if self.dropout.active:
             raise ValueError("attention dropout knows tokens by their place in the sample; got other positions")
-        if stream.cache is not None:
-            k_BGSK, v_BGSK, keys_BS = stream.cache.extend(self.layer, kv_BTGXK)
+        view = stream.cache
+        if view is not None:
+            k_BGSK, v_BGSK, keys_BS = view.extend(self.layer, kv_BTGXK)
         else:
             k_BGSK, v_BGSK = kv_BTGXK.permute(3, 0, 2, 1, 4)
-        distance_BTS = queries_BT.unsqueeze(-1) - keys_BS.unsqueeze(-2)
-        added_BHTS = self.learned(self.position.added, q_BHTK, k_BGSK, distance_BTS, self.heads)
-        allowed_BTS = self.masks.between(queries_BT, keys_BS)
-        mask_BHTS = added_BHTS.masked_fill(~allowed_BTS.unsqueeze(1), -math.inf)
-        return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask_BHTS, enable_gqa=self.grouped)
+        if self.position.adds is None and view is not None and view.sees_all and not self.masks.rule.needs_mask:
+            mask = None
+        else:
+            mask = self._mask(view.kept if view else {}, q_BHTK, k_BGSK, queries_BT, keys_BS)
+        G, T = k_BGSK.shape[1], q_BHTK.shape[2]
+        if T > 1 or not self.grouped:
+            return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, enable_gqa=self.grouped)
+        # The queries of one key head side by side, as if they were of several tokens: the keys are read once.
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.view(-1, G, q_BHTK.shape[1] // G, mask.shape[-1])
+        y_BGXK = F.scaled_dot_product_attention(q_BHTK.reshape(len(q_BHTK), G, -1, self.d_head), k_BGSK, v_BGSK, mask)
+        return y_BGXK.view_as(q_BHTK)
+
+    def _mask(
+        self, kept: dict[object, Tensor], q_BHTK: Tensor, k_BGSK: Tensor, queries_BT: Tensor, keys_BS: Tensor
+    ) -> Tensor:
+        """What is added to the scores: -inf where a key is not seen.  Shapes: → (B, H or 1, T, S).
+
+        kept: those of this pass; layers of one pattern share them where positions add nothing that a layer learns.
+        """
+        shared = self.position.adds in (None, "slopes")
+        key = self.masks.pattern, self.layer if self.masks.rule.differs else None, keys_BS.shape[-1]
+        if not shared or key not in kept:
+            distance_BTS = queries_BT.unsqueeze(-1) - keys_BS.unsqueeze(-2)
+            added_BHTS = self.learned(self.position.added, q_BHTK, k_BGSK, distance_BTS, self.heads)
+            allowed_BTS = self.masks.between(queries_BT, keys_BS)
+            mask_BHTS = added_BHTS.masked_fill(~allowed_BTS.unsqueeze(1), -math.inf)
+            if not shared:
+                return mask_BHTS
+            kept[key] = mask_BHTS
+        return kept[key]
 
 
 class LearnedPosition(nn.Module):

@@ -1,0 +1,82 @@
+"""How much of a cache there is: planned before it is made, and said."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from megagpt.errors import UserError
+from megagpt.generate.request import Request
+from megagpt.inventory.attention import cached_numbers
+
+if TYPE_CHECKING:
+    from megagpt.generate.stage import Stage
+    from megagpt.generate.trained import Trained
+
+ROWS = 16
+SHARE = 0.8  # of the memory that is free
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """n_rows: texts that are in the cache at once; others wait.  n_places: tokens of one, at most the model's seq_len.
+
+    chunk: tokens of a prompt that go through the model in one pass.
+    """
+
+    n_rows: int = ROWS
+    n_places: int = 1024
+    chunk: int = 512
+
+
+def limits_for(trained: Trained, requests: Iterable[Request] = (), n_rows: int = ROWS) -> Limits:
+    """Rows as long as the longest of these requests needs, no more than there are; without any, of the whole context.
+
+    Raises UserError where the memory that is free does not hold one; takes fewer where it does not hold all.
+    """
+    requests, seq_len = list(requests), trained.config.model.seq_len
+    longest = max((_places(request, seq_len) for request in requests), default=seq_len)
+    wanted = min(n_rows, sum(request.sampling.n_samples for request in requests) or n_rows)
+    per_row = row_bytes(trained.stage, longest)
+    fitting = int(SHARE * free_bytes(trained.device)) // per_row
+    if fitting == 0:
+        raise UserError(
+            f"got a cache of {longest:,} tokens a text, {per_row / GIB:.2f} GiB",
+            f"is more than the {free_bytes(trained.device) / GIB:.2f} GiB of memory that are free",
+            "take a shorter context, more processes, or --precision bf16",
+        )
+    return Limits(min(wanted, fitting), longest)
+
+
+def described(trained: Trained, limits: Limits) -> str:
+    """For the start of a program."""
+    per_row = row_bytes(trained.stage, limits.n_places)
+    return (
+        f"cache: {limits.n_rows} texts of {limits.n_places:,} tokens, {limits.n_rows * per_row / GIB:.2f} GiB "
+        f"({per_row / (1 << 20):.1f} MiB a text) on this rank"
+    )
+
+
+def row_bytes(stage: Stage, n_places: int) -> int:
+    """What this rank keeps of one text."""
+    tp, size = stage.mesh.model.size, stage.weight.element_size()
+    return sum(cached_numbers(stage.config, layer, tp, n_places) * size for layer in stage.blocks)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free there; that of a host is shared by its ranks."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // n_ranks
+
+
+def _places(request: Request, seq_len: int) -> int:
+    if request.sampling.slide:
+        return seq_len
+    return min(seq_len, len(request.prompt) + request.sampling.n_tokens)
