@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from megagpt.errors import UserError
 from megagpt.generate.request import Request
@@ -38,12 +39,13 @@ def limits_for(trained: Trained, requests: Iterable[Request] = (), n_rows: int =
     """Rows as long as the longest of these requests needs, no more than there are; without any, of the whole context.
 
     Raises UserError where the memory that is free does not hold one; takes fewer where it does not hold all.
+    Comm: with several processes an all-reduce of a number, since all must take in the same texts.
     """
     requests, seq_len = list(requests), trained.config.model.seq_len
     longest = max((_places(request, seq_len) for request in requests), default=seq_len)
     wanted = min(n_rows, sum(request.sampling.n_samples for request in requests) or n_rows)
     per_row = row_bytes(trained.stage, longest)
-    fitting = int(SHARE * free_bytes(trained.device)) // per_row
+    fitting = least_of_all(int(SHARE * free_bytes(trained.device)) // per_row, trained.device)
     if fitting == 0:
         raise UserError(
             f"got a cache of {longest:,} tokens a text, {per_row / GIB:.2f} GiB",
@@ -51,6 +53,14 @@ def limits_for(trained: Trained, requests: Iterable[Request] = (), n_rows: int =
             "take a shorter context, more processes, or --precision bf16",
         )
     return Limits(min(wanted, fitting), longest)
+
+
+def least_of_all(value: int, device: torch.device) -> int:
+    """The least that any process has.  Comm: an all-reduce of a number."""
+    least = torch.tensor(value, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
 
 
 def described(trained: Trained, limits: Limits) -> str:
