@@ -42,7 +42,7 @@ class Writer:
         if sampling.logprobs is not None:
             logprobs = tuple(logprobs_of(logits_V[None], (token,), sampling.logprobs))
         if token in sample.request.ends:
-            return Piece(sample.number, sample.index, text=self._end(sample), finish="stop")
+            return Piece(sample.number, sample.index, (), self._end(sample), logprobs, finish="stop")
         return self._piece(sample, token, logprobs)
 
     def _piece(self, sample: Sample, token: int, logprobs: tuple[TokenLogprobs, ...]) -> Piece:
