@@ -31,7 +31,7 @@ def main() -> None:
     model.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1)")
     model.add_argument("--dp", type=int, default=1, help="replicas, which share out the requests (default: 1)")
     model.add_argument("--name", help="what clients call the model (default: the last part of --load)")
-    limits.add_argument("--n-rows", type=int, default=16, help="texts written at once, in each replica (default: 16)")
+    limits.add_argument("--batch", type=int, default=16, help="texts written at once, in each replica (default: 16)")
     limits.add_argument("--max-waiting", type=int, default=256, help="texts that may wait beside these (default: 256)")
     limits.add_argument("--max-body-kib", type=int, default=1024, help="size of a request (default: 1024)")
     door.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, for this machine)")

@@ -75,7 +75,7 @@ class Answer:
             told = None if asked.logprobs is None else {"content": [self._told(entry) for entry in text.logprobs]}
             return choice | {"delta" if asked.stream else "message": message, "logprobs": told}
         echoed = asked.echoed[number] if asked.echoed and first else ""
-        told = None if asked.logprobs is None else self._columns(index, [*text.prompt, *text.logprobs])
+        told = None if asked.logprobs is None else self._columns(index, [*text.prompt_logprobs, *text.logprobs])
         return choice | {"text": echoed + text.text, "logprobs": told}
 
     def _told(self, entry: TokenLogprobs) -> dict[str, Any]:

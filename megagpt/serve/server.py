@@ -12,8 +12,8 @@ from pathlib import Path
 import uvicorn
 
 from megagpt.errors import UserError, announce, require
-from megagpt.generate.engine import Engine, Limits
-from megagpt.generate.generate import limits_for
+from megagpt.generate.engine import Engine
+from megagpt.generate.limits import ROWS, Limits, described, limits_for
 from megagpt.generate.trained import Trained, Weights, laid_out, load_trained
 from megagpt.processes.agree import together
 from megagpt.processes.stopping import Stopper
@@ -39,7 +39,7 @@ class Settings:
     pp: int = 1
     dp: int = 1
     precision: str = "fp32"
-    n_rows: int = 16
+    batch: int = ROWS
     max_waiting: int = 256
     max_body_kib: int = 1024
     host: str = "127.0.0.1"
@@ -49,7 +49,7 @@ class Settings:
 
     def check(self) -> None:
         """Raises UserError for what cannot be."""
-        for name, least in (("n_rows", 1), ("max_waiting", 0), ("max_body_kib", 1), ("port", 0)):
+        for name, least in (("batch", 1), ("max_waiting", 0), ("max_body_kib", 1), ("port", 0)):
             flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
             require(value >= least, f"got {flag} {value}", f"wanted {least} or more", f"change {flag}")
         require(self.port < 2**16, f"got --port {self.port}", "wanted at most 65535", "change --port")
@@ -80,7 +80,7 @@ def answer(
     asked_to_stop: Callable[[], bool],
 ) -> None:
     """Answer clients with a model that is open, until rank 0 is asked to stop.  door: rank 0's.  Comm: `take_turns`."""
-    mesh, limits = trained.mesh, limits_for(trained, settings.n_rows)
+    mesh, limits = trained.mesh, limits_for(trained, n_rows=settings.batch)
     worker, meeting = Worker(Engine(trained.stage, limits, trained.tokenizer), mesh.data.rank), Meeting(mesh)
     if door is None:
         return take_turns(worker, meeting, watch, None)
@@ -97,8 +97,8 @@ def answer(
     )
     front = Front(App(served, desk, measures(desk, clerk, limits), door.rules), door.listener, desk)
     front.start()
-    announce(f"{served.name}: {limits.n_rows * mesh.data.size} texts at once, each of {limits.n_places} tokens")
-    announce(f"listening on {door.address}")
+    announce(described(trained, limits))
+    announce(f"{served.name} listens on {door.address}")
     take_turns(worker, meeting, watch, clerk)
     front.finish()
 

@@ -28,7 +28,7 @@ def trained(tmp_path_factory) -> Iterator[Trained]:
 
 @pytest.fixture(scope="module")
 def server(trained: Trained) -> Iterator[Serving]:
-    with serving(trained, n_rows=4, max_waiting=16, max_body_kib=16) as found:
+    with serving(trained, batch=4, max_waiting=16, max_body_kib=16) as found:
         yield found
 
 
@@ -182,7 +182,7 @@ def test_a_key_is_asked_for(trained: Trained, tmp_path: Path):
 
 
 def test_while_it_stops_what_runs_is_finished_and_nothing_new_is_taken(trained: Trained):
-    with serving(trained, n_rows=1) as server, ThreadPoolExecutor() as pool:
+    with serving(trained, batch=1) as server, ThreadPoolExecutor() as pool:
         url, asked = f"{server.address}/v1/completions", {"prompt": "a", "n": 8, "max_tokens": 60, "seed": 1}
         whole = ask(url, asked)[2]["choices"]
         last = pool.submit(ask, url, asked)
