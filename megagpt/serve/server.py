@@ -131,7 +131,7 @@ def open_door(settings: Settings) -> Door:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except OSError as error:
         where = f"--host {settings.host} --port {settings.port}"
-        raise UserError(f"cannot listen on {where}: {error.strerror or error}", remedy="name others") from None
+        raise UserError(f"cannot listen on {where}: {str(error.strerror).split(" (")[0]}", remedy="name others") from None
     local = listener.getsockname()[0] in ("127.0.0.1", "::1")
     return Door(listener, Rules(key, settings.max_body_kib * 1024, local))
 
