@@ -12,7 +12,7 @@ import torch
 from megagpt.config import ModelConfig, RunConfig
 from megagpt.generate import Completion, Sampling, complete
 from megagpt.generate.limits import Limits
-from megagpt.generate.stage import Stage
+from megagpt.generate.stage import build_stage
 from megagpt.generate.trained import Trained, load_trained
 from megagpt.model.position import POSITIONS
 from megagpt.parallel.mesh import build_mesh
@@ -77,9 +77,8 @@ def test_greedy_tokens_and_all_probabilities_are_those_of_transformers(folders, 
             for i, ((text,), (tokens, logprobs_TV)) in enumerate(zip(texts, expected[name], strict=True)):
                 what = f"{name}, prompt {i}"
                 assert text.tokens == tokens and text.finish == "length", what
-                assert (
-                    text.prompt_logprobs[0].logprob is None and [p.token for p in text.prompt_logprobs] == PROMPTS[i]
-                ), what
+                first, *others = text.prompt_logprobs
+                assert first.logprob is None and [p.token for p in text.prompt_logprobs] == PROMPTS[i], what
                 places = others + text.logprobs
                 ours_TV = torch.tensor([[p for _, p in sorted(place.likeliest)] for place in places])
                 assert_close(ours_TV, logprobs_TV, what)
@@ -99,7 +98,7 @@ def _write_kinds(tp: int, pp: int) -> dict[str, list[Completion]]:
     mesh, found = build_mesh("cpu", pp=pp, dp=1, tp=tp), {}
     sampling = Sampling(n_tokens=N_TOKENS, temperature=1.0, top_p=0.9, logprobs=5, prompt_logprobs=True)
     for name, config in KINDS.items():
-        trained = Trained(Stage(config, mesh), RunConfig(model=config), None, Path(), 0)
+        trained = Trained(build_stage(config, mesh), RunConfig(model=config), None, Path(), 0)
         found[name] = [text for (text,) in complete(trained, PROMPTS, sampling, limits=Limits(3, 20))]
     return found
 
