@@ -1,8 +1,8 @@
 """Writing text beside transformers' `generate` with the same weights, in turn, in one run; and beside a copy of memory.
 
-    python benchmarks/generate.py                                     every row, some minutes on 2 cores
-    python benchmarks/generate.py --shapes tiny --precisions fp32     some of them
-    python benchmarks/generate.py --json benchmarks/results/generate-here.json
+    python -m benchmarks.generate                                     every row, some minutes on 2 cores
+    python -m benchmarks.generate --shapes tiny --precisions fp32     some of them
+    python -m benchmarks.generate --json benchmarks/results/generate-here.json
 
 Prefill: tokens of prompts a second. Decode: tokens written a second, by all texts of the batch together. share: bytes
 of weights and cache that a step reads, over the time that it takes, as a part of the measured rate at which memory is
@@ -11,9 +11,7 @@ read for a copy. benchmarks/README.md says how to read it.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -28,7 +26,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import machine
+from benchmarks.machine import conditions
 from megagpt.config import ModelConfig
 from megagpt.errors import ArgumentParser, run_cli
 from megagpt.generate.engine import Engine
@@ -79,8 +77,7 @@ def main() -> None:
                 rows += compare(shape, precision, Path(folder), a.batches, a.n_tokens, a.rounds, copied)
                 show(rows)
     if a.json:
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-        found = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "versions": versions}
+        found = conditions("benchmarks.generate", "cpu")
         found |= {"copy_bytes_s": copied, "rows": [asdict(row) for row in rows]}
         a.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -189,7 +186,7 @@ def copy_rate(n_bytes: int = 512 << 20) -> float:
 def show(rows: list[Row]) -> None:
     """What is known by now."""
     table = Table(box=SIMPLE_HEAD, title="beside transformers' generate", title_justify="left")
-    for name in ("model", "precision", "batch", "prefill/s", "×", "decode/s", "×", "of copy"):
+    for name in ("model", "precision", "batch", "prefill/s", "ratio", "decode/s", "ratio", "of copy"):
         table.add_column(name, justify="right")
     for r in rows:
         table.add_row(

@@ -217,7 +217,8 @@ def _validate(parts: Parts, step: int) -> float | None:
 
 def _write_samples(parts: Parts, step: int) -> None:
     if parts.run.config.log.sample_prompts:
-        parts.report.samples(step, write_samples(parts.run, parts.engine, step))
+        samples = write_samples(parts.engine, parts.run.tokenizer, parts.run.folder, step)
+        parts.report.samples(step, samples)
 
 
 def _training_batches(run: Run, schedule: Schedule, step: int) -> Iterator[MicroBatch]:

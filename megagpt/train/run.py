@@ -107,10 +107,8 @@ def _find_samples(config: RunConfig, data: OpenedData) -> tuple[Samples, Samples
 def _tokenizer(config: RunConfig, data: OpenedData) -> Tokenizer | None:
     tokenizer = data.tokenizers[0]
     if tokenizer is None and config.log.sample_prompts:
-        remedy = "leave them out, or name the tokenizer: --tokenizer"
-        raise UserError(
-            "log.sample_prompts", "are texts, but the data have no tokenizer", remedy, ["log.sample_prompts"]
-        )
+        key, remedy = "log.sample_prompts", "leave them out, or name the tokenizer: --tokenizer"
+        raise UserError(key, "are texts, but the data have no tokenizer", remedy, [key])
     return tokenizer
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.generate.generate import complete
 from megagpt.generate.limits import Limits
 from megagpt.generate.request import Sampling
 from megagpt.generate.stage import Stage
 from megagpt.generate.trained import Trained
 from megagpt.parallel.axis import SINGLE
-from megagpt.train.run import Run
 from megagpt.train.step.engine import Engine
 
-SAMPLING = Sampling(temperature=0.8, top_k=50)
+SAMPLING = Sampling(temperature=0.8, top_k=50, slide=True)
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,17 @@ class Sample:
     text: str
 
 
-def write_samples(run: Run, engine: Engine, step: int) -> list[Sample]:
+def write_samples(engine: Engine, tokenizer: Tokenizer | None, folder: Path, step: int) -> list[Sample]:
     """Go on from each prompt; the same on every rank. The draws follow from the run's seed, and not from the step.
 
     Replicas write the same, each by itself: where ZeRO 3 shards the weights, all of them gather these together.
     Comm: that of the engine.
     """
-    log, stage = run.config.log, Stage(run.config.model, replace(run.mesh, data=SINGLE), engine.backend.layers)
-    trained = Trained(stage, run.config, run.tokenizer, Path(run.folder), step)
-    sampling = replace(SAMPLING, n_tokens=log.sample_tokens, seed=run.config.train.seed)
-    limits = Limits(n_rows=len(log.sample_prompts), n_places=run.config.model.seq_len)
+    config, log = engine.config, engine.config.log
+    stage = Stage(config.model, replace(engine.mesh, data=SINGLE), engine.backend.layers)
+    sampling = replace(SAMPLING, n_tokens=log.sample_tokens, seed=config.train.seed)
+    limits = Limits(n_rows=len(log.sample_prompts), n_places=config.model.seq_len)
     stage.eval()
-    texts = complete(trained, log.sample_prompts, replace(sampling, slide=True), limits=limits)
+    texts = complete(Trained(stage, config, tokenizer, folder, step), log.sample_prompts, sampling, limits=limits)
     stage.train()
     return [Sample(prompt, text.text) for prompt, (text,) in zip(log.sample_prompts, texts, strict=True)]
