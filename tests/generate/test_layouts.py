@@ -23,6 +23,7 @@ from tests.tolerances import assert_close
 PROMPTS = [[3, 14, 15, 92, 65], [35], [89, 79, 3, 23, 84, 62, 64, 33], [5, 0]]
 N_TOKENS = 8
 KIND = ModelConfig(n_layers=2, d_model=24, n_heads=4, d_ff=40, seq_len=20, vocab_size=211, init="normal", init_std=0.3)
+TEXT_BT = torch.arange(42).view(2, 21)
 EVERYTHING = CASES["gpt2"].config.vocab  # log-probabilities of all tokens
 
 
@@ -93,13 +94,16 @@ KINDS = {
 }
 
 
-def _write_kinds(tp: int, pp: int) -> dict[str, list[Completion]]:
-    """On a rank: texts of models at their first weights, which no layout changes."""
+def _write_kinds(tp: int, pp: int) -> dict[str, tuple[float, list[Completion]]]:
+    """On a rank: the loss of a text, and what models at their first weights write, which no layout changes."""
     mesh, found = build_mesh("cpu", pp=pp, dp=1, tp=tp), {}
     sampling = Sampling(n_tokens=N_TOKENS, temperature=1.0, top_p=0.9, logprobs=5, prompt_logprobs=True)
     for name, config in KINDS.items():
         trained = Trained(build_stage(config, mesh), RunConfig(model=config), None, Path(), 0)
-        found[name] = [text for (text,) in complete(trained, PROMPTS, sampling, limits=Limits(3, 20))]
+        texts = complete(trained, PROMPTS, sampling, limits=Limits(3, 20))
+        with torch.no_grad():
+            loss = trained.stage.loss(TEXT_BT[:, :-1], TEXT_BT[:, 1:])
+        found[name] = loss, [text for (text,) in texts]
     return found
 
 
@@ -107,9 +111,10 @@ def test_other_kinds_draw_the_same_text_in_every_layout():
     (expected,) = run_ranks(_write_kinds, 1, 1, 1)
     for tp, pp in ((2, 1), (1, 2), (2, 2)):
         for found in run_ranks(_write_kinds, tp * pp, tp, pp):
-            for name, texts in found.items():
-                for ours, theirs_ in zip(texts, expected[name], strict=True):
-                    what = f"{name}, tp {tp}, pp {pp}"
+            for name, (loss, texts) in found.items():
+                what = f"{name}, tp {tp}, pp {pp}"
+                assert loss == pytest.approx(expected[name][0], rel=1e-5), what
+                for ours, theirs_ in zip(texts, expected[name][1], strict=True):
                     assert ours.tokens == theirs_.tokens, what
                     assert_close(_logprobs(ours), _logprobs(theirs_), what)
 
