@@ -90,7 +90,7 @@ class Engine:
                 self.writer.forget(sample)
         self.batching.drop_ended()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> list[Piece]:
         """One pass through each stage; returns what the pass that leaves the last one adds to texts.
 

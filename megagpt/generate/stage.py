@@ -1,9 +1,11 @@
-"""A model in evaluation mode, or the pipeline stage of it that this process holds, and passes through it.
+"""A model, or the pipeline stage of it that this process holds, and passes through it.
 
 Shapes: B rows, T tokens of a pass, D model, V the whole vocabulary, N places whose logits are wanted.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,27 +24,21 @@ from megagpt.plan.partition import stage_bounds
 
 
 class Stage(nn.Module):
-    """The layers from `bounds[pipe.rank]` on, of the whole list: all of them where there is one stage."""
+    """Neighbouring layers of the whole list, by their canonical names: all of them where there is one stage.
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+    They may be those of a run that trains, which then writes with the weights that it has.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, layers: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__()
         self.config, self.mesh = config, mesh
-        bounds = stage_bounds(Partition("flops"), inventory.layers(config), mesh.pipe.size)
-        self.bounds = bounds[mesh.pipe.rank], bounds[mesh.pipe.rank + 1]
-        blueprints = layer_list(config, mesh.model, seed=0)[slice(*self.bounds)]
-        self.names = [blueprint.name for blueprint in blueprints]
-        self.layers = nn.ModuleList(blueprint.build() for blueprint in blueprints)
-        if mesh.pipe.size == 1 and config.tied_embeddings:
-            first, last = self.layers[0], self.layers[-1]
-            assert isinstance(first, Embedding) and isinstance(last, Head)
-            last.tokens = first.tokens
-        self.eval().requires_grad_(False)
+        self.names = [name for name, _ in layers]
+        self.layers = nn.ModuleList(layer for _, layer in layers)
 
     @property
-    def blocks(self) -> range:
+    def blocks(self) -> list[int]:
         """The numbers of its blocks."""
-        first, last = self.bounds
-        return range(max(first, 1) - 1, min(last - 1, self.config.n_layers))
+        return [int(name.removeprefix("blocks.")) for name in self.names if name.startswith("blocks.")]
 
     @property
     def weight(self) -> Tensor:
@@ -112,3 +108,15 @@ class Stage(nn.Module):
         if sent is not None:
             sent.wait()
         return received
+
+
+def build_stage(config: ModelConfig, mesh: Mesh) -> Stage:
+    """This process's stage in evaluation mode, at the first weights of seed 0; stages are cut to take the same time."""
+    bounds = stage_bounds(Partition("flops"), inventory.layers(config), mesh.pipe.size)
+    mine = slice(bounds[mesh.pipe.rank], bounds[mesh.pipe.rank + 1])
+    layers = [(blueprint.name, blueprint.build()) for blueprint in layer_list(config, mesh.model, seed=0)[mine]]
+    if mesh.pipe.size == 1 and config.tied_embeddings:
+        first, last = layers[0][1], layers[-1][1]
+        assert isinstance(first, Embedding) and isinstance(last, Head)
+        last.tokens = first.tokens
+    return Stage(config, mesh, layers).eval().requires_grad_(False)

@@ -19,7 +19,7 @@ from megagpt.cli import read_config
 from megagpt.config import ParallelConfig, RunConfig
 from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_of_run
 from megagpt.errors import UserError
-from megagpt.generate.stage import Stage
+from megagpt.generate.stage import Stage, build_stage
 from megagpt.hf.import_folder import read_folder, tokenizer_of
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.parallel.mesh import Mesh
@@ -116,7 +116,7 @@ def load_trained(
     source = _transformers(Path(path)) if _is_transformers(Path(path)) else _ours(path, fallback, weights, say)
     layout = ParallelConfig(tp=mesh.model.size, pp=mesh.pipe.size)
     together(lambda: check_model(replace(source.config, parallel=layout)))
-    stage = Stage(source.config.model, mesh)
+    stage = build_stage(source.config.model, mesh)
     together(lambda: source.fill(stage))
     stage.to("cuda" if torch.cuda.is_available() else "cpu", DTYPES[precision])
     return Trained(stage, source.config, together(source.tokenizer), source.folder, source.step)

@@ -6,7 +6,7 @@ width, X keys and values side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ class Cache:
     def __init__(
         self,
         config: ModelConfig,
-        layers: range,
+        layers: Iterable[int],
         tp: int,
         *,
         n_rows: int,

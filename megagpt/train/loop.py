@@ -38,6 +38,7 @@ from megagpt.train.faults.notes import FaultNotes
 from megagpt.train.plot import plot_runs
 from megagpt.train.report import Reporter, kernel_table
 from megagpt.train.run import Run, find_run
+from megagpt.train.samples import write_samples
 from megagpt.train.step.engine import Engine, StepResult
 
 
@@ -97,6 +98,8 @@ def _loop(parts: Parts, watch: Watch, stopper: Stopper, step: int) -> str | None
         last = stopped is not None or step == config.train.train_steps
         validated = not stopped and (last or _due(step, config.log.eval_interval))
         validation_loss = _validate(parts, step) if validated else None
+        if not stopped and (last or _due(step, config.log.sample_interval)):
+            _write_samples(parts, step)
         if last or _due(step, config.checkpoint.save_interval):
             saver.save(_state(parts, step, result.lr, validation_loss))
         if saved := saver.finished(wait=last):
@@ -210,6 +213,12 @@ def _validate(parts: Parts, step: int) -> float | None:
         bits = metrics.bits_per_byte(loss, len(labels), int(run.tokenizer.token_bytes()[labels].sum()))
     parts.report.validation(step, loss, bits)
     return loss if math.isfinite(loss) else None
+
+
+def _write_samples(parts: Parts, step: int) -> None:
+    if parts.run.config.log.sample_prompts:
+        samples = write_samples(parts.engine, parts.run.tokenizer, parts.run.folder, step)
+        parts.report.samples(step, samples)
 
 
 def _training_batches(run: Run, schedule: Schedule, step: int) -> Iterator[MicroBatch]:

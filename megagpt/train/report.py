@@ -14,7 +14,8 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megagpt import metrics
 from megagpt.errors import UserError
 from megagpt.schedule import Schedule
 from megagpt.train import metrics_file
+from megagpt.train.samples import Sample
 
 WINDOW_STEPS = 20
 PLAIN_INTERVAL_S = 2.0
@@ -129,6 +131,15 @@ class Reporter:
         self._record(row, prefix="validation/")
         bits = "" if bits_per_byte is None else f" | {bits_per_byte:.3f} bits per byte"
         self.message(f"step {step} | validation loss {loss:.4f} | perplexity {perplexity:.4g}{bits}")
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """What the model writes after `step` steps."""
+        if not self._enabled:
+            return
+        self._file.write(metrics_file.to_line({"step": step, "samples": [asdict(sample) for sample in samples]}))
+        for sample in samples:
+            self.message(f"step {step} | {sample.prompt!r} → {sample.text!r}")
+        self._tensorboard.add_text("samples", "\n\n".join(f"**{s.prompt}**{s.text}" for s in samples), step)
 
     def go_back(self, step: int) -> None:
         """The run goes on from where it was after `step` steps; what was recorded of later ones is dropped."""

@@ -62,7 +62,7 @@ def find_run(config: RunConfig, data: OpenedData, plan: Plan, mesh: Mesh, stack:
         return None
     train_samples, valid_samples = together(lambda: _find_samples(config, data))
     together(lambda: _verify_data(config, data))
-    tokenizer = together(lambda: data.tokenizers[0])
+    tokenizer = together(lambda: _tokenizer(config, data))
     identity = _data_identity(config, train_samples, tokenizer)
     together(lambda: _write_config(config, folder[0]) if mesh.rank == 0 else None)
     return Run(config, plan, mesh, folder[0], train_samples, valid_samples, tokenizer, identity, resume_from)
@@ -102,6 +102,14 @@ def _find_samples(config: RunConfig, data: OpenedData) -> tuple[Samples, Samples
         remedy = "give it a first share above 0"
         raise UserError(f"data.split={split}", "leaves nothing to train on", remedy, ["data.split"])
     return train_samples, valid_samples
+
+
+def _tokenizer(config: RunConfig, data: OpenedData) -> Tokenizer | None:
+    tokenizer = data.tokenizers[0]
+    if tokenizer is None and config.log.sample_prompts:
+        key, remedy = "log.sample_prompts", "leave them out, or name the tokenizer: --tokenizer"
+        raise UserError(key, "are texts, but the data have no tokenizer", remedy, [key])
+    return tokenizer
 
 
 def _verify_data(config: RunConfig, data: OpenedData) -> None:

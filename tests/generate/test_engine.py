@@ -13,7 +13,7 @@ from megagpt.errors import UserError
 from megagpt.generate.engine import Engine
 from megagpt.generate.limits import Limits
 from megagpt.generate.request import Completion, Request, Sampling
-from megagpt.generate.stage import Stage
+from megagpt.generate.stage import Stage, build_stage
 from megagpt.model.stream import Stream
 from megagpt.parallel.mesh import single_process_mesh
 from tests.tolerances import assert_close
@@ -26,7 +26,7 @@ PROMPTS = [(7, 8, 9), (1,), tuple(range(40, 60)), (5, 200), (13,) * 9]
 @pytest.fixture(scope="module")
 def stage() -> Stage:
     torch.manual_seed(0)
-    return Stage(MODEL, single_process_mesh())
+    return build_stage(MODEL, single_process_mesh())
 
 
 def engine_of(stage: Stage, n_rows: int = 4, chunk: int = 512, n_places: int = 32) -> Engine:

@@ -12,7 +12,7 @@ import torch
 from megagpt.config import ModelConfig, RunConfig
 from megagpt.generate import Completion, Sampling, complete
 from megagpt.generate.limits import Limits
-from megagpt.generate.stage import Stage
+from megagpt.generate.stage import build_stage
 from megagpt.generate.trained import Trained, load_trained
 from megagpt.model.position import POSITIONS
 from megagpt.parallel.mesh import build_mesh
@@ -23,6 +23,7 @@ from tests.tolerances import assert_close
 PROMPTS = [[3, 14, 15, 92, 65], [35], [89, 79, 3, 23, 84, 62, 64, 33], [5, 0]]
 N_TOKENS = 8
 KIND = ModelConfig(n_layers=2, d_model=24, n_heads=4, d_ff=40, seq_len=20, vocab_size=211, init="normal", init_std=0.3)
+TEXT_BT = torch.arange(42).view(2, 21)
 EVERYTHING = CASES["gpt2"].config.vocab  # log-probabilities of all tokens
 
 
@@ -77,9 +78,8 @@ def test_greedy_tokens_and_all_probabilities_are_those_of_transformers(folders, 
             for i, ((text,), (tokens, logprobs_TV)) in enumerate(zip(texts, expected[name], strict=True)):
                 what = f"{name}, prompt {i}"
                 assert text.tokens == tokens and text.finish == "length", what
-                assert (
-                    text.prompt_logprobs[0].logprob is None and [p.token for p in text.prompt_logprobs] == PROMPTS[i]
-                ), what
+                first, *others = text.prompt_logprobs
+                assert first.logprob is None and [p.token for p in text.prompt_logprobs] == PROMPTS[i], what
                 places = others + text.logprobs
                 ours_TV = torch.tensor([[p for _, p in sorted(place.likeliest)] for place in places])
                 assert_close(ours_TV, logprobs_TV, what)
@@ -94,13 +94,16 @@ KINDS = {
 }
 
 
-def _write_kinds(tp: int, pp: int) -> dict[str, list[Completion]]:
-    """On a rank: texts of models at their first weights, which no layout changes."""
+def _write_kinds(tp: int, pp: int) -> dict[str, tuple[float, list[Completion]]]:
+    """On a rank: the loss of a text, and what models at their first weights write, which no layout changes."""
     mesh, found = build_mesh("cpu", pp=pp, dp=1, tp=tp), {}
     sampling = Sampling(n_tokens=N_TOKENS, temperature=1.0, top_p=0.9, logprobs=5, prompt_logprobs=True)
     for name, config in KINDS.items():
-        trained = Trained(Stage(config, mesh), RunConfig(model=config), None, Path(), 0)
-        found[name] = [text for (text,) in complete(trained, PROMPTS, sampling, limits=Limits(3, 20))]
+        trained = Trained(build_stage(config, mesh), RunConfig(model=config), None, Path(), 0)
+        texts = complete(trained, PROMPTS, sampling, limits=Limits(3, 20))
+        with torch.no_grad():
+            loss = trained.stage.loss(TEXT_BT[:, :-1], TEXT_BT[:, 1:])
+        found[name] = loss, [text for (text,) in texts]
     return found
 
 
@@ -108,9 +111,10 @@ def test_other_kinds_draw_the_same_text_in_every_layout():
     (expected,) = run_ranks(_write_kinds, 1, 1, 1)
     for tp, pp in ((2, 1), (1, 2), (2, 2)):
         for found in run_ranks(_write_kinds, tp * pp, tp, pp):
-            for name, texts in found.items():
-                for ours, theirs_ in zip(texts, expected[name], strict=True):
-                    what = f"{name}, tp {tp}, pp {pp}"
+            for name, (loss, texts) in found.items():
+                what = f"{name}, tp {tp}, pp {pp}"
+                assert loss == pytest.approx(expected[name][0], rel=1e-5), what
+                for ours, theirs_ in zip(texts, expected[name][1], strict=True):
                     assert ours.tokens == theirs_.tokens, what
                     assert_close(_logprobs(ours), _logprobs(theirs_), what)
 

@@ -1,0 +1,41 @@
+"""Texts that a model writes while it is trained, with the weights that it has at that step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megagpt.data.tokenizers.tokenizer import Tokenizer
+from megagpt.generate.generate import complete
+from megagpt.generate.limits import Limits
+from megagpt.generate.request import Sampling
+from megagpt.generate.stage import Stage
+from megagpt.generate.trained import Trained
+from megagpt.parallel.axis import SINGLE
+from megagpt.train.step.engine import Engine
+
+SAMPLING = Sampling(temperature=0.8, top_k=50, slide=True)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt of log.sample_prompts, and what the model made of it."""
+
+    prompt: str
+    text: str
+
+
+def write_samples(engine: Engine, tokenizer: Tokenizer | None, folder: Path, step: int) -> list[Sample]:
+    """Go on from each prompt; the same on every rank. The draws follow from the run's seed, and not from the step.
+
+    Replicas write the same, each by itself: where ZeRO 3 shards the weights, all of them gather these together.
+    Comm: that of the engine.
+    """
+    config, log = engine.config, engine.config.log
+    stage = Stage(config.model, replace(engine.mesh, data=SINGLE), engine.backend.layers)
+    sampling = replace(SAMPLING, n_tokens=log.sample_tokens, seed=config.train.seed)
+    limits = Limits(n_rows=len(log.sample_prompts), n_places=config.model.seq_len)
+    stage.eval()
+    texts = complete(Trained(stage, config, tokenizer, folder, step), log.sample_prompts, sampling, limits=limits)
+    stage.train()
+    return [Sample(prompt, text.text) for prompt, (text,) in zip(log.sample_prompts, texts, strict=True)]
