@@ -130,8 +130,8 @@ def open_door(settings: Settings) -> Door:
         family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except OSError as error:
-        where = f"--host {settings.host} --port {settings.port}"
-        raise UserError(f"cannot listen on {where}: {str(error.strerror).split(" (")[0]}", remedy="name others") from None
+        where, why = f"--host {settings.host} --port {settings.port}", str(error.strerror).partition(" (")[0]
+        raise UserError(f"cannot listen on {where}: {why}", remedy="name others") from None
     local = listener.getsockname()[0] in ("127.0.0.1", "::1")
     return Door(listener, Rules(key, settings.max_body_kib * 1024, local))
 
