@@ -15,7 +15,6 @@ from megagpt.inventory.attention import cached_numbers
 
 if TYPE_CHECKING:
     from megagpt.generate.stage import Stage
-    from megagpt.generate.trained import Trained
 
 ROWS = 16
 SHARE = 0.8  # of the memory that is free
@@ -34,28 +33,28 @@ class Limits:
     chunk: int = 512
 
 
-def limits_for(trained: Trained, requests: Iterable[Request] = (), n_rows: int = ROWS) -> Limits:
+def limits_for(stage: Stage, requests: Iterable[Request] = (), n_rows: int = ROWS) -> Limits:
     """Rows as long as the longest of these requests needs, no more than there are; without any, of the whole context.
 
     Raises UserError where the memory that is free does not hold one; takes fewer where it does not hold all.
     """
-    requests, seq_len = list(requests), trained.config.model.seq_len
+    requests, seq_len = list(requests), stage.config.seq_len
     longest = max((_places(request, seq_len) for request in requests), default=seq_len)
     wanted = min(n_rows, sum(request.sampling.n_samples for request in requests) or n_rows)
-    per_row = row_bytes(trained.stage, longest)
-    fitting = int(SHARE * free_bytes(trained.device)) // per_row
+    per_row = row_bytes(stage, longest)
+    fitting = int(SHARE * free_bytes(stage.weight.device)) // per_row
     if fitting == 0:
         raise UserError(
             f"got a cache of {longest:,} tokens a text, {per_row / GIB:.2f} GiB",
-            f"is more than the {free_bytes(trained.device) / GIB:.2f} GiB of memory that are free",
+            f"is more than the {free_bytes(stage.weight.device) / GIB:.2f} GiB of memory that are free",
             "take a shorter context, more processes, or --precision bf16",
         )
     return Limits(min(wanted, fitting), longest)
 
 
-def described(trained: Trained, limits: Limits) -> str:
+def described(stage: Stage, limits: Limits) -> str:
     """For the start of a program."""
-    per_row = row_bytes(trained.stage, limits.n_places)
+    per_row = row_bytes(stage, limits.n_places)
     return (
         f"cache: {limits.n_rows} texts of {limits.n_places:,} tokens, {limits.n_rows * per_row / GIB:.2f} GiB "
         f"({per_row / (1 << 20):.1f} MiB a text) on this rank"
