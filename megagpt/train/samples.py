@@ -10,10 +10,10 @@ from megagpt.generate.limits import Limits
 from megagpt.generate.request import Sampling
 from megagpt.generate.stage import Stage
 from megagpt.parallel.axis import SINGLE
-from megagpt.train.step.engine import Engine
 
 if TYPE_CHECKING:
     from megagpt.data.tokenizers.tokenizer import Tokenizer
+    from megagpt.train.step.engine import Engine
 
 SAMPLING = Sampling(temperature=0.8, top_k=50, slide=True)
 
