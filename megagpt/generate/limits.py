@@ -39,7 +39,7 @@ def limits_for(stage: Stage, requests: Iterable[Request] = (), n_rows: int = ROW
     Raises UserError where the memory that is free does not hold one; takes fewer where it does not hold all.
     """
     requests, seq_len = list(requests), stage.config.seq_len
-    longest = max((_places(request, seq_len) for request in requests), default=seq_len)
+    longest = places_for(requests, seq_len)
     wanted = min(n_rows, sum(request.sampling.n_samples for request in requests) or n_rows)
     per_row = row_bytes(stage, longest)
     fitting = int(SHARE * free_bytes(stage.weight.device)) // per_row
@@ -75,7 +75,7 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // n_ranks
 
 
-def _places(request: Request, seq_len: int) -> int:
-    if request.sampling.slide:
-        return seq_len
-    return min(seq_len, len(request.prompt) + request.sampling.n_tokens)
+def places_for(requests: Iterable[Request], seq_len: int) -> int:
+    """Tokens of the longest text that these may become; the whole context without any."""
+    lengths = [len(request.prompt) + request.sampling.n_tokens for request in requests]
+    return min(seq_len, max(lengths, default=seq_len))

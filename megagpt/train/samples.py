@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from megagpt.generate.complete import complete
-from megagpt.generate.limits import Limits
+from megagpt.generate.complete import complete, request_of
+from megagpt.generate.limits import Limits, places_for
 from megagpt.generate.request import Sampling
 from megagpt.generate.stage import Stage
 from megagpt.parallel.axis import SINGLE
@@ -35,7 +35,8 @@ def write_samples(engine: Engine, tokenizer: Tokenizer | None) -> list[Sample]:
     config, log = engine.config, engine.config.log
     stage = Stage(config.model, replace(engine.mesh, data=SINGLE), engine.backend.layers)
     sampling = replace(SAMPLING, n_tokens=log.sample_tokens, seed=config.train.seed)
-    limits = Limits(n_rows=len(log.sample_prompts), n_places=config.model.seq_len)
+    requests = [request_of(prompt, sampling, tokenizer) for prompt in log.sample_prompts]
+    limits = Limits(n_rows=len(requests), n_places=places_for(requests, config.model.seq_len))
     stage.eval()
     texts = complete(stage, tokenizer, log.sample_prompts, sampling, limits=limits)
     stage.train()
