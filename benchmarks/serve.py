@@ -4,8 +4,8 @@
     python -m benchmarks.serve --shape 124M --rounds 1
     python -m benchmarks.serve --json benchmarks/results/serve-here.json
 
-The server is a process of its own; clients are threads of this one, each with one connection for one request: prompts of
-1 to 64 tokens, 8 to 96 to write, all by ids. Every answer must be the one that the request gets alone.
+The server is a process of its own; clients are threads of this one, each with a connection and a request: prompts of 1 to
+64 tokens, 8 to 96 to write, all by ids, half of them greedy. Every answer must be the one that the request gets alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.generate import SHAPES
 from benchmarks.machine import conditions, headline
 from megagpt.config import RunConfig
 from megagpt.errors import ArgumentParser, UserError, run_cli
-from megagpt.generate.stage import Stage
+from megagpt.generate.stage import build_stage
 from megagpt.generate.trained import Trained
 from megagpt.parallel.mesh import single_process_mesh
 from megagpt.processes.watch.watch import Watch
@@ -62,6 +62,7 @@ def main() -> None:
     ours, theirs = context.Pipe()
     server = context.Process(target=serve, args=(a.shape, a.batch, a.clients, a.threads, theirs), daemon=True)
     server.start()
+    theirs.close()  # so that a server that fails is heard of
     address = ours.recv()
     measured(address, bodies[: a.batch])  # what happens once
     rounds = [measured(address, bodies) for _ in range(a.rounds)]
@@ -101,7 +102,7 @@ def serve(shape: str, batch: int, clients: int, n_threads: int | None, pipe: Con
     if n_threads:
         torch.set_num_threads(n_threads)
     config, settings = SHAPES[shape], Settings(load=shape, port=0, batch=batch, max_waiting=clients)
-    trained = Trained(Stage(config, single_process_mesh()), RunConfig(model=config), None, Path(shape), 0)
+    trained = Trained(build_stage(config, single_process_mesh()), RunConfig(model=config), None, Path(shape), 0)
     door = open_door(settings)
     pipe.send(door.address.removeprefix("http://"))
     answer(settings, trained, None, door, Watch(), pipe.poll)

@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from megagpt.errors import ArgumentParser, UserError, run_cli
 from megagpt.generate import Completion, Sampling, complete
-from megagpt.generate.generate import Prompt, request_of
+from megagpt.generate.complete import Prompt, request_of
 from megagpt.generate.limits import ROWS, described, limits_for
 from megagpt.generate.trained import DTYPES, Trained, open_trained
 
@@ -147,7 +147,8 @@ def write_one(trained: Trained, prompt: Prompt, sampling: Sampling) -> None:
 
     show(prompt if isinstance(prompt, str) else " ".join(map(str, prompt)))
     ((text,),) = complete(
-        trained,
+        trained.stage,
+        trained.tokenizer,
         [prompt],
         sampling,
         show=lambda _, piece: show(piece.text if as_text else "".join(f" {token}" for token in piece.tokens)),
@@ -160,15 +161,20 @@ def write_one(trained: Trained, prompt: Prompt, sampling: Sampling) -> None:
 def write_many(trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, batch: int, as_json: bool) -> None:
     """Print all texts, in the order of their prompts."""
     requests = [request_of(prompt, sampling, trained.tokenizer) for prompt in prompts]
-    limits = limits_for(trained, requests, batch)
-    say(trained, described(trained, limits))
+    limits = limits_for(trained.stage, requests, batch)
+    say(trained, described(trained.stage, limits))
     with Progress(
         *Progress.get_default_columns(), console=Console(stderr=True), disable=trained.mesh.rank > 0, transient=True
     ) as bar:
         n_mine = len(range(trained.mesh.data.rank, len(prompts), trained.mesh.data.size))
         task = bar.add_task("tokens", total=n_mine * sampling.n_samples * sampling.n_tokens)
         texts = complete(
-            trained, prompts, sampling, limits=limits, show=lambda _, piece: bar.advance(task, len(piece.tokens))
+            trained.stage,
+            trained.tokenizer,
+            prompts,
+            sampling,
+            limits=limits,
+            show=lambda _, piece: bar.advance(task, len(piece.tokens)),
         )
     if trained.mesh.rank == 0:
         for prompt, samples in zip(prompts, texts, strict=True):

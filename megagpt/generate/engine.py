@@ -9,21 +9,23 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.generate.batching import Batching, Group, Pass, Sample
 from megagpt.generate.draw import logprobs_of
 from megagpt.generate.limits import Limits
 from megagpt.generate.request import Piece, Request, TokenLogprobs
-from megagpt.generate.stage import Stage
 from megagpt.generate.write import Writer
 from megagpt.model.cache import Cache
 from megagpt.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from megagpt.data.tokenizers.tokenizer import Tokenizer
+    from megagpt.generate.stage import Stage
 
 M = TypeVar("M")
 MAX_SCORED = 256  # places whose logits are held at once while a prompt is scored

@@ -16,7 +16,6 @@ from megagpt.inventory.attention import cached_numbers
 
 if TYPE_CHECKING:
     from megagpt.generate.stage import Stage
-    from megagpt.generate.trained import Trained
 
 ROWS = 16
 SHARE = 0.8  # of the memory that is free
@@ -35,37 +34,38 @@ class Limits:
     chunk: int = 512
 
 
-def limits_for(trained: Trained, requests: Iterable[Request] = (), n_rows: int = ROWS) -> Limits:
+def limits_for(stage: Stage, requests: Iterable[Request] = (), n_rows: int = ROWS) -> Limits:
     """Rows as long as the longest of these requests needs, no more than there are; without any, of the whole context.
 
     Raises UserError where the memory that is free does not hold one; takes fewer where it does not hold all.
-    Comm: with several processes an all-reduce of a number, since all must take in the same texts.
+    Comm: an all-reduce of a number over the ranks of the model, since all must take in the same texts.
     """
-    requests, seq_len = list(requests), trained.config.model.seq_len
-    longest = max((_places(request, seq_len) for request in requests), default=seq_len)
+    requests, seq_len = list(requests), stage.config.seq_len
+    longest = places_for(requests, seq_len)
     wanted = min(n_rows, sum(request.sampling.n_samples for request in requests) or n_rows)
-    per_row = row_bytes(trained.stage, longest)
-    fitting = least_of_all(int(SHARE * free_bytes(trained.device)) // per_row, trained.device)
+    per_row = row_bytes(stage, longest)
+    fitting = least(int(SHARE * free_bytes(stage.weight.device)) // per_row, stage)
     if fitting == 0:
         raise UserError(
             f"got a cache of {longest:,} tokens a text, {per_row / GIB:.2f} GiB",
-            f"is more than the {free_bytes(trained.device) / GIB:.2f} GiB of memory that are free",
+            f"is more than the {free_bytes(stage.weight.device) / GIB:.2f} GiB of memory that are free",
             "take a shorter context, more processes, or --precision bf16",
         )
     return Limits(min(wanted, fitting), longest)
 
 
-def least_of_all(value: int, device: torch.device) -> int:
-    """The least that any process has.  Comm: an all-reduce of a number."""
-    least = torch.tensor(value, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least)
+def least(value: int, stage: Stage) -> int:
+    """The least that any rank of a model has.  Comm: an all-reduce of a number over the model and the pipe axis."""
+    found = torch.tensor(value, device=stage.weight.device)
+    for axis in (stage.mesh.model, stage.mesh.pipe):
+        if axis.size > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MIN, group=axis.group)
+    return int(found)
 
 
-def described(trained: Trained, limits: Limits) -> str:
+def described(stage: Stage, limits: Limits) -> str:
     """For the start of a program."""
-    per_row = row_bytes(trained.stage, limits.n_places)
+    per_row = row_bytes(stage, limits.n_places)
     return (
         f"cache: {limits.n_rows} texts of {limits.n_places:,} tokens, {limits.n_rows * per_row / GIB:.2f} GiB "
         f"({per_row / (1 << 20):.1f} MiB a text) on this rank"
@@ -86,7 +86,7 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // n_ranks
 
 
-def _places(request: Request, seq_len: int) -> int:
-    if request.sampling.slide:
-        return seq_len
-    return min(seq_len, len(request.prompt) + request.sampling.n_tokens)
+def places_for(requests: Iterable[Request], seq_len: int) -> int:
+    """Tokens of the longest text that these may become; the whole context without any."""
+    lengths = [len(request.prompt) + request.sampling.n_tokens for request in requests]
+    return min(seq_len, max(lengths, default=seq_len))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from megagpt.data.tokenizers.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from megagpt.data.tokenizers.tokenizer import Tokenizer
+
 
 CONTEXT = 6  # tokens before the new ones that are decoded with them: a tokenizer may treat the first one differently
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are no whole character

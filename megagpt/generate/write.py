@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.generate.batching import Sample
 from megagpt.generate.draw import draw, logprobs_of, uniform_at
 from megagpt.generate.request import Finish, Piece, TokenLogprobs
 from megagpt.generate.text import TextStream
+
+if TYPE_CHECKING:
+    from megagpt.data.tokenizers.tokenizer import Tokenizer
 
 
 class Writer:

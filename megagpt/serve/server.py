@@ -80,7 +80,7 @@ def answer(
     asked_to_stop: Callable[[], bool],
 ) -> None:
     """Answer clients with a model that is open, until rank 0 is asked to stop.  door: rank 0's.  Comm: `take_turns`."""
-    mesh, limits = trained.mesh, limits_for(trained, n_rows=settings.batch)
+    mesh, limits = trained.mesh, limits_for(trained.stage, n_rows=settings.batch)
     worker, meeting = Worker(Engine(trained.stage, limits, trained.tokenizer), mesh.data.rank), Meeting(mesh)
     if door is None:
         return take_turns(worker, meeting, watch, None)
@@ -97,7 +97,7 @@ def answer(
     )
     front = Front(App(served, desk, measures(desk, clerk, limits), door.rules), door.listener, desk)
     front.start()
-    announce(described(trained, limits))
+    announce(described(trained.stage, limits))
     announce(f"{served.name} listens on {door.address}")
     take_turns(worker, meeting, watch, clerk)
     front.finish()

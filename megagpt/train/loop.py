@@ -217,7 +217,7 @@ def _validate(parts: Parts, step: int) -> float | None:
 
 def _write_samples(parts: Parts, step: int) -> None:
     if parts.run.config.log.sample_prompts:
-        samples = write_samples(parts.engine, parts.run.tokenizer, parts.run.folder, step)
+        samples = write_samples(parts.engine, parts.run.tokenizer)
         parts.report.samples(step, samples)
 
 

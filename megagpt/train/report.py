@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Console, RenderableType
@@ -29,7 +29,9 @@ from megagpt import metrics
 from megagpt.errors import UserError
 from megagpt.schedule import Schedule
 from megagpt.train import metrics_file
-from megagpt.train.samples import Sample
+
+if TYPE_CHECKING:
+    from megagpt.train.samples import Sample
 
 WINDOW_STEPS = 20
 PLAIN_INTERVAL_S = 2.0

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megagpt.config import DataConfig, RunConfig, plain
 from megagpt.errors import UserError
@@ -34,7 +35,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
     def run(*flags: str) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["generate.py", "--load", load, *flags])
-        runpy.run_path(PROGRAM)["main"]()
+        try:
+            runpy.run_path(PROGRAM)["main"]()
+        finally:
+            if dist.is_initialized():  # by a program that was refused, which would end here
+                dist.destroy_process_group()
         return capsys.readouterr()
 
     return run

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from megagpt.config import ModelConfig, RunConfig
+from megagpt.config import ModelConfig
 from megagpt.generate import Completion, Sampling, complete
 from megagpt.generate.limits import Limits
-from megagpt.generate.stage import build_stage
-from megagpt.generate.trained import Trained, load_trained
+from megagpt.generate.stage import Stage, build_stage
+from megagpt.generate.trained import load_trained
 from megagpt.model.position import POSITIONS
 from megagpt.parallel.mesh import build_mesh
 from megagpt.processes.local import run_ranks
@@ -54,6 +54,10 @@ def _theirs(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
     text_1T = model.generate(prompt_1T, **settings, output_logits=True, return_dict_in_generate=True)
     logits_TV = torch.cat([model(prompt_1T).logits[0, :-1], *text_1T.logits])
     return text_1T.sequences[0, len(prompt) :].tolist(), logits_TV.log_softmax(-1).detach()
+
+
+def _texts(stage: Stage, sampling: Sampling, limits: Limits) -> list[list[Completion]]:
+    return complete(stage, None, PROMPTS, sampling, limits=limits)
 
 
 def _write(folders: dict[str, Path], tp: int, pp: int, dp: int, n_rows: int) -> dict[str, list[list[Completion]]]:
@@ -99,10 +103,10 @@ def _write_kinds(tp: int, pp: int) -> dict[str, tuple[float, list[Completion]]]:
     mesh, found = build_mesh("cpu", pp=pp, dp=1, tp=tp), {}
     sampling = Sampling(n_tokens=N_TOKENS, temperature=1.0, top_p=0.9, logprobs=5, prompt_logprobs=True)
     for name, config in KINDS.items():
-        trained = Trained(build_stage(config, mesh), RunConfig(model=config), None, Path(), 0)
-        texts = complete(trained, PROMPTS, sampling, limits=Limits(3, 20))
+        stage = build_stage(config, mesh)
+        texts = _texts(stage, sampling, Limits(3, 20))
         with torch.no_grad():
-            loss = trained.stage.loss(TEXT_BT[:, :-1], TEXT_BT[:, 1:])
+            loss = stage.loss(TEXT_BT[:, :-1], TEXT_BT[:, 1:])
         found[name] = loss, [text for (text,) in texts]
     return found
 

@@ -110,7 +110,7 @@ def _serve(run: str, tp: int, pp: int, dp: int) -> tuple[list[list[Completion]] 
     """On a rank: what clients of rank 0 got, and the rows that are still in use."""
     mesh = build_mesh("cpu", pp=pp, dp=dp, tp=tp)
     trained = load_trained(run, mesh)
-    engine = Engine(trained.stage, limits_for(trained, n_rows=4), trained.tokenizer)
+    engine = Engine(trained.stage, limits_for(trained.stage, n_rows=4), trained.tokenizer)
     worker, meeting = Worker(engine, mesh.data.rank), Meeting(mesh)
     if mesh.rank:
         take_turns(worker, meeting, Watch(), None)
@@ -141,4 +141,4 @@ def test_every_layout_gives_each_client_what_it_gets_alone(run: str, tp: int, pp
 def _alone(run: str) -> list[list[Completion]]:
     """What `complete` gives to each prompt."""
     trained = load_trained(run, build_mesh("cpu", pp=1, dp=1, tp=1))
-    return complete(trained, PROMPTS, SAMPLING, limits=limits_for(trained, n_rows=1))
+    return complete(trained, PROMPTS, SAMPLING, limits=limits_for(trained.stage, n_rows=1))

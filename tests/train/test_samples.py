@@ -25,7 +25,7 @@ def _train(config: RunConfig, dp: int) -> tuple[list[float], list[list[Sample]]]
     for step in range(4):
         losses.append(engine.train_step(step, batches_of(config, step, engine.mesh.data)).loss)
         if step % 2 and config.log.sample_prompts:
-            texts.append(write_samples(engine, ByteTokenizer(), Path(), step))
+            texts.append(write_samples(engine, ByteTokenizer()))
     engine.close()
     return losses, texts
 
