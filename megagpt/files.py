@@ -31,7 +31,7 @@ def require_regular(path: Path) -> None:
 
 
 def placeholder(head: bytes) -> str | None:
-    """What stands in for a file that was never fetched, and the remedy; None where these are the first bytes of a file."""
+    """By its first bytes, what stands in for a file that was never fetched, and the remedy; None for a file itself."""
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         return "a pointer of Git LFS in place of the file; fetch that with `git lfs pull`"
     if head.startswith(b"/annex/objects/"):

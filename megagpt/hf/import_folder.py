@@ -77,7 +77,8 @@ def _refuse_other_folders(source: Path) -> None:
             f"{source} holds an adapter (LoRA), which is a change of another model and no model; merge them first "
             "(merge_and_unload of peft, then save_pretrained) and give that folder"
         )
-    if not (source / _SHARDS).exists() and (shards := sorted(source.glob("model-*-of-*.safetensors"))):
+    there = (source / _SHARDS).exists() or (source / _WHOLE).exists()
+    if not there and (shards := sorted(source.glob("model-*-of-*.safetensors"))):
         raise UserError(
             f"{source} has {len(shards)} shards ({shards[0].name} …) and no {_SHARDS}, which says what lies in them; "
             "fetch that file of the model too"

@@ -20,11 +20,11 @@ from megagpt.errors import UserError
 _SETTINGS, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _IDS = "generation_config.json"  # where transformers keeps which ids begin and end a text
 _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# The classes of transformers that do with the files of a kind just what we do; others look for other words, or add some.
+# The classes of transformers that do with the files of a kind just what we do.
 _CLASSES = {"gpt2": ("GPT2Tokenizer", "GPT2TokenizerFast"), "sentencepiece": ("LlamaTokenizer", "LlamaTokenizerFast")}
 _REMEDY = (
-    "let transformers write a complete tokenizer.json there (AutoTokenizer.from_pretrained, save_pretrained) and import "
-    "again, or name the tokenizer by --tokenizer and its files when you train"
+    "let transformers write a complete tokenizer.json there (AutoTokenizer.from_pretrained, save_pretrained) and "
+    "import again, or name the tokenizer by --tokenizer and its files when you train"
 )
 
 
@@ -43,7 +43,7 @@ def find_tokenizer(source: Path) -> tuple[Tokenizer | None, str | None]:
 
 
 def copy_tokenizer(source: Path, tokenizer: Tokenizer, copy: Path, final: Path) -> DataConfig:
-    """Copy what makes a tokenizer, and how to name it once `copy` is called `final`. config.json: special ids."""
+    """Copy what makes a tokenizer, and how to name it once `copy` is called `final`. With it go the special ids."""
     copy.mkdir()
     beside = [source / name for name in (_SETTINGS, _SPECIAL, "chat_template.jinja")] if tokenizer.kind == "hf" else []
     for path in (*tokenizer.files, *beside):
@@ -56,7 +56,7 @@ def copy_tokenizer(source: Path, tokenizer: Tokenizer, copy: Path, final: Path) 
 
 
 def special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """For config.json: the ids that an imported tokenizer came with; else, as GPT-2 has it, one that begins and ends."""
+    """For config.json: the ids that an imported tokenizer came with; else, as in GPT-2, one that begins and ends."""
     end = tokenizer.eod if tokenizer else None
     ids: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end}
     if tokenizer is None or not tokenizer.files:

@@ -147,7 +147,7 @@ def _refuse_growth(path: Path, definition: dict) -> None:
             parts.extend(part)
     if growth > _MOST_GROWTH:
         raise UserError(
-            f"{path}: its replacements can make a text {growth:.3g} times as long, wanted {_MOST_GROWTH} at most; {REDO}"
+            f"{path}: its replacements can make a text {growth:.3g} times as long, at most {_MOST_GROWTH} may; {REDO}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether two tokenizers are one under two names, such as a tokenizer.json and the vocab.json and merges.txt beside it."""
+"""Whether two tokenizers are one, such as a tokenizer.json and the vocab.json and merges.txt beside it."""
 
 from __future__ import annotations
 
