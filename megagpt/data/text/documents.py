@@ -30,10 +30,11 @@ _ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to read, and how."""
+    """A file to read, and how. number: its place in the input, from 0."""
 
     path: Path
     is_json: bool
+    number: int = 0
 
     def __str__(self) -> str:
         return "standard input" if self.path == STANDARD_INPUT else str(self.path)
@@ -76,7 +77,7 @@ def find_inputs(
     bad: list[UserError] = []
     for item in map(Path, inputs):
         if item == STANDARD_INPUT:
-            files.append(InputFile(item, input_format != "text"))
+            files.append(InputFile(item, input_format != "text", len(files)))
             continue
         found = _walk(item) if _mode(item, stat.S_ISDIR) else [item]
         if not found:
@@ -91,10 +92,12 @@ def find_inputs(
                 else:
                     tell(wrong.error)
             else:
-                files.append(InputFile(path, is_json))
+                files.append(InputFile(path, is_json, len(files)))
     if bad:
-        raise UserError(f"{bad[0]}" + (f" (and {len(bad) - 1} more files are not as they should be)" if bad[1:] else ""))
-    if files.count(InputFile(STANDARD_INPUT, input_format != "text")) > 1:
+        raise UserError(
+            f"{bad[0]}" + (f" (and {len(bad) - 1} more files are not as they should be)" if bad[1:] else "")
+        )
+    if [file.path for file in files].count(STANDARD_INPUT) > 1:
         raise UserError("--input names standard input (-) twice; name it once")
     return files
 
@@ -144,8 +147,7 @@ def _lines(block: Block) -> Iterator[tuple[int, bytes]]:
         yield 1, block.data
         return
     for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-        line = line.removeprefix(_BOM)
-        if line and not line.isspace():
+        if line and not line.isspace() and (line := line.removeprefix(_BOM)):
             yield number, line
 
 

@@ -9,7 +9,7 @@ import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,8 +44,13 @@ def chunks(path: Path, n_bytes: int) -> Iterator[tuple[bytes, int]]:
             yield chunk, source.n_bytes
 
 
-def _opened(path: Path) -> AbstractContextManager[BinaryIO]:
-    return nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else path.open("rb")  # noqa: SIM115
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    if path == STANDARD_INPUT:
+        yield sys.stdin.buffer
+    else:
+        with open(path, "rb") as file:
+            yield file
 
 
 class _Source(io.RawIOBase):
@@ -79,6 +84,12 @@ def _read(opened: BinaryIO, n_bytes: int) -> Iterator[bytes]:
         yield chunk
 
 
+def _read_unpacked(opened: gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile, n_bytes: int) -> Iterator[bytes]:
+    """A piece at a time, so that what comes before a damage is given before it is raised."""
+    while chunk := opened.read1(n_bytes):
+        yield chunk
+
+
 def _zstandard(raw: BinaryIO, n_bytes: int) -> Iterator[bytes]:
     """Frame by frame: the library's stream reader ends without a word where a file was cut off.
 
@@ -105,8 +116,8 @@ def _zstandard(raw: BinaryIO, n_bytes: int) -> Iterator[bytes]:
 
 _UNPACK: dict[str | None, Callable[[BinaryIO, int], Iterator[bytes]]] = {
     None: _read,
-    "gzip": lambda raw, n_bytes: _read(gzip.GzipFile(fileobj=raw), n_bytes),  # type: ignore[arg-type]
-    "bzip2": lambda raw, n_bytes: _read(bz2.BZ2File(raw), n_bytes),
-    "xz": lambda raw, n_bytes: _read(lzma.LZMAFile(raw), n_bytes),
+    "gzip": lambda raw, n_bytes: _read_unpacked(gzip.GzipFile(fileobj=raw), n_bytes),  # type: ignore[arg-type]
+    "bzip2": lambda raw, n_bytes: _read_unpacked(bz2.BZ2File(raw), n_bytes),
+    "xz": lambda raw, n_bytes: _read_unpacked(lzma.LZMAFile(raw), n_bytes),  # noqa: SIM115
     "zstandard": _zstandard,
 }

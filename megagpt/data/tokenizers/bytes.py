@@ -21,6 +21,7 @@ class ByteTokenizer:
     sha256 = files_sha256("bytes", ())
     vocab_size = 257
     eod: int | None = 256
+    unknown: int | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -35,6 +35,7 @@ class Gpt2Tokenizer:
     """GPT-2's tokenizer; `<|endoftext|>` in a text becomes its id, as Hugging Face does."""
 
     kind: ClassVar[str] = "gpt2"
+    unknown: int | None = None
     options: ClassVar[tuple[FileOption, ...]] = (
         FileOption("vocab_file", "--vocab-file", "vocab.json"),
         FileOption("merge_file", "--merge-file", "merges.txt"),

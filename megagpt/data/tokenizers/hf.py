@@ -59,6 +59,7 @@ class HfTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.eod = self._find_eod(config)
+        self.unknown = self._find_unknown(definition["model"])
         self.transformers_settings: dict[str, Any] = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
     def id_of(self, token: str) -> int | None:
@@ -93,6 +94,11 @@ class HfTokenizer:
         """The end-of-sequence token that tokenizer_config.json names, else the first usual one there is."""
         names = (token_name(config.get("eos_token")), *_EOD_NAMES)
         return next((i for name in names if name and (i := self.id_of(name)) is not None), None)
+
+    def _find_unknown(self, model: dict) -> int | None:
+        """Named by its id in a Unigram model, by itself in the others."""
+        i, token = model.get("unk_id"), model.get("unk_token")
+        return i if isinstance(i, int) else self.id_of(token) if isinstance(token, str) else None
 
 
 def token_name(token: object) -> str | None:

@@ -47,6 +47,7 @@ class SentencePieceTokenizer:
         if not 0 < self.vocab_size < MAX_ID:
             raise UserError(f"{path}: has {self.vocab_size} pieces, wanted 1 to {MAX_ID - 1}; {REDO}")
         self.eod: int | None = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
+        self.unknown: int | None = self._processor.unk_id()
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)

@@ -40,6 +40,8 @@ class Tokenizer(Protocol):
     """One more than the largest id."""
     eod: int | None
     """Id that ends a document, where there is one."""
+    unknown: int | None
+    """Id of text that it does not know, where there is one."""
 
     def __init__(self, *files: Any, **_: Any) -> None: ...  # a path for each of its options
 
@@ -63,8 +65,8 @@ class Tokenizer(Protocol):
     def token_bytes(self) -> np.ndarray:
         """Bytes of UTF-8 text that each id stands for, 0 for special tokens. **Shapes**: int32[vocab_size].
 
-        Bits per byte = nats / ln 2 / bytes. Exact for tokenizers that keep the text as it is (gpt2, bytes,
-        the default corpus's); where one normalises, these are the bytes of the normalised text.
+        Those of the text itself for tokenizers that keep it as it is (gpt2, bytes, the default corpus's); where one
+        normalises, of the normalised text, and none for what it does not know.
         """
         ...
 
