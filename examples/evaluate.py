@@ -9,6 +9,7 @@ Several processes (torchrun --nproc-per-node 2 …) share a large model by tenso
 """
 
 import json
+import sys
 from dataclasses import asdict
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.progress import Progress
 
 from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset
+from megagpt.data.tokenizers.tokenizer import other_tokenizer
 from megagpt.errors import ArgumentParser, UserError, run_cli
 from megagpt.evaluate.split import SPLITS, evaluate
 from megagpt.generate.trained import open_trained
@@ -38,11 +40,14 @@ def main() -> None:
         if not prefixes:
             raise UserError(f"{a.load} names no data that it was trained on; give --data-path")
         for prefix in prefixes:
+            dataset = IndexedDataset(prefix)
+            if speaks and (note := other_tokenizer(trained.tokenizer, dataset.meta)):
+                print(f"note: {prefix}: {note}", file=sys.stderr)
             with Progress(*Progress.get_default_columns(), console=Console(stderr=True), disable=not speaks) as bar:
                 task = bar.add_task("tokens", total=None)
                 result = evaluate(
                     trained,
-                    IndexedDataset(prefix),
+                    dataset,
                     split=a.split or data.split,
                     which=a.which,
                     max_tokens=a.max_tokens,

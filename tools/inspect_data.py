@@ -20,12 +20,13 @@ import numpy as np
 from megagpt.config import DataConfig
 from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset, verify
-from megagpt.data.indexed.meta import DatasetMeta
+from megagpt.data.indexed.meta import DatasetMeta, losses
 from megagpt.data.indexed.samples import GPTSamples, split_bounds
 from megagpt.data.tokenizers.tokenizer import KINDS, Tokenizer, tokenizer_for
 from megagpt.errors import ArgumentParser, UserError, run_cli
 
 _BAR = 50
+_NOTHING = {True: "not measured", False: "hardly anything"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +62,7 @@ def _show_counts(dataset: IndexedDataset, meta: DatasetMeta | None) -> None:
             "its SHA-256": meta.tokenizer_sha256,
             "end of document": _describe_eod(meta),
             "text": f"{meta.text_bytes / 1e6:,.1f} MB, {meta.text_bytes / meta.tokens:.2f} bytes a token",
+            "not kept of it": "; ".join(losses(meta)) or _NOTHING[meta.lost_share is None],
         }
     for name, value in rows.items():
         print(f"{name:16} {value}")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megagpt import metrics
@@ -20,8 +19,10 @@ from megagpt.checkpoint.state import State
 from megagpt.config import RunConfig, plain
 from megagpt.data.indexed.blend import Samples, sources
 from megagpt.data.indexed.index_builder import fallback_note
+from megagpt.data.indexed.text_bytes import text_bytes
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.data.opened import OpenedData
+from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import Stopped
 from megagpt.model.ops_used import attention_status, check_kernels, kernel_rows, ops_used
 from megagpt.plan.plan import make_plan
@@ -36,6 +37,7 @@ from megagpt.train.faults.check_ranks import check_ranks
 from megagpt.train.faults.guard import Guard
 from megagpt.train.faults.notes import FaultNotes
 from megagpt.train.plot import plot_runs
+from megagpt.train.remarks import remarks
 from megagpt.train.report import Reporter, kernel_table
 from megagpt.train.run import Run, find_run
 from megagpt.train.step.engine import Engine, StepResult
@@ -121,8 +123,9 @@ def _parts(run: Run, engine: Engine, report: Reporter, resumed: State | None) ->
     _say_what_runs(run, engine, report)
     if resumed:
         report.message(f"going on from {run.resume_from} after {resumed.step} steps")
-        if resumed.data and resumed.data != run.data_identity:
-            report.message("note: its text was another one, or had another tokenizer: --data-path differs")
+    if run.mesh.rank == 0:
+        for remark in remarks(run, engine.schedule, resumed):
+            report.message(f"note: {remark}")
     notes = FaultNotes(run.folder, run.train_samples, run.tokenizer, writes=run.mesh.rank == 0)
     guard = Guard(engine, notes, report.message, partial(_training_batches, run, engine.schedule))
     if resumed and run.resume_from:
@@ -205,11 +208,21 @@ def _validate(parts: Parts, step: int) -> float | None:
     positions = range(eval_steps * run.config.train.global_batch_size)
     batches = _batches(run, samples, positions, run.config.model.seq_len)
     loss = parts.engine.evaluate(batches, eval_steps * run.plan.micro_batches)
-    if run.tokenizer is not None and run.mesh.rank == 0:
-        labels = np.concatenate([samples[i][1:] for i in positions])
-        bits = metrics.bits_per_byte(loss, len(labels), int(run.tokenizer.token_bytes()[labels].sum()))
+    if run.tokenizer is not None and run.mesh.rank == 0 and (n_bytes := _text_bytes(samples, positions, run.tokenizer)):
+        bits = metrics.bits_per_byte(loss, len(positions) * run.config.model.seq_len, n_bytes)
     parts.report.validation(step, loss, bits)
     return loss if math.isfinite(loss) else None
+
+
+def _text_bytes(samples: Samples, positions: range, tokenizer: Tokenizer) -> float | None:
+    """Bytes of the text that the labels of these samples stand for; None where that cannot be known."""
+    sizes, total = tokenizer.token_bytes(), 0.0
+    for i in positions:
+        found = text_bytes(samples[i][1:], samples.dataset_of(i).meta, tokenizer, sizes)
+        if found is None:
+            return None
+        total += found
+    return total
 
 
 def _training_batches(run: Run, schedule: Schedule, step: int) -> Iterator[MicroBatch]:

@@ -23,6 +23,7 @@ import psutil
 from megagpt.cli import parse_run_config
 from megagpt.config import RunConfig
 from megagpt.config.values import DataPath
+from megagpt.data.indexed.prefixes import require_dataset
 from megagpt.data.opened import OpenedData
 from megagpt.data.text.corpus import default_cache_dir, default_corpus
 from megagpt.errors import EXIT_PEER_LOST, UserError, require, run_cli
@@ -108,6 +109,7 @@ def _with_vocabulary(config: RunConfig, size: int | None) -> RunConfig:
     """The configuration with model.vocab_size filled in. size: the tokenizer's, where there is one."""
     wanted = config.model.vocab_size
     if wanted is None and size is None:
+        require_dataset(config.data.data_path.prefixes[-1])
         raise UserError(
             f"{config.data.data_path.prefixes[-1]}: no tokenizer is recorded beside it and none is named; "
             "give --tokenizer with its files, or --vocab-size"

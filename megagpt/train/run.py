@@ -16,7 +16,7 @@ from megagpt.checkpoint import folders
 from megagpt.checkpoint.load import check_resumable, find_whole
 from megagpt.checkpoint.state import read_state
 from megagpt.cli import to_yaml
-from megagpt.config import RunConfig
+from megagpt.config import DataConfig, RunConfig
 from megagpt.data.indexed.blend import Samples, build_splits, sources
 from megagpt.data.indexed.dataset import verify
 from megagpt.data.opened import OpenedData
@@ -101,7 +101,24 @@ def _find_samples(config: RunConfig, data: OpenedData) -> tuple[Samples, Samples
     if train_samples is None:
         remedy = "give it a first share above 0"
         raise UserError(f"data.split={split}", "leaves nothing to train on", remedy, ["data.split"])
+    if valid_samples is None:
+        _require_no_validation(config, sum(map(len, data.datasets)))
     return train_samples, valid_samples
+
+
+def _require_no_validation(config: RunConfig, n_documents: int) -> None:
+    """Raises UserError where the run was asked for what needs validation, and nothing is held out for it."""
+    split, default = config.data.split, DataConfig().split
+    remedy = "cut the text into more documents, or give validation a larger share"
+    if config.checkpoint.keep_best:
+        got = f"checkpoint.keep_best with split {split} of {n_documents} documents, eval_steps={config.log.eval_steps}"
+        raise UserError(
+            got, "has no validation to go by", f"{remedy}, or drop --checkpoint.keep-best", ["checkpoint.keep_best"]
+        )
+    if config.log.eval_steps and split.shares[1] > 0 and split != default:
+        got = f"data.split={split}"
+        wanted = f"leaves none of {n_documents} documents for validation"
+        raise UserError(got, wanted, f"{remedy}, or --eval-steps 0", ["data.split"])
 
 
 def _verify_data(config: RunConfig, data: OpenedData) -> None:

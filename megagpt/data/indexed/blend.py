@@ -35,6 +35,10 @@ class Blend:
         dataset, sample = self._locate(i)
         return dataset[sample]
 
+    def dataset_of(self, i: int) -> IndexedDataset:
+        """The dataset that sample i is of."""
+        return self._locate(i)[0].dataset
+
     def sources_of(self, i: int) -> list[tuple[str, int, int, int]]:
         """The pieces of sample i, in order: (dataset prefix, document, first token, number of tokens)."""
         dataset, sample = self._locate(i)

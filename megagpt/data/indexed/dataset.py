@@ -22,6 +22,7 @@ import numpy as np
 
 from megagpt.data.indexed.meta import DatasetMeta, meta_json, meta_path, read_meta
 from megagpt.data.indexed.mmididx import CHUNK, HEADER, REDO, complete_index, open_for_reading, read_index
+from megagpt.data.indexed.prefixes import require_dataset
 from megagpt.errors import UserError
 
 
@@ -34,6 +35,7 @@ class IndexedDataset:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
         self.bin_path, self.idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+        require_dataset(prefix)
         self._fd = open_for_reading(self.bin_path)
         index = read_index(self.idx_path, self.bin_path, os.fstat(self._fd).st_size)
         self.dtype, self.lengths, self.pointers = index.dtype, index.lengths, index.pointers

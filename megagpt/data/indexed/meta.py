@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megagpt.data.indexed.mmididx import open_for_reading
+from megagpt.data.indexed.prefixes import require_dataset
 from megagpt.errors import UserError
 
 _OWN_HASH = "json_sha256"  # a key of the file: the hash of all its other values
@@ -62,6 +63,7 @@ def read_meta(prefix: str | Path) -> DatasetMeta | None:
     path = meta_path(prefix)
     if not os.path.lexists(path):
         return None
+    require_dataset(prefix)  # a .json alone is another file, a text perhaps
     values = _read_object(path)
     types = {f.name: str(f.type) for f in fields(DatasetMeta)} | {_OWN_HASH: "str"}
     for name, wanted in types.items():

@@ -47,7 +47,7 @@ class GPTSamples:
                 "or add data"
             )
         self.dataset = dataset
-        self.seq_len = seq_len
+        self.n_tokens, self.seq_len = n_tokens, seq_len
         self.epochs = plan_epochs(n_tokens, num_samples, seq_len)
         random = RandomState(seed)  # the order of the draws is part of the format: documents first
         try:
@@ -83,6 +83,10 @@ class GPTSamples:
         # The first token of the next sample is the last label of this one.
         pieces.append((int(self.document_index[last]), offset, last_offset + 1 - offset))
         return [piece for piece in pieces if piece[2]]
+
+    def dataset_of(self, i: int) -> IndexedDataset:
+        """The dataset that sample i is of."""
+        return self.dataset
 
     def sources_of(self, i: int) -> list[tuple[str, int, int, int]]:
         """The pieces of sample i, in order: (dataset prefix, document, first token, number of tokens)."""

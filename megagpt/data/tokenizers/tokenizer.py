@@ -159,6 +159,16 @@ def _check_same(tokenizer: Tokenizer, meta: DatasetMeta, prefix: str | Path) -> 
         )
 
 
+def other_tokenizer(tokenizer: Tokenizer | None, meta: DatasetMeta | None) -> str | None:
+    """What to say of a model that reads a dataset of another tokenizer than its own; None where it is the same one."""
+    if tokenizer is None or meta is None or meta.tokenizer_sha256 == tokenizer.sha256:
+        return None
+    return (
+        f"the dataset was made by another tokenizer ({meta.tokenizer}, {meta.vocab_size:,} tokens) than the model's "
+        f"({tokenizer.kind}, {tokenizer.vocab_size:,} tokens): unless both give the same ids, its figures mean nothing"
+    )
+
+
 def _needed(value: str | None, kind: str, option: FileOption) -> Path:
     if value is None:
         raise UserError(f"--tokenizer {kind} needs {option.flag}; give the path of its {option.name}")
