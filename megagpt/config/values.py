@@ -57,7 +57,7 @@ class DataPath:
         sums: dict[str, Decimal] = {}
         for weight, prefix in zip(weights, prefixes, strict=True):
             sums[prefix] = sums.get(prefix, Decimal(0)) + Decimal(weight)
-        read = {prefix: weight for prefix, weight in sums.items() if weight > 0}
+        read = {prefix: weight for prefix, weight in sums.items() if float(weight) > 0}
         require(bool(read), shown, "must have a weight above 0", example, key)
         return DataPath(_few(tuple(read)), tuple(read.values()))
 

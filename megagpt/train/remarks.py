@@ -12,7 +12,7 @@ from megagpt.checkpoint.state import State
 from megagpt.cli import read_config
 from megagpt.config import RunConfig
 from megagpt.config.values import DataPath
-from megagpt.data.indexed.blend import Samples, build_splits, sources
+from megagpt.data.indexed.blend import Samples, build_splits, parts_of, sources
 from megagpt.data.indexed.coverage import times_read
 from megagpt.data.indexed.index_builder import Epochs, plan_epochs
 from megagpt.data.indexed.meta import losses
@@ -44,12 +44,30 @@ def remarks(run: Run, schedule: Schedule, resumed: State | None) -> Iterator[str
 def _of_the_data(run: Run) -> Iterator[str]:
     for dataset in sources(run.train_samples):
         yield from (f"{dataset.prefix}: {found}" for found in losses(dataset.meta) if dataset.meta)
+    yield from _of_short_datasets(run)
     if run.valid_samples is None and run.config.log.eval_steps and run.config.data.split.shares[1] > 0:
         n_documents = sum(map(len, sources(run.train_samples)))
         yield (
             f"no validation: split {run.config.data.split} of {n_documents} documents leaves it none, and documents "
             "are not cut; preprocess the text in more documents, or give --split"
         )
+
+
+def _of_short_datasets(run: Run) -> Iterator[str]:
+    """Of a blend: what is read over and over, or not at all."""
+    for split, samples in (("training", run.train_samples), ("validation", run.valid_samples)):
+        if samples is None:
+            continue
+        for part in parts_of(samples):
+            if part.n_tokens <= part.seq_len:
+                yield (
+                    f"{part.dataset.prefix}: its {split} share has {part.n_tokens} tokens, less than a sample "
+                    f"({part.seq_len + 1}): it is read {part.epochs.n_epochs} times over"
+                )
+        read = {str(dataset.prefix) for dataset in sources(samples)}
+        for prefix in run.config.data.data_path.prefixes:
+            if prefix not in read:
+                yield f"{prefix}: its {split} share is shorter than a sample, and is left out"
 
 
 def _of_another_tokenizer(run: Run, resumed: State, before: RunConfig) -> Iterator[str]:
@@ -137,7 +155,7 @@ def _order(run: Run, n_samples: int) -> Samples:
 
 def _orders(samples: Samples) -> list[tuple[int, int]]:
     """What the order of each dataset follows from."""
-    return [_shuffled(part.epochs) for part in ([samples] if isinstance(samples, GPTSamples) else samples.datasets)]
+    return [_shuffled(part.epochs) for part in parts_of(samples)]
 
 
 def _shuffled(epochs: Epochs) -> tuple[int, int]:

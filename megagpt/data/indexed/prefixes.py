@@ -19,13 +19,17 @@ def require_dataset(prefix: str | Path) -> None:
     if not missing:
         return
     if len(missing) == 1:
-        raise UserError(f"{missing[0]}: not there, though the other file of the dataset is; {_half(prefix, missing[0])}")
+        raise UserError(
+            f"{missing[0]}: not there, though the other file of the dataset is; {_half(prefix, missing[0])}"
+        )
     raise UserError(f"{prefix}: no dataset of that name ({prefix}.idx is not there); {_meant(Path(prefix))}")
 
 
 def _half(prefix: str | Path, missing: Path) -> str:
     partial = missing.with_name(missing.name + ".partial")
-    return f"{partial} is: preprocessing has not ended" if partial.exists() else "fetch it too, or run preprocess_data.py"
+    return (
+        f"{partial} is: preprocessing has not ended" if partial.exists() else "fetch it too, or run preprocess_data.py"
+    )
 
 
 def _meant(path: Path) -> str:
@@ -42,7 +46,9 @@ def _meant(path: Path) -> str:
     beside = list(_in(path.parent))
     longer = [found for found in beside if found.startswith(f"{path}_") and found.endswith("_document")]
     names = get_close_matches(str(path), beside, n=_SHOWN, cutoff=0.8)
-    return _one_of(longer or names, "did you mean {names}?", "give what tools/preprocess_data.py wrote, P_text_document")
+    return _one_of(
+        longer or names, "did you mean {names}?", "give what tools/preprocess_data.py wrote, P_text_document"
+    )
 
 
 def _one_of(found: Iterable[str], some: str, none: str) -> str:

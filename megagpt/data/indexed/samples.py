@@ -26,6 +26,7 @@ _MAX_SAMPLES = 2**40  # 13 TB: beyond it NumPy would stumble over its own sizes
 class GPTSamples:
     """At least num_samples samples from documents [start, stop) of a dataset, shuffled by seed.
 
+    may_be_short: a sample may be filled by several passes, as Megatron does.
     **Raises** `UserError` when one pass over the documents does not fill a sample.
     """
 
@@ -37,10 +38,11 @@ class GPTSamples:
         num_samples: int,
         seq_len: int,
         seed: int,
+        may_be_short: bool = False,
     ) -> None:
         start, stop = documents
         n_tokens = int(dataset.lengths[start:stop].sum(dtype=np.int64))
-        if n_tokens <= seq_len:
+        if n_tokens <= (0 if may_be_short else seq_len):
             raise UserError(
                 f"{dataset.prefix}: documents [{start}, {stop}) hold {n_tokens} tokens, one sample needs "
                 f"seq_len + 1 = {seq_len + 1}; give this split a larger share with --split, lower --seq-len, "
