@@ -51,7 +51,7 @@ class DataConfig:
     """What is read."""
 
     data_path: Short[DataPath] = DataPath()
-    """Prefix of an indexed dataset, or a blend: 0.7 A 0.3 B, or A B by size. Default: the Python standard library's text."""
+    """Prefix of a dataset, or a blend: 0.7 A 0.3 B, or A B by size. Default: the Python standard library's text."""
     split: Short[Split] = Split.parse("949,50,1")
     """Shares of documents for train, validation, test."""
     cache_dir: str | None = None

@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from sentencepiece import SentencePieceTrainer
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from megagpt.checkpoint.folders import find
@@ -292,6 +292,59 @@ def test_tokenizers_of_other_architectures(
         config = plain(RunConfig(model=model, data=data))
         write_checkpoint(tmp_path / f"run-{number}", 0, {"weight": tensors}, config=config)
         assert export(find(tmp_path / f"run-{number}"), tmp_path / f"hf-{number}").note is None
+
+
+def test_a_chat_model_comes_back_with_its_added_tokens_and_its_ends(tmp_path: Path, gpt2_tokenizer: Path):
+    """Beside vocab.json and merges.txt, which know nothing of them."""
+    source = shutil.copytree(gpt2_tokenizer, tmp_path / "hf")
+    tokenizer = Tokenizer(models.BPE.from_file(str(source / "vocab.json"), str(source / "merges.txt")))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "[PAD]"])
+    tokenizer.save(str(source / "tokenizer.json"))
+    named = {"eos_token": "<|im_end|>", "pad_token": "[PAD]", "chat_template": "{{ messages }}"}
+    (source / "tokenizer_config.json").write_text(json.dumps(named))
+    config = transformers.GPT2Config(
+        n_layer=1, n_embd=16, n_head=2, n_positions=8, vocab_size=296, bos_token_id=0, eos_token_id=[294, 0]
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(source)
+    folder = import_model(source, tmp_path / "run")
+    assert export(folder, tmp_path / "back").note is None
+    theirs, back = (transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("hf", "back"))
+    text = "<|im_start|>user\n  37.8<|im_end|>[PAD]<|endoftext|>"
+    assert theirs(text)["input_ids"] == back(text)["input_ids"] == tokenizer.encode(text).ids
+    assert (back.eos_token_id, back.pad_token_id, back.chat_template) == (294, 295, "{{ messages }}")
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (0, [294, 0])
+
+
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def shards_alone(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (adapter, "an adapter (LoRA), which is a change of another model"),
+        (shards_alone, "has 1 shards (model-00001-of-00002.safetensors …) and no model.safetensors.index.json"),
+        (pointer, "model.safetensors: a pointer of Git LFS in place of the file"),
+        (shutil.rmtree, "is no folder"),
+    ],
+)
+def test_other_folders_are_called_what_they_are(tmp_path: Path, spoil: Callable[[Path], object], words: str):
+    hf_folder(tmp_path / "hf")
+    spoil(tmp_path / "hf")
+    with pytest.raises(UserError) as refused:
+        import_model(tmp_path / "hf", tmp_path / "run")
+    assert words in str(refused.value) and not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_that_transformers_reads_otherwise_is_left_out(

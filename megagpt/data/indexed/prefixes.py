@@ -45,10 +45,10 @@ def _meant(path: Path) -> str:
         return "preprocessing has not ended (.partial): run it again, it goes on where it can"
     beside = list(_in(path.parent))
     longer = [found for found in beside if found.startswith(f"{path}_") and found.endswith("_document")]
-    names = get_close_matches(str(path), beside, n=_SHOWN, cutoff=0.8)
-    return _one_of(
-        longer or names, "did you mean {names}?", "give what tools/preprocess_data.py wrote, P_text_document"
-    )
+    names = {Path(found).name.removesuffix("_text_document"): found for found in beside}
+    near = get_close_matches(path.name.removesuffix("_text_document"), names, n=_SHOWN)
+    none = "give what tools/preprocess_data.py wrote, P_text_document"
+    return _one_of(longer or [names[name] for name in near], "did you mean {names}?", none)
 
 
 def _one_of(found: Iterable[str], some: str, none: str) -> str:

@@ -6,7 +6,9 @@ this library for the GPT-NeoX tokenizer. The ids of a `tokenizer.json` are what 
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +27,7 @@ from megagpt.data.tokenizers.files import (
 )
 from megagpt.errors import UserError
 
-_MOST_GROWTH = 64  # times the characters of a text, by what its normalizer and decoder put in place of others
+_MOST_GROWTH = 1024  # times the characters of a text, by what its normalizer and decoder put in place of others
 _EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 
 
@@ -50,12 +52,8 @@ class HfTokenizer:
         self.files: tuple[Path, ...] = (path,)
         self.sha256 = files_sha256(self.kind, (data,))
         self.vocab_size = check_ids(path, _entries(path, definition))
-        try:
+        with _refusing(f"{path}: not a tokenizer"):
             self._tokenizer = Tokenizer.from_buffer(data)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises the bare class; a panic of its Rust is no Exception
-            raise UserError(f"{path}: not a tokenizer ({error}); {REDO}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.eod = self._find_eod(config)
@@ -67,7 +65,8 @@ class HfTokenizer:
         return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids  # no offsets
+        with _refusing(f"{self.files[0]}: cannot encode a text"):
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids  # no offsets
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # One by one: the library would start a thread per core, and that in every worker process.
@@ -99,6 +98,17 @@ class HfTokenizer:
         """Named by its id in a Unigram model, by itself in the others."""
         i, token = model.get("unk_id"), model.get("unk_token")
         return i if isinstance(i, int) else self.id_of(token) if isinstance(token, str) else None
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """The library raises the bare Exception, and for a panic of its Rust code something that is none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what} ({error}); {REDO}") from None
 
 
 def token_name(token: object) -> str | None:
@@ -149,12 +159,27 @@ def _refuse_growth(path: Path, definition: dict) -> None:
             parts.extend(part.values())
             if part.get("type") == "Replace":
                 growth *= _growth(part.get("pattern"), part.get("content"))
+            elif part.get("type") == "Prepend":
+                growth *= 1 + len(str(part.get("prepend")))
+            elif part.get("type") == "Precompiled":
+                _check_characters(path, part.get("precompiled_charsmap"))
         elif isinstance(part, list):
             parts.extend(part)
     if growth > _MOST_GROWTH:
         raise UserError(
             f"{path}: its replacements can make a text {growth:.3g} times as long, at most {_MOST_GROWTH} may; {REDO}"
         )
+
+
+def _check_characters(path: Path, table: object) -> None:
+    """SentencePiece's table of characters: the size of its index, in bytes, and the index. The library believes it."""
+    try:
+        data = base64.b64decode(str(table), validate=True)
+    except ValueError:
+        data = b""
+    size = int.from_bytes(data[:4], "little")
+    if len(data) < 4 or size == 0 or size % 4 or size > len(data) - 4:
+        raise UserError(f"{path}: its precompiled_charsmap has {len(data)} bytes and announces {size}; {REDO}")
 
 
 def _growth(pattern: object, content: object) -> float:
