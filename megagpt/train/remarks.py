@@ -43,7 +43,7 @@ def remarks(run: Run, schedule: Schedule, resumed: State | None) -> Iterator[str
 
 def _of_the_data(run: Run) -> Iterator[str]:
     for dataset in sources(run.train_samples):
-        yield from (f"{dataset.prefix}: {found}" for found in losses(dataset.meta) if dataset.meta)
+        yield from (f"{dataset.prefix}: {found}" for found in losses(dataset.meta))
     yield from _of_short_datasets(run)
     if run.valid_samples is None and run.config.log.eval_steps and run.config.data.split.shares[1] > 0:
         n_documents = sum(map(len, sources(run.train_samples)))

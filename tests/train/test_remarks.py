@@ -75,7 +75,10 @@ def said(now: RunConfig, before: RunConfig | None = None, step: int = 0, data: d
 
 
 def test_nothing_is_said_of_a_run_in_order(prefix: str):
+    """Nor of a dataset of which nothing is recorded."""
     assert said(config(prefix, 80)) == said(config(prefix, 80), config(prefix, 80), 40) == []
+    Path(f"{prefix}.json").unlink()
+    assert said(config(prefix, 80)) == []
 
 
 def test_a_run_that_is_extended_into_another_epoch(prefix: str):

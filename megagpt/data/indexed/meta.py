@@ -77,7 +77,8 @@ def read_meta(prefix: str | Path) -> DatasetMeta | None:
     recorded = values.pop(_OWN_HASH)
     if recorded != _own_hash(values):
         raise UserError(f"{path}: its values are not those of its own key {_OWN_HASH!r}, one was changed; {_REMEDY}")
-    return DatasetMeta(**values | {"tokenizer_files": tuple(values["tokenizer_files"])})
+    values["tokenizer_files"] = tuple(values["tokenizer_files"])
+    return DatasetMeta(**values)
 
 
 def meta_json(meta: DatasetMeta) -> str:
@@ -85,9 +86,11 @@ def meta_json(meta: DatasetMeta) -> str:
     return json.dumps(asdict(meta) | {_OWN_HASH: _own_hash(asdict(meta))}, indent=2) + "\n"
 
 
-def losses(meta: DatasetMeta) -> list[str]:
-    """What the tokenizer did not keep of the text, in words; nothing where that is hardly anything."""
-    found = []
+def losses(meta: DatasetMeta | None) -> list[str]:
+    """What the tokenizer did not keep of the text, in words; nothing where that is hardly anything, or not known."""
+    found: list[str] = []
+    if meta is None:
+        return found
     if (share := (meta.unknown_tokens or 0) / max(1, meta.tokens)) >= _WORTH_A_WORD:
         found.append(f"{share:.1%} of the tokens stand for text that the tokenizer does not know")
     if meta.lost_share is not None and meta.lost_share >= _WORTH_A_WORD:

@@ -183,8 +183,8 @@ def _may_repeat(line: bytes, path: tuple[str, ...]) -> bool:
 def _repeats(line: bytes, path: tuple[str, ...]) -> bool:
     """Whether a key on the way to a value is there twice, in JSON that is whole. Not recursive, as `json` is."""
     seen: set[tuple[str, ...]] = set()
-    inside: list[str | None] = []  # the key of each bracket that is open; None within a list
-    key: str | None = None
+    inside: list[str] = []  # the key of each bracket that is open; the outermost has none, nor have those in lists
+    key = ""
     for match in _STRING_OR_BRACKET.finditer(line):
         string, colon = match.groups()
         if string is None:
@@ -192,7 +192,7 @@ def _repeats(line: bytes, path: tuple[str, ...]) -> bool:
                 inside.append(key)
             else:
                 inside.pop()
-            key = None
+            key = ""
         elif colon:
             key = orjson.loads(string)
             here = (*inside[1:], key)

@@ -40,7 +40,6 @@ class Gpt2Tokenizer:
         FileOption("vocab_file", "--vocab-file", "vocab.json"),
         FileOption("merge_file", "--merge-file", "merges.txt"),
     )
-    transformers_settings: ClassVar[dict[str, Any]] = {"tokenizer_class": "GPT2Tokenizer"}
 
     def __init__(self, vocab_file: Path, merge_file: Path) -> None:
         self.files: tuple[Path, ...] = (vocab_file, merge_file)
@@ -52,6 +51,10 @@ class Gpt2Tokenizer:
         self._vocab = vocab
         self._definition = _definition(vocab, _merges(vocab_file, vocab, merge_file, merge_data))
         self._renew()
+
+    @property
+    def transformers_settings(self) -> dict[str, Any]:
+        return {"tokenizer_class": "GPT2Tokenizer"}
 
     def encode(self, text: str) -> list[int]:
         return self._encode(text).tolist()

@@ -58,7 +58,11 @@ class HfTokenizer:
         self._tokenizer.no_padding()
         self.eod = self._find_eod(config)
         self.unknown = self._find_unknown(definition["model"])
-        self.transformers_settings: dict[str, Any] = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        self._config = config
+
+    @property
+    def transformers_settings(self) -> dict[str, Any]:
+        return self._config | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its name; None where there is none."""

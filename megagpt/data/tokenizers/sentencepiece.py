@@ -26,12 +26,6 @@ class SentencePieceTokenizer:
 
     kind: ClassVar[str] = "sentencepiece"
     options: ClassVar[tuple[FileOption, ...]] = (FileOption("model", "--tokenizer-model", "tokenizer.model"),)
-    transformers_settings: ClassVar[dict[str, Any]] = {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": False,
-        "add_prefix_space": False,
-        "add_bos_token": False,
-    }
 
     def __init__(self, path: Path) -> None:
         data = read_tokenizer_file(path)
@@ -48,6 +42,15 @@ class SentencePieceTokenizer:
             raise UserError(f"{path}: has {self.vocab_size} pieces, wanted 1 to {MAX_ID - 1}; {REDO}")
         self.eod: int | None = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
         self.unknown: int | None = self._processor.unk_id()
+
+    @property
+    def transformers_settings(self) -> dict[str, Any]:
+        return {
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": False,
+            "add_prefix_space": False,
+            "add_bos_token": False,
+        }
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
