@@ -147,8 +147,10 @@ def _lines(block: Block) -> Iterator[tuple[int, bytes]]:
         yield 1, block.data
         return
     for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-        if line and not line.isspace() and (line := line.removeprefix(_BOM)):
-            yield number, line
+        if line and not line.isspace():
+            line = line.removeprefix(_BOM)
+            if line and not line.isspace():
+                yield number, line
 
 
 def _record_texts(where: str, line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
