@@ -14,9 +14,10 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from io import BufferedRandom
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -284,7 +285,7 @@ class IndexedWriter:
             path.unlink(missing_ok=True)
 
 
-def _open_locked(path: Path) -> BinaryIO:
+def _open_locked(path: Path) -> BufferedRandom:
     """Open a temporary file for writing and hold its lock; what is in it is a leftover of another run."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
