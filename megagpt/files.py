@@ -30,6 +30,15 @@ def require_regular(path: Path) -> None:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
+def placeholder(head: bytes) -> str | None:
+    """What stands in for a file that was never fetched, and the remedy; None where these are the first bytes of a file."""
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a pointer of Git LFS in place of the file; fetch that with `git lfs pull`"
+    if head.startswith(b"/annex/objects/"):
+        return "a pointer of git-annex in place of the file; fetch that with `git annex get`"
+    return None
+
+
 def flush(path: Path) -> None:
     """Wait until a file's contents, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

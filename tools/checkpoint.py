@@ -196,7 +196,7 @@ def _import(args: argparse.Namespace) -> None:
     print("loading torch ...", file=sys.stderr)
     from megagpt.hf.import_folder import import_model  # seconds, which no other command should take
 
-    folder = import_model(args.source, args.out)
+    folder = import_model(args.source, args.out, lambda line: print(line, file=sys.stderr))
     print(f"wrote {folder}; train on: --load {args.out} --config {args.out / 'config.yaml'} --data-path …")
 
 

@@ -21,9 +21,11 @@ from megagpt.checkpoint.state import NAME, read_state
 from megagpt.cli import read_config
 from megagpt.config import DataConfig, ModelConfig
 from megagpt.config.kernels import Kernels
+from megagpt.data.tokenizers.same import SAMPLE
 from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.hf import hf_config, lazy_to_hf
+from megagpt.hf.tokenizer_folder import special_ids
 from megagpt.inventory.parameter import WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
@@ -37,7 +39,6 @@ ALLOWED = 1e-4
 ALLOWED_ROUND_OFF = 10.0  # times ours: transformers computes some angles and sums in another way
 MOST_ROUND_OFF = 1e-2  # weights that blow it up further allow no statement
 _SAMPLE = (2, 128)  # sequences, tokens
-_TEXT = "def main(x):\n\treturn {'a': 1}  # two  spaces, ünï, 中文\n"
 
 _ONE_FILE = "tokenizer.json"
 
@@ -63,7 +64,7 @@ def export(source: Path, out: Path, architecture: str | None = None) -> Exported
     """
     config = read_config(read_state(source).config, f"{source / NAME}")
     tokenizer, note = _tokenizer(config.data)
-    hf = {**hf_config(config.model, architecture), **_special_ids(tokenizer), "torch_dtype": "float32"}
+    hf = {**hf_config(config.model, architecture), **special_ids(tokenizer), "torch_dtype": "float32"}
     with new_folder(out) as folder:
         with Reader(source) as reader:
             read = partial(_read, reader)
@@ -91,12 +92,6 @@ def _tokenizer(data: DataConfig) -> tuple[Tokenizer | None, str | None]:
     return tokenizer, None
 
 
-def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """As GPT-2 has it: one token that begins and ends texts."""
-    end = tokenizer.eod if tokenizer else None
-    return {"bos_token_id": end, "eos_token_id": end}
-
-
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int) -> str | None:
     """The tokenizer's files under the names that transformers looks for; why there are none where it reads others."""
     settings = {**tokenizer.transformers_settings, "model_max_length": seq_len}
@@ -109,7 +104,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int) -> str | 
             written.append(folder / _ONE_FILE)
             _transformers().GPT2Tokenizer.from_pretrained(folder).backend_tokenizer.save(str(written[-1]))
         theirs: Any = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        same = theirs(_TEXT, add_special_tokens=False)["input_ids"] == tokenizer.encode(_TEXT)
+        same = theirs(SAMPLE, add_special_tokens=False)["input_ids"] == tokenizer.encode(SAMPLE)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # what it raises for files of another kind
         same = False
     if same:

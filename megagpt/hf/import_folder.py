@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,29 @@ from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
 from megagpt.checkpoint.state import State
 from megagpt.cli import to_yaml
 from megagpt.config import DataConfig, ModelConfig, RunConfig, plain
-from megagpt.data.tokenizers.tokenizer import KINDS, tokenizer_of_run
 from megagpt.errors import UserError
+from megagpt.files import placeholder
 from megagpt.hf import config_from_hf, lazy_from_hf
+from megagpt.hf.tokenizer_folder import copy_tokenizer, find_tokenizer
 from megagpt.inventory.parameter import WEIGHT
-
-_PREFERRED = ("gpt2", "hf", "sentencepiece")  # of several tokenizers that are there, the first is taken
-_SETTINGS = "tokenizer_config.json"  # beside their files; of ours, hf reads it
 
 _WHOLE, _SHARDS = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.safetensors")
 
 
-def import_model(source: Path, out: Path) -> Path:
+def import_model(source: Path, out: Path, say: Callable[[str], None] = lambda line: None) -> Path:
     """Write a run folder with a checkpoint of step 0 that holds weights only, its config.yaml, and tokenizer files.
 
+    say: told why there will be no tokenizer, where the folder's is not one that we have.
     Raises UserError, and leaves nothing, where files are missing or pickles, the architecture or a tensor is not one
     that we know, a value is NaN or Inf, or `out` exists.
     """
+    _refuse_other_folders(source)
     architecture, model = _model_config(source / "config.json")
+    tokenizer, note = find_tokenizer(source)
+    if note:
+        say(f"note: without a tokenizer: {note}")
     places = _places(source)
     lazy = lazy_from_hf(places, lambda name: _read(places[name], name), model, architecture)
 
@@ -45,7 +48,9 @@ def import_model(source: Path, out: Path) -> Path:
         yield lazy[name].get().numpy()[rows.start : rows.stop]
 
     with new_folder(out) as folder:
-        data = _copy_tokenizer(source, folder / "tokenizer", out.resolve() / "tokenizer")
+        data = DataConfig()
+        if tokenizer:
+            data = copy_tokenizer(source, tokenizer, folder / "tokenizer", out.resolve() / "tokenizer")
         at = State(
             step=0,
             samples=0,
@@ -53,7 +58,7 @@ def import_model(source: Path, out: Path) -> Path:
             lr=0.0,
             counters={"skipped_steps": 0},
             config=plain(RunConfig(model=model, data=data)),
-            data={},
+            data={"tokenizer_sha256": tokenizer.sha256} if tokenizer else {},
             origin=f"import of {source.resolve().name}",
         )
         checkpoint = folders.folder_of(folder, 0)
@@ -61,6 +66,22 @@ def import_model(source: Path, out: Path) -> Path:
         folders.point_to(checkpoint)
         (folder / "config.yaml").write_text(to_yaml(RunConfig(model=model)), encoding="utf-8")
     return folders.folder_of(out, 0)
+
+
+def _refuse_other_folders(source: Path) -> None:
+    """What is no model of transformers, said before a file is found missing."""
+    if not source.is_dir():
+        raise UserError(f"{source} is no folder; give the folder of a model, with config.json and {_WHOLE}")
+    if (source / "adapter_config.json").exists():
+        raise UserError(
+            f"{source} holds an adapter (LoRA), which is a change of another model and no model; merge them first "
+            "(merge_and_unload of peft, then save_pretrained) and give that folder"
+        )
+    if not (source / _SHARDS).exists() and (shards := sorted(source.glob("model-*-of-*.safetensors"))):
+        raise UserError(
+            f"{source} has {len(shards)} shards ({shards[0].name} …) and no {_SHARDS}, which says what lies in them; "
+            "fetch that file of the model too"
+        )
 
 
 def _model_config(path: Path) -> tuple[str, ModelConfig]:
@@ -109,34 +130,18 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
+        with suppress(OSError), path.open("rb") as file:
+            if pointer := placeholder(file.read(200)):
+                raise UserError(f"{path}: {pointer}") from None
         raise UserError(f"{path}: cannot be read ({error}); fetch the model again") from None
-
-
-def _copy_tokenizer(source: Path, copy: Path, final: Path) -> DataConfig:
-    """Copy what makes a tokenizer, and how to name it once `copy` is called `final`. Raises where it is damaged."""
-    files = {kind: [option.name for option in KINDS[kind].options] for kind in _PREFERRED}
-    kind = next((kind for kind, names in files.items() if all((source / name).exists() for name in names)), None)
-    if kind is None:
-        return DataConfig()
-    names = [*files[kind], _SETTINGS] if kind == "hf" else files[kind]
-    copy.mkdir()
-    for name in names:
-        if (source / name).exists():
-            shutil.copyfile(source / name, copy / name)
-    tokenizer_of_run(_tokenizer_in(copy, kind))
-    return _tokenizer_in(final, kind)
-
-
-def _tokenizer_in(folder: Path, kind: str) -> DataConfig:
-    """What names the tokenizer of that kind, of files in this folder."""
-    settings = {"model": "tokenizer_model"}
-    files = {settings.get(option.key, option.key): str(folder / option.name) for option in KINDS[kind].options}
-    return DataConfig(tokenizer=kind, **files)  # pyright: ignore[reportArgumentType]  # a kind that it knows
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        if pointer := placeholder(data):
+            raise UserError(f"{path}: {pointer}")
+        values = json.loads(data)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from None
     if not isinstance(values, dict):

@@ -78,11 +78,18 @@ class Gpt2Tokenizer:
         self._chars_seen = 0
 
 
+def missing_byte(vocab: dict[str, int]) -> str | None:
+    """A character of byte-level BPE that a vocabulary lacks; None for one of GPT-2's kind. GPT-1's is of another."""
+    return next((character for character in byte_alphabet() if character not in vocab), None)
+
+
 def _merges(vocab_file: Path, vocab: dict[str, int], path: Path, data: bytes) -> list[tuple[str, str]]:
     """The merge rules, each checked against the vocabulary."""
-    missing = [character for character in byte_alphabet() if character not in vocab]
-    if missing:
-        raise UserError(f"{vocab_file}: has no token for the byte character {missing[0]!r}; {REDO}")
+    if missing := missing_byte(vocab):
+        raise UserError(
+            f"{vocab_file}: has no token for the byte character {missing!r}, so it is not of GPT-2's kind; give the "
+            "model's tokenizer.json with --tokenizer hf"
+        )
     try:
         lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:

@@ -19,11 +19,13 @@ from megagpt.data.tokenizers.files import (
     byte_alphabet,
     check_ids,
     files_sha256,
+    other_kind,
     parse_json_object,
     read_tokenizer_file,
 )
 from megagpt.errors import UserError
 
+_MOST_GROWTH = 64  # times the characters of a text, by what its normalizer and decoder put in place of others
 _EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 
 
@@ -32,15 +34,17 @@ class HfTokenizer:
 
     kind: ClassVar[str] = "hf"
     options: ClassVar[tuple[FileOption, ...]] = (FileOption("model", "--tokenizer-model", "tokenizer.json"),)
-    transformers_settings: ClassVar[dict[str, Any]] = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
     def __init__(self, path: Path) -> None:
         folder = path if path.is_dir() else None
         path = folder / "tokenizer.json" if folder else path
         data = read_tokenizer_file(path)
+        if what := other_kind(self.kind, data):
+            raise UserError(f"{path}: {what}")
         definition = parse_json_object(path, data)
-        config = _config(path.parent / "tokenizer_config.json")
+        config = _config(path.parent / "special_tokens_map.json") | _config(path.parent / "tokenizer_config.json")
         _refuse_remote_code(path, definition)
+        _refuse_growth(path, definition)
         if folder:
             _refuse_remote_code(folder / "tokenizer_config.json", config)
         self.files: tuple[Path, ...] = (path,)
@@ -48,11 +52,18 @@ class HfTokenizer:
         self.vocab_size = check_ids(path, _entries(path, definition))
         try:
             self._tokenizer = Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises the bare class
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises the bare class; a panic of its Rust is no Exception
             raise UserError(f"{path}: not a tokenizer ({error}); {REDO}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.eod = self._find_eod(config)
+        self.transformers_settings: dict[str, Any] = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name; None where there is none."""
+        return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids  # no offsets
@@ -80,12 +91,14 @@ class HfTokenizer:
 
     def _find_eod(self, config: dict) -> int | None:
         """The end-of-sequence token that tokenizer_config.json names, else the first usual one there is."""
-        named = config.get("eos_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        for name in (named, *_EOD_NAMES):
-            if isinstance(name, str) and (i := self._tokenizer.token_to_id(name)) is not None:
-                return i
-        return None
+        names = (token_name(config.get("eos_token")), *_EOD_NAMES)
+        return next((i for name in names if name and (i := self.id_of(name)) is not None), None)
+
+
+def token_name(token: object) -> str | None:
+    """The text of a token as tokenizer_config.json names it: by itself, or with how it is matched."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
 
 
 def piece_bytes(piece: str) -> int:
@@ -119,3 +132,28 @@ def _refuse_remote_code(path: Path, values: dict) -> None:
             f"{path}: key 'auto_map' asks to run code that comes with it, which megagpt never does; "
             "give a tokenizer.json that is complete in itself"
         )
+
+
+def _refuse_growth(path: Path, definition: dict) -> None:
+    """What is replaced again and again may grow without bounds: `a` by `aa` 40 times makes a terabyte of a letter."""
+    growth, parts = 1.0, [definition.get("normalizer"), definition.get("pre_tokenizer"), definition.get("decoder")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            parts.extend(part.values())
+            if part.get("type") == "Replace":
+                growth *= _growth(part.get("pattern"), part.get("content"))
+        elif isinstance(part, list):
+            parts.extend(part)
+    if growth > _MOST_GROWTH:
+        raise UserError(
+            f"{path}: its replacements can make a text {growth:.3g} times as long, wanted {_MOST_GROWTH} at most; {REDO}"
+        )
+
+
+def _growth(pattern: object, content: object) -> float:
+    text = pattern.get("String") if isinstance(pattern, dict) else None
+    length = len(content) if isinstance(content, str) else 0
+    if not isinstance(text, str):
+        return 1.0 + length  # a regular expression also finds nothing, before every character
+    return max(1.0, length / max(1, len(text)))

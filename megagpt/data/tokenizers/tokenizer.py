@@ -32,8 +32,6 @@ class Tokenizer(Protocol):
     kind: ClassVar[str]
     options: ClassVar[tuple[FileOption, ...]]
     """The files it is built from, in the order of its constructor's arguments."""
-    transformers_settings: ClassVar[dict[str, Any]]
-    """The tokenizer_config.json that lets transformers read these files; empty where it cannot."""
     files: tuple[Path, ...]
     """What it was built from."""
     sha256: str
@@ -44,6 +42,11 @@ class Tokenizer(Protocol):
     """Id that ends a document, where there is one."""
 
     def __init__(self, *files: Any, **_: Any) -> None: ...  # a path for each of its options
+
+    @property
+    def transformers_settings(self) -> dict[str, Any]:
+        """The tokenizer_config.json that lets transformers read these files; empty where it cannot."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no token is added at its ends."""
