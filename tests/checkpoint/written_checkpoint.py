@@ -56,6 +56,7 @@ def write_checkpoint(
     """
     if tensors is None:
         tensors = {key: gpt2_tensors(seed=3 * step + i) for i, key in enumerate(KEYS)}
+        tensors["exp_avg_sq"] = {name: values**2 for name, values in tensors["exp_avg_sq"].items()}
     folder = run / "checkpoints" / f"step-{step:06d}"
     folder.mkdir(parents=True)
     index: dict[str, Any] = {}
