@@ -70,7 +70,7 @@ class Reporter:
     ) -> None:
         """Opens (and creates) run_dir; drops what its metrics.jsonl says of steps after start_step.
 
-        Raises UserError for a damaged metrics.jsonl, and where wandb is asked for and not installed.
+        Raises UserError where metrics.jsonl cannot be written, and where wandb is asked for and not installed.
         """
         self._enabled = enabled
         if not enabled:
@@ -85,7 +85,7 @@ class Reporter:
 
         _make_folder(run_dir)
         self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
-        self._file = metrics_file.open_from(run_dir / metrics_file.NAME, start_step)
+        self._file = metrics_file.open_from(run_dir / metrics_file.NAME, start_step, self.message)
         self._run_dir = run_dir
         self._tensorboard = _tensorboard(run_dir, start_step)
         self._tensorboard.add_text("config", _as_markdown(config), start_step)
@@ -135,7 +135,7 @@ class Reporter:
         if not self._enabled:
             return
         self._file.close()
-        self._file = metrics_file.open_from(self._run_dir / metrics_file.NAME, step)
+        self._file = metrics_file.open_from(self._run_dir / metrics_file.NAME, step, self.message)
         self._tensorboard.close()
         self._tensorboard = _tensorboard(self._run_dir, step)
 
