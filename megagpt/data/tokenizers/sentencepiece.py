@@ -31,6 +31,7 @@ class SentencePieceTokenizer:
         "legacy": False,
         "add_prefix_space": False,
         "add_bos_token": False,
+        "split_special_tokens": True,  # of no text does an end of sentence come
     }
 
     def __init__(self, path: Path) -> None:
