@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megagpt import metrics
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 from megagpt.schedule import Schedule
 from megagpt.train import metrics_file
 
@@ -254,7 +255,7 @@ def _make_folder(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the run folder {run_dir}: {error.strerror}; name another: --save") from None
+        raise UserError(f"cannot make the run folder {run_dir}: {os_reason(error)}; name another: --save") from None
 
 
 def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:

@@ -20,6 +20,7 @@ import orjson
 import zstandard
 
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 
 BLOCK_BYTES = 1 << 20
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -82,7 +83,7 @@ def read_blocks(files: Sequence[InputFile], max_document_bytes: int) -> Iterator
         except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
             raise UserError(f"{file.path}: damaged or cut off archive ({error}); fetch or pack it again") from None
         except OSError as error:
-            raise UserError(f"{file.path}: cannot be read ({error.strerror}); check the file") from None
+            raise UserError(f"{file.path}: cannot be read ({os_reason(error)}); check the file") from None
 
 
 def texts(block: Block, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -221,14 +222,14 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _unreadable(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
+    raise UserError(f"{error.filename}: cannot be read ({os_reason(error)}); check its permissions") from None
 
 
 def _mode(path: Path, test: Callable[[int], bool]) -> bool:
     try:
         return test(path.stat().st_mode)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check --input") from None
+        raise UserError(f"{path}: cannot be read ({os_reason(error)}); check --input") from None
 
 
 def _is_json(path: Path, input_format: Format) -> bool:
