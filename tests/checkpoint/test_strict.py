@@ -17,7 +17,7 @@ from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.processes.agree import RankError
 from megagpt.processes.local import run_ranks
-from tests.checkpoint.written_checkpoint import KEYS, MODEL, gpt2_tensors, write_checkpoint
+from tests.checkpoint.written_checkpoint import MODEL, gpt2_tensors, weights_and_moments, write_checkpoint
 from tests.parity.rank import start_engine
 
 GATE, LAST = "blocks.0.gate", "head.norm.bias"  # of the first stage of two, and of the last
@@ -25,13 +25,12 @@ GATE, LAST = "blocks.0.gate", "head.norm.bias"  # of the first stage of two, and
 
 def checkpoint(run: Path, add: str | None = None, drop: str | None = None) -> Path:
     """One that also has the parameter of somebody's own block, or lacks one."""
-    tensors = {key: gpt2_tensors(seed=number) for number, key in enumerate(KEYS)}
+    tensors = weights_and_moments()
     for named in tensors.values():
         if add:
             named[add] = np.ones(3, np.float32)
         if drop:
             del named[drop]
-    tensors["exp_avg_sq"] = {name: values**2 for name, values in tensors["exp_avg_sq"].items()}
     return write_checkpoint(run, 1, tensors)
 
 
@@ -99,9 +98,7 @@ def test_stages_know_what_other_stages_have(tmp_path: Path):
 
 
 def test_an_average_is_not_dropped_without_a_word(tmp_path: Path):
-    tensors = {key: gpt2_tensors() for key in ("weight", "exp_avg", "ema")}
-    tensors["exp_avg_sq"] = {name: values**2 for name, values in gpt2_tensors().items()}
-    folder = write_checkpoint(tmp_path / "run", 1, tensors)
+    folder = write_checkpoint(tmp_path / "run", 1, weights_and_moments() | {"ema": gpt2_tensors()})
     config = RunConfig(model=MODEL, train=TrainConfig(micro_batch_size=1, global_batch_size=8))
     ((refused, speaks),) = run_ranks(go_on, 1, config, [folder])[0]
     assert speaks and "keeps an average of the weights, and this run none; keep it with --optim.ema-decay" in refused
