@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from megagpt.checkpoint import compare, folders, rewrite
 from megagpt.checkpoint.integrity import damage_of
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import State, read_state
+from megagpt.checkpoint.strict import Allowed
+from megagpt.data.tokenizers.flags import add_tokenizer_flags, named_tokenizer
 from megagpt.errors import ArgumentParser, UserError, run_cli
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
 
@@ -183,7 +186,14 @@ def _export(args: argparse.Namespace) -> None:
     print("loading torch and transformers ...", file=sys.stderr)
     from megagpt.hf.export_folder import export  # seconds, which no other command should take
 
-    exported = export(source, args.out, args.architecture)
+    exported = export(
+        source,
+        args.out,
+        args.architecture,
+        tokenizer=named_tokenizer(args),
+        without_tokenizer=args.without_tokenizer,
+        allowed=Allowed(unused=args.allow_unused),
+    )
     print(
         f"wrote {args.out}, a {exported.architecture}; logits of transformers' own model differ by "
         f"{exported.worst:.1e} of the largest at most"
@@ -196,7 +206,8 @@ def _import(args: argparse.Namespace) -> None:
     print("loading torch ...", file=sys.stderr)
     from megagpt.hf.import_folder import import_model  # seconds, which no other command should take
 
-    folder = import_model(args.source, args.out, lambda line: print(line, file=sys.stderr))
+    say = partial(print, file=sys.stderr)
+    folder = import_model(args.source, args.out, allow_unused=args.allow_unused, say=say)
     print(f"wrote {folder}; train on: --load {args.out} --config {args.out / 'config.yaml'} --data-path …")
 
 
@@ -328,9 +339,13 @@ def _add_writers(command: Callable[..., ArgumentParser]) -> None:
     export.add_argument("checkpoint", metavar="CKPT", help=_LOAD)
     name = "its architecture there (model_type); default what fits"
     export.add_argument("--as", dest="architecture", metavar="NAME", help=name)
+    export.add_argument("--without-tokenizer", action="store_true", help="the weights alone")
+    export.add_argument("--allow-unused", action="store_true", help="leave tensors that the architecture has not")
+    add_tokenizer_flags(export)
     what = "a run that begins with the weights of a Hugging Face folder (safetensors only)"
     begin = command("import", _import, what)
     begin.add_argument("source", metavar="DIR", type=Path, help="folder with config.json and model.safetensors")
+    begin.add_argument("--allow-unused", action="store_true", help="leave tensors that the architecture has not")
     for p in (reshape, average, export, begin):
         p.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from megagpt.config import ModelConfig
 from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.files import json_text
 from megagpt.inventory.layers import layers
 from megagpt.model.mlp import MLPS
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report["fine-tuned"] = tuned
     _show(report)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
 
 
 def sizes(model: ModelConfig) -> dict[str, float]:

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import importlib
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -23,6 +22,7 @@ from typing import Any
 from megagpt.cli import parse_run_config
 from megagpt.config import plain
 from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.files import json_text, os_reason
 from tests.parity.shrunken import shrunken
 
 DESCRIPTION = """Train 20 steps of a small GPT in every layout that fits on 1 to 8 processes (gloo, on the CPU), and
@@ -106,9 +106,9 @@ def _write_json(path: Path, config: Any, bounds: Any, rows: list[dict[str, Any]]
         "layouts": rows,
     }
     try:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json_text(result, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); give another --json") from None
+        raise UserError(f"cannot write {path} ({os_reason(error)}); give another --json") from None
     print(f"written: {path}")
 
 

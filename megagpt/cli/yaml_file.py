@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationE
 from megagpt.config import SECTIONS, RunConfig, plain
 from megagpt.config.values import DataPath
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 
 Values = dict[str, dict[str, Any]]  # section -> key -> value: the part of a RunConfig that somebody set
 
@@ -59,7 +60,7 @@ def read_yaml(path: Path) -> Values:
     try:
         values = _Loader(_read(path).decode("utf-8-sig")).get_single_data()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise UserError(f"{path}: cannot be read ({os_reason(error)}); check the path") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except yaml.MarkedYAMLError as error:

@@ -84,6 +84,10 @@ class CheckpointConfig:
     """Go on with the run in --save if it has a checkpoint; start it if not."""
     load_fallback: Short[bool] = False
     """Where a checkpoint is damaged, take the newest one before it that is whole."""
+    allow_missing: Short[bool] = False
+    """Begin with first values for tensors that the checkpoint to go on from lacks."""
+    allow_unused: Short[bool] = False
+    """Leave tensors of that checkpoint that this run has no place for."""
     save_interval: Short[int | None] = None
     """Steps between checkpoints; default only at the end."""
     async_save: Short[bool] = False

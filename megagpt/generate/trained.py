@@ -15,9 +15,11 @@ import torch
 
 from megagpt.checkpoint.load import find_whole, load_weights
 from megagpt.checkpoint.state import read_state
+from megagpt.checkpoint.strict import STRICT, Allowed
 from megagpt.cli import read_config
-from megagpt.config import RunConfig
-from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_of_run
+from megagpt.config import DataConfig, RunConfig
+from megagpt.data.tokenizers.kept import tokenizer_of_checkpoint
+from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.parallel.mesh import Mesh
@@ -45,10 +47,17 @@ class Trained:
 
 
 @contextmanager
-def open_trained(path: str | Path, fallback: bool = False, weights: Weights = "last") -> Iterator[Trained]:
+def open_trained(
+    path: str | Path,
+    fallback: bool = False,
+    weights: Weights = "last",
+    allowed: Allowed = STRICT,
+    tokenizer: DataConfig | None = None,
+) -> Iterator[Trained]:
     """Load the latest checkpoint of a run folder, another of its (RUN@best, RUN@STEP), or a checkpoint folder.
 
     fallback: where it is damaged, take the newest whole one before it. weights: the last ones, or their average.
+    allowed: tensors that only one of checkpoint and model may have. tokenizer: names it where the run folder has none.
     Started as several processes (torchrun), they share the model by tensor parallelism; started as one, it holds all.
     """
     key = AVERAGE if weights == "ema" else WEIGHT
@@ -59,7 +68,8 @@ def open_trained(path: str | Path, fallback: bool = False, weights: Weights = "l
         state = read_state(folder)
         config = read_config(state.config, f"{folder}/state.json")
         model = GPT(config.model, mesh.model)
-        together(lambda: load_weights(model, folder, key))
+        together(lambda: load_weights(model, folder, key, allowed, say))
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        tokenizer = tokenizer_of_run(config.data)
-        yield Trained(model, config, tokenizer, folder, state.step, mesh)
+        sha256 = state.data.get("tokenizer_sha256")
+        found = together(lambda: tokenizer_of_checkpoint(folder.parent.parent, config.data, sha256, tokenizer))
+        yield Trained(model, config, found, folder, state.step, mesh)

@@ -14,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.checkpoint import folders
+from megagpt.checkpoint.foreign import what_is
 from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
 from megagpt.checkpoint.state import State
 from megagpt.cli import to_yaml
 from megagpt.config import DataConfig, ModelConfig, RunConfig, plain
+from megagpt.data.tokenizers.kept import describe
 from megagpt.errors import UserError
 from megagpt.files import placeholder
 from megagpt.hf import config_from_hf, lazy_from_hf
@@ -29,10 +31,13 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.safetensors")
 
 
-def import_model(source: Path, out: Path, say: Callable[[str], None] = lambda line: None) -> Path:
+def import_model(
+    source: Path, out: Path, say: Callable[[str], None] = lambda line: None, *, allow_unused: bool = False
+) -> Path:
     """Write a run folder with a checkpoint of step 0 that holds weights only, its config.yaml, and tokenizer files.
 
-    say: told why there will be no tokenizer, where the folder's is not one that we have.
+    say: told of weights that lie there and are not taken, and why there will be no tokenizer, where the folder's is not
+    one that we have. allow_unused: leave tensors that the architecture has no place for.
     Raises UserError, and leaves nothing, where files are missing or pickles, the architecture or a tensor is not one
     that we know, a value is NaN or Inf, or `out` exists.
     """
@@ -41,8 +46,9 @@ def import_model(source: Path, out: Path, say: Callable[[str], None] = lambda li
     tokenizer, note = find_tokenizer(source)
     if note:
         say(f"note: without a tokenizer: {note}")
-    places = _places(source)
-    lazy = lazy_from_hf(places, lambda name: _read(places[name], name), model, architecture)
+    places = _places(source, say)
+    unused = say if allow_unused else None
+    lazy = lazy_from_hf(places, lambda name: _read(places[name], name), model, architecture, unused)
 
     def rows_of(key: str, name: str, rows: range) -> Iterable[np.ndarray]:
         yield lazy[name].get().numpy()[rows.start : rows.stop]
@@ -51,6 +57,7 @@ def import_model(source: Path, out: Path, say: Callable[[str], None] = lambda li
         data = DataConfig()
         if tokenizer:
             data = copy_tokenizer(source, tokenizer, folder / "tokenizer", out.resolve() / "tokenizer")
+            describe(tokenizer, folder / "tokenizer")
         at = State(
             step=0,
             samples=0,
@@ -70,6 +77,8 @@ def import_model(source: Path, out: Path, say: Callable[[str], None] = lambda li
 
 def _refuse_other_folders(source: Path) -> None:
     """What is no model of transformers, said before a file is found missing."""
+    if not (source / "config.json").is_file() and (foreign := what_is(source, importing=True)):
+        raise UserError(foreign)
     if not source.is_dir():
         raise UserError(f"{source} is no folder; give the folder of a model, with config.json and {_WHOLE}")
     if (source / "adapter_config.json").exists():
@@ -77,8 +86,9 @@ def _refuse_other_folders(source: Path) -> None:
             f"{source} holds an adapter (LoRA), which is a change of another model and no model; merge them first "
             "(merge_and_unload of peft, then save_pretrained) and give that folder"
         )
-    there = (source / _SHARDS).exists() or (source / _WHOLE).exists()
-    if not there and (shards := sorted(source.glob("model-*-of-*.safetensors"))):
+    if not any((source / name).exists() for name in (_WHOLE, _SHARDS)) and (
+        shards := sorted(source.glob("model-*-of-*.safetensors"))
+    ):
         raise UserError(
             f"{source} has {len(shards)} shards ({shards[0].name} …) and no {_SHARDS}, which says what lies in them; "
             "fetch that file of the model too"
@@ -94,25 +104,46 @@ def _model_config(path: Path) -> tuple[str, ModelConfig]:
         raise UserError(f"{path}: {error}") from None
 
 
-def _places(source: Path) -> dict[str, Path]:
-    """The file that each tensor lies in, by its name there."""
-    if (source / _SHARDS).exists():
-        weight_map = _read_json(source / _SHARDS).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{source / _SHARDS}: key weight_map is missing; fetch the model again")
-        for name, file in weight_map.items():
-            if not (isinstance(file, str) and _FILE.fullmatch(file)):
-                raise UserError(f"{source / _SHARDS}: {name} lies in {file!r}, wanted a .safetensors file beside it")
-        return {name: source / file for name, file in weight_map.items()}
+def _places(source: Path, say: Callable[[str], None]) -> dict[str, Path]:
+    """The file that each tensor lies in, by its name there: of two sets of weights, the one that transformers takes."""
     if (source / _WHOLE).exists():
-        with _opened(source / _WHOLE) as file:
-            return dict.fromkeys(file.keys(), source / _WHOLE)
+        if (source / _SHARDS).exists():
+            say(f"note: took {source / _WHOLE}, as transformers does, and not the weights that {_SHARDS} names")
+        return dict.fromkeys(_names_in(source / _WHOLE), source / _WHOLE)
+    if (source / _SHARDS).exists():
+        return _places_in_shards(source)
     if pickled := [name for name in _PICKLES if (source / name).exists()]:
         raise UserError(
             f"{source / pickled[0]} is a pickle, which can run code when it is read; give a folder with {_WHOLE}: "
             "save_pretrained of transformers writes one"
         )
+    if others := sorted(path.name for path in source.glob("*.safetensors")):
+        raise UserError(f"{source} has {others[0]}, wanted it under the name of {_WHOLE}; if it is all, rename it")
     raise UserError(f"{source} has neither {_WHOLE} nor {_SHARDS}; give the folder of a model")
+
+
+def _places_in_shards(source: Path) -> dict[str, Path]:
+    """What the index says, which the files must agree with: transformers takes all that lies in them."""
+    weight_map = _read_json(source / _SHARDS).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{source / _SHARDS}: key weight_map is missing; fetch the model again")
+    for name, file in weight_map.items():
+        if not (isinstance(file, str) and _FILE.fullmatch(file)):
+            raise UserError(f"{source / _SHARDS}: {name} lies in {file!r}, wanted a .safetensors file beside it")
+    for file in sorted(set(weight_map.values())):
+        listed = {name for name, place in weight_map.items() if place == file}
+        if differing := listed ^ set(_names_in(source / file)):
+            name = min(differing)
+            says, not_so = (_SHARDS, "the file") if name in listed else ("the file", _SHARDS)
+            raise UserError(
+                f"{source / file}: {says} says that it has {name}, {not_so} does not; fetch the model again"
+            )
+    return {name: source / file for name, file in weight_map.items()}
+
+
+def _names_in(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(file.keys())
 
 
 def _read(path: Path, name: str) -> Tensor:

@@ -19,6 +19,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megagpt.errors import EXIT_PEER_LOST
+from megagpt.files import os_reason
 from megagpt.processes.agree import RankError
 
 MAX_NAMED = 8
@@ -138,7 +139,7 @@ def _wait_for(host: str, port: int, timeout_s: float, speaks: bool) -> None:
             if time.monotonic() > end_s:
                 raise RankError(
                     f"no answer from rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout_s:g} s "
-                    f"({error.strerror or error}); see its output, and that {socket.gethostname()} reaches that "
+                    f"({os_reason(error)}); see its output, and that {socket.gethostname()} reaches that "
                     "address",
                     speaks=speaks,
                     code=EXIT_PEER_LOST,

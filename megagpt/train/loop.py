@@ -62,7 +62,8 @@ def train(config: RunConfig, data: OpenedData) -> None:
             return
         watch.write_to(run.folder / "faults")
         engine = _start_engine(run)
-        resumed = engine.load(run.resume_from) if run.resume_from else None
+        say = partial(print, flush=True) if mesh.rank == 0 else lambda _: None
+        resumed = engine.load(run.resume_from, say) if run.resume_from else None
         with _reporter(run, engine, resumed) as report:
             parts = _parts(run, engine, report, resumed)
             stopped = _loop(parts, watch, stopper, resumed.step if resumed else 0)

@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megagpt import metrics
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 from megagpt.schedule import Schedule
 from megagpt.train import metrics_file
 
@@ -70,7 +71,7 @@ class Reporter:
     ) -> None:
         """Opens (and creates) run_dir; drops what its metrics.jsonl says of steps after start_step.
 
-        Raises UserError for a damaged metrics.jsonl, and where wandb is asked for and not installed.
+        Raises UserError where metrics.jsonl cannot be written, and where wandb is asked for and not installed.
         """
         self._enabled = enabled
         if not enabled:
@@ -85,7 +86,7 @@ class Reporter:
 
         _make_folder(run_dir)
         self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
-        self._file = metrics_file.open_from(run_dir / metrics_file.NAME, start_step)
+        self._file = metrics_file.open_from(run_dir / metrics_file.NAME, start_step, self.message)
         self._run_dir = run_dir
         self._tensorboard = _tensorboard(run_dir, start_step)
         self._tensorboard.add_text("config", _as_markdown(config), start_step)
@@ -135,7 +136,7 @@ class Reporter:
         if not self._enabled:
             return
         self._file.close()
-        self._file = metrics_file.open_from(self._run_dir / metrics_file.NAME, step)
+        self._file = metrics_file.open_from(self._run_dir / metrics_file.NAME, step, self.message)
         self._tensorboard.close()
         self._tensorboard = _tensorboard(self._run_dir, step)
 
@@ -254,7 +255,7 @@ def _make_folder(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the run folder {run_dir}: {error.strerror}; name another: --save") from None
+        raise UserError(f"cannot make the run folder {run_dir}: {os_reason(error)}; name another: --save") from None
 
 
 def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:

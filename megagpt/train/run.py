@@ -8,21 +8,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.load import check_resumable, find_whole
-from megagpt.checkpoint.state import read_state
+from megagpt.checkpoint.state import DataState, read_state
 from megagpt.cli import to_yaml
 from megagpt.config import DataConfig, RunConfig
 from megagpt.data.indexed.blend import Samples, build_splits, sources
 from megagpt.data.indexed.dataset import verify
 from megagpt.data.opened import OpenedData
+from megagpt.data.tokenizers.kept import keep
 from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.files import replace_text
+from megagpt.files import os_reason, replace_text
 from megagpt.parallel.mesh import Mesh
 from megagpt.processes.agree import together
 from megagpt.schedule import Schedule
@@ -42,7 +43,7 @@ class Run:
     train_samples: Samples
     valid_samples: Samples | None
     tokenizer: Tokenizer | None
-    data_identity: dict[str, Any]
+    data_identity: DataState
     resume_from: Path | None
 
 
@@ -64,7 +65,7 @@ def find_run(config: RunConfig, data: OpenedData, plan: Plan, mesh: Mesh, stack:
     together(lambda: _verify_data(config, data))
     tokenizer = together(lambda: data.tokenizers[0])
     identity = _data_identity(config, train_samples, tokenizer)
-    together(lambda: _write_config(config, folder[0]) if mesh.rank == 0 else None)
+    together(lambda: _write_config(config, folder[0], tokenizer) if mesh.rank == 0 else None)
     return Run(config, plan, mesh, folder[0], train_samples, valid_samples, tokenizer, identity, resume_from)
 
 
@@ -145,20 +146,23 @@ def _make_run_folder(config: RunConfig, stack: ExitStack) -> Path:
         stack.enter_context(folders.locked(folder))
         folders.mend(folder)
     except OSError as error:
-        raise UserError(f"cannot write the run folder {folder} ({error.strerror}); give another --save") from error
+        raise UserError(f"cannot write the run folder {folder} ({os_reason(error)}); give another --save") from error
     return folder
 
 
-def _write_config(config: RunConfig, folder: Path) -> None:
+def _write_config(config: RunConfig, folder: Path, tokenizer: Tokenizer | None) -> None:
+    """The settings beside the run, and its tokenizer, so that it is whole where it is moved to."""
+    if tokenizer is not None:
+        keep(tokenizer, folder)
     try:
         replace_text(folder / "config.yaml", to_yaml(config))
     except OSError as error:
         raise UserError(
-            f"cannot write {folder}/config.yaml ({error.strerror}); make room, or another --save"
+            f"cannot write {folder}/config.yaml ({os_reason(error)}); make room, or another --save"
         ) from error
 
 
-def _data_identity(config: RunConfig, samples: Samples, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _data_identity(config: RunConfig, samples: Samples, tokenizer: Tokenizer | None) -> DataState:
     """Which text this run reads, and by which tokenizer."""
     return {
         "data_path": config.data.data_path.words,

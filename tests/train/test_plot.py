@@ -91,7 +91,7 @@ def test_the_tool_writes_into_the_run_or_where_it_is_told(tmp_path):
         (None, "No such file or directory; give the folder of a run"),
         (b"", "has no training loss in it"),
         (b'{"step": 1, "tokens": 1, "loss": 1}\n{"st\n{"step": 2}\n', "line 2: got '{\"st'"),
-        (b"\x89PNG\n", "byte 0 is not UTF-8"),
+        (b"\x89PNG\n", "line 1: got '\ufffdPNG'"),
     ],
 )
 def test_bad_runs_cost_one_line_and_leave_the_picture(tmp_path, content, message):

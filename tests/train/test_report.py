@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -133,12 +134,36 @@ def test_a_new_run_in_an_old_folder_starts_over(tmp_path):
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
 
 
-def test_resume_of_a_damaged_file_names_the_line_and_keeps_it(tmp_path):
-    damaged = '{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n{"step": 3, "loss": 1.0}\n'
-    (tmp_path / "metrics.jsonl").write_text(damaged)
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: got '\{\"step\": 2"):
-        reporter(tmp_path, start_step=1)
-    assert (tmp_path / "metrics.jsonl").read_text() == damaged
+def test_damaged_lines_are_set_aside_with_a_note(tmp_path):
+    """A log is no reason to stop."""
+    bad = [b'{"step": 2, "lo', b"\0" * 30, b"\xff\xfe", b"[1]", b'{"step": true}']
+    kept, later = b'{"step": 1, "loss": 2.0}', b'{"step": 3, "loss": 1.0}'
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([kept, *bad, later, b'{"step": 4']))
+    said: list[str] = []
+    with metrics_file.open_from(path, 1, said.append) as file:
+        file.write(metrics_file.to_line({"step": 2, "loss": math.nan}))
+    assert [row["step"] for row in metrics_file.read_rows(path)] == [1, 2]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"".join(line + b"\n" for line in bad)
+    assert said == [f"note: {path}: 5 damaged lines, the first line 2, are now in {path}.damaged"]
+    metrics_file.open_from(path, 2, said.append).close()
+    assert len(said) == 1
+
+
+def test_what_is_linked_to_is_not_written_to(tmp_path):
+    elsewhere, path = tmp_path / "elsewhere", tmp_path / "metrics.jsonl"
+    elsewhere.write_text('{"step": 1}\n{"step": 2}\n')
+    path.symlink_to(elsewhere)
+    with metrics_file.open_from(path, 1) as file:
+        file.write(metrics_file.to_line({"step": 2}))
+    assert not path.is_symlink() and len(metrics_file.read_rows(path)) == 2
+    assert elsewhere.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_pipe_in_its_place_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl .*not a regular file"):
+        reporter(tmp_path)
 
 
 def test_tensorboard_reads_it_and_resume_purges(tmp_path):
@@ -254,5 +279,5 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
 def test_a_file_that_is_no_text_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\xff\n')
-    with pytest.raises(UserError, match="byte 12 is not UTF-8"):
+    with pytest.raises(UserError, match="line 2: got '\ufffd'"):
         metrics_file.read_rows(path)

@@ -25,6 +25,7 @@ from megagpt.data.indexed.meta import DatasetMeta, meta_json, meta_path, read_me
 from megagpt.data.indexed.mmididx import CHUNK, HEADER, REDO, complete_index, open_for_reading, read_index
 from megagpt.data.indexed.prefixes import require_dataset
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 
 
 class IndexedDataset:
@@ -321,5 +322,6 @@ def _reporting(path: Path, consequence: str = "Nothing that was there before has
     except OSError as error:
         name = error.filename or path
         raise UserError(
-            f"{name}: cannot be written ({error.strerror}); free space or choose another --output-prefix. {consequence}"
+            f"{name}: cannot be written ({os_reason(error)}); free space or choose another --output-prefix. "
+            f"{consequence}"
         ) from None

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megagpt.errors import UserError
-from megagpt.files import placeholder
+from megagpt.files import os_reason, placeholder
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # 34 bytes
@@ -167,7 +167,7 @@ def open_for_reading(path: Path) -> int:
     except FileNotFoundError:
         raise UserError(f"{path}: not there; check the path") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+        raise UserError(f"{path}: cannot be read ({os_reason(error)}); check the path and its permissions") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise UserError(f"{path}: not a regular file; give the prefix of a dataset")

@@ -22,6 +22,7 @@ from sentencepiece import SentencePieceTrainer
 
 from megagpt.data.text.prepare import TokenizerFiles, prepare
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings"}  # encodings: tables
 _SEED = 1234
@@ -70,7 +71,7 @@ def default_corpus(cache_dir: Path, announce: Callable[[str], None] = print) -> 
                 if not _is_complete(prefix):
                     _build(files, folder, announce)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be used ({error.strerror}); set --data.cache-dir") from None
+        raise UserError(f"{folder}: cannot be used ({os_reason(error)}); set --data.cache-dir") from None
     return str(prefix)
 
 

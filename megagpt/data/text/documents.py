@@ -18,6 +18,7 @@ import orjson
 from megagpt.data.text.first_look import JSON_SUFFIXES, Format, damaged, find_key, look
 from megagpt.data.text.packed import DAMAGED, STANDARD_INPUT, chunks, without_packing
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 
 BLOCK_BYTES = 1 << 20
 Tell = Callable[[UserError], None]
@@ -275,7 +276,7 @@ def _chunks(file: InputFile) -> Iterator[tuple[bytes, int]]:
     except OSError as error:
         if error.errno is None:
             raise damaged(str(file), error) from None
-        raise UserError(f"{file}: cannot be read ({error.strerror}); check the file") from None
+        raise UserError(f"{file}: cannot be read ({os_reason(error)}); check the file") from None
 
 
 def _walk(folder: Path) -> list[Path]:
@@ -288,14 +289,14 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _unreadable(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
+    raise UserError(f"{error.filename}: cannot be read ({os_reason(error)}); check its permissions") from None
 
 
 def _mode(path: Path, test: Callable[[int], bool]) -> bool:
     try:
         return test(path.stat().st_mode)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check --input") from None
+        raise UserError(f"{path}: cannot be read ({os_reason(error)}); check --input") from None
 
 
 def _named_json(path: Path) -> bool:

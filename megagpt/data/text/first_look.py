@@ -12,6 +12,7 @@ import orjson
 
 from megagpt.data.text.packed import DAMAGED, HEAD_BYTES, chunks, packing
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 from megagpt.files import placeholder
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -68,7 +69,7 @@ def look(
     except OSError as error:
         if error.errno is None:
             return Wrong(damaged(str(path), error))
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise UserError(f"{path}: cannot be read ({os_reason(error)}); check its permissions") from None
     return None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt.errors import UserError
-from megagpt.files import placeholder, require_regular
+from megagpt.files import os_reason, placeholder, require_regular
 
 MAX_ID = 1 << 24  # 60 times the largest published vocabulary; tables of all ids stay below 100 MB
 REDO = "fetch the tokenizer's files again"
@@ -38,7 +38,7 @@ def read_tokenizer_file(path: Path) -> bytes:
             raise UserError(f"{path}: {n_bytes:,} bytes, a tokenizer's file has at most {_MAX_BYTES:,}; {REDO}")
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the tokenizer's path") from None
+        raise UserError(f"{path}: cannot be read ({os_reason(error)}); check the tokenizer's path") from None
     if not data:
         raise UserError(f"{path}: empty; {REDO}")
     if pointer := placeholder(data):

@@ -50,6 +50,7 @@ class SentencePieceTokenizer:
             "legacy": False,
             "add_prefix_space": False,
             "add_bos_token": False,
+            "split_special_tokens": True,  # of no text does an end of sentence come
         }
 
     def encode(self, text: str) -> list[int]:

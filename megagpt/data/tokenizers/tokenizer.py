@@ -121,7 +121,7 @@ def tokenizers_for(data: DataConfig, prefixes: Sequence[str | Path]) -> list[Tok
 
 def _files(data: DataConfig, kind: str, meta: DatasetMeta | None, folder: Path) -> dict[str, str | None]:
     """By the keys of `FileOption`: the files that data names, else those that meta records."""
-    named = _named(data)
+    named = named_files(data)
     if meta is not None and meta.tokenizer == kind and kind in KINDS:
         for option, path in zip(KINDS[kind].options, meta.tokenizer_files, strict=False):
             named[option.key] = named[option.key] or _recorded(path, folder)
@@ -135,10 +135,10 @@ def tokenizer_of_run(data: DataConfig) -> Tokenizer | None:
     """
     if data.data_path:
         return tokenizer_for(data, data.data_path.prefixes[0])
-    return build_tokenizer(data.tokenizer, **_named(data)) if data.tokenizer else None
+    return build_tokenizer(data.tokenizer, **named_files(data)) if data.tokenizer else None
 
 
-def _named(data: DataConfig) -> dict[str, str | None]:
+def named_files(data: DataConfig) -> dict[str, str | None]:
     """The files that the configuration names, by the keys of `FileOption`."""
     return {"model": data.tokenizer_model, "vocab_file": data.vocab_file, "merge_file": data.merge_file}
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.errors import EXIT_PEER_LOST, SILENT_S
+from megagpt.files import os_reason
 from megagpt.processes.watch.verdict import WINDOW_S, RankView, SlowRanks, Work, describe
 
 MAX_LINE_BYTES = 1 << 20  # more than any message here: who sends more is not one of us
@@ -283,7 +284,7 @@ def write_down(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"lost-{time.strftime('%Y%m%d-%H%M%S')}.json").write_text(json.dumps(known, indent=1))
     except OSError as error:
-        os.write(2, f"note: could not write to {folder} ({error.strerror})\n".encode())
+        os.write(2, f"note: could not write to {folder} ({os_reason(error)})\n".encode())
 
 
 def end_process(code: int) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megagpt.ops.rotary import rotary, rotary_tables
+from megagpt.ops.rotary import rotary, rotary_frequencies, rotary_tables
 from tests.ops.case import Arguments, Case, Draw, Shape, Spec
 
 
 def tables(draw: Draw, seq_len: int, d_rotary: int) -> Arguments:
     dtype = torch.float64 if draw.dtype == torch.float64 else torch.float32
-    cos, sin = rotary_tables(seq_len, d_rotary, device=draw.device, dtype=dtype)
+    cos, sin = rotary_tables(seq_len, rotary_frequencies(d_rotary), device=draw.device, dtype=dtype)
     return {"cos_SR": cos, "sin_SR": sin}
 
 

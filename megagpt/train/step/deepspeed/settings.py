@@ -14,6 +14,7 @@ import torch
 
 from megagpt.config import RunConfig
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 
 if TYPE_CHECKING:
     from megagpt.plan.plan import Plan
@@ -143,7 +144,7 @@ def _read_object(path: str) -> dict[str, Any]:
             parse_constant=_refuse_constant,
         )
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check --deepspeed_config") from None
+        raise UserError(f"{path}: cannot be read ({os_reason(error)}); check --deepspeed_config") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except (json.JSONDecodeError, _BadJsonError) as error:
