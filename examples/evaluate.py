@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset
-from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, home_expanded, run_cli
 from megagpt.evaluate.split import SPLITS, evaluate
 from megagpt.generate.trained import open_trained
 
@@ -24,10 +24,14 @@ from megagpt.generate.trained import open_trained
 def main() -> None:
     """Print one JSON object per dataset."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--load", required=True, help="run folder, RUN@best, RUN@STEP, or checkpoint folder")
+    parser.add_argument(
+        "--load", required=True, type=home_expanded, help="run folder, RUN@best, RUN@STEP, or checkpoint folder"
+    )
     parser.add_argument("--load-fallback", action="store_true", help="where it is damaged, take the one before it")
     parser.add_argument("--weights", choices=("last", "ema"), default="last", help="ema: their moving average")
-    parser.add_argument("--data-path", help="prefix of an indexed dataset (default: those of the run)")
+    parser.add_argument(
+        "--data-path", type=home_expanded, help="prefix of an indexed dataset (default: those of the run)"
+    )
     parser.add_argument("--split", type=Split.parse, help="shares for train, validation, test (default: the run's)")
     parser.add_argument("--which", choices=SPLITS, default="validation", help="the share to read (default: validation)")
     parser.add_argument("--max-tokens", type=int, help="stop after so many tokens (default: read all)")

@@ -6,7 +6,7 @@
 Several processes (torchrun --nproc-per-node 2 …) share a large model by tensor parallelism.
 """
 
-from megagpt.errors import ArgumentParser, run_cli
+from megagpt.errors import ArgumentParser, home_expanded, run_cli
 from megagpt.generate.sample import complete
 from megagpt.generate.trained import open_trained
 
@@ -14,7 +14,9 @@ from megagpt.generate.trained import open_trained
 def main() -> None:
     """Print the prompt and its continuation."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--load", required=True, help="run folder, RUN@best, RUN@STEP, or checkpoint folder")
+    parser.add_argument(
+        "--load", required=True, type=home_expanded, help="run folder, RUN@best, RUN@STEP, or checkpoint folder"
+    )
     parser.add_argument("--load-fallback", action="store_true", help="where it is damaged, take the one before it")
     parser.add_argument("--weights", choices=("last", "ema"), default="last", help="ema: their moving average")
     parser.add_argument("--prompt", default="def ", help='text to go on from (default: "def ")')

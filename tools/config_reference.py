@@ -102,8 +102,8 @@ def _peers() -> Iterator[str]:
     yield "## What others call them\n"
     yield (
         "Flags and keys of Megatron-LM, GPT-NeoX, DeepSpeed, transformers and nanoGPT are no aliases, since their\n"
-        "defaults differ; where one is typed, the error says what it is here, for all that are typed at once. With the\n"
-        "same value:\n"
+        "defaults differ; where one is typed, the error says what it is here, for all that are typed at once.\n"
+        "With the same value:\n"
     )
     yield "| here | there |\n|---|---|"
     for key, names in SAME.items():

@@ -46,7 +46,7 @@ def parse_run_config(argv: Sequence[str], *, prog: str | None = None, descriptio
     parser, switches = _parser(prog, description)
     given, unknown = parser.parse_known_args(argv)
     paths = [preset_path(given.preset)] if given.preset else []
-    sources = [(str(path), read_yaml(path)) for path in [*paths, *map(Path, given.config)]]
+    sources = [(str(path), read_yaml(path)) for path in [*paths, *given.config]]
     if given.help:
         _explain(switches, sources)
         parser.print_help()
@@ -101,7 +101,7 @@ def _parser(prog: str | None, description: str) -> tuple[ArgumentParser, dict[st
     hidden = argparse.SUPPRESS
     parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
     parser.add_argument("--preset", help=hidden)  # the description has them
-    parser.add_argument("--config", action="append", default=[], help=hidden)
+    parser.add_argument("--config", action="append", type=Path, default=[], help=hidden)
     parser.add_argument("--local-rank", help=hidden)  # what launchers append
     parser.add_argument("--deepspeed", action="store_true", help=hidden)
     groups = {

@@ -10,14 +10,14 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError, create_model
 
 from megagpt.cli.translate import Advice, advise, plain_name
 from megagpt.config import SECTIONS, RunConfig, plain
-from megagpt.config.values import DataPath
+from megagpt.config.values import MAX_DATASETS, DataPath
 from megagpt.errors import UserError
 
 Values = dict[str, dict[str, Any]]  # section -> key -> value: the part of a RunConfig that somebody set
@@ -110,6 +110,8 @@ _SHOWN = 100  # of what is wrong with a file
 def _wrong_type(error: Any, names: Mapping[str, str]) -> tuple[str, str]:
     """What was got, and what was wanted."""
     key, wanted = ".".join(map(str, error["loc"][:2])), error["msg"].removeprefix("Input should be ")
+    if error["type"].startswith("bool"):
+        wanted += " (true or false)"
     if error["type"] == "model_type":
         wanted = "keys with values" if key else f"sections ({', '.join(SECTIONS)})"
     return f"{names.get(key, key) + ': ' if key else ''}got {reprlib.repr(error['input'])},", f"wanted {wanted}"
@@ -192,19 +194,31 @@ def _as_words(value: Any) -> Any:
 
 
 _MAX_BYTES = 4 << 20
-# PyYAML follows YAML 1.1, where 3e-4 is a word; people mean a number. The same for writing: words stay words.
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
+_MAX_KEYS = 1000  # of one mapping
+_MAX_NODES = 2 * MAX_DATASETS + _MAX_KEYS  # the longest that a file may hold is a blend, weights and prefixes
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data only. Keys are words and stand once; no aliases, which a small file can blow up with; no tags."""
+    """Plain data only. Keys are words and stand once; no aliases, which a small file can blow up with; no tags.
+
+    What a plain word is follows YAML 1.2 (`_PLAIN`), and so `yes` is a word. Files are read no further than a
+    configuration can go.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    n_nodes = 0
 
     def compose_node(self, parent, index):
         event = self.peek_event()
+        self.n_nodes += 1
         if self.check_event(yaml.AliasEvent):
             raise _refusal("aliases are not supported", event)
         if event.tag is not None:
             raise _refusal(f"tags such as {event.tag} are not supported", event)
+        if self.n_nodes > _MAX_NODES:
+            raise _refusal(f"more than {_MAX_NODES:,} values, so it is no configuration", event)
+        if isinstance(parent, yaml.MappingNode) and index is None and len(parent.value) >= _MAX_KEYS:
+            raise _refusal(f"more than {_MAX_KEYS:,} keys in one place; a run has sections with keys, no more", event)
         return super().compose_node(parent, index)
 
     def construct_object(self, node, deep=False):
@@ -237,8 +251,23 @@ def _is_text(value: str) -> bool:
 
 
 class _Dumper(yaml.SafeDumper):
-    pass
+    """Quotes a word that YAML 1.1 or 1.2 would take for something else: others read these files too."""
 
 
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+# The core schema of YAML 1.2 (section 10.3.2), but for leading zeros: 010 was 8 in YAML 1.1 and is 10 in 1.2. It stays
+# a word, which no number setting takes.
+_NUMBER = r"[-+]?(0|[1-9][0-9]*)"
+_PLAIN = {
+    "null": (r"~|null|Null|NULL|", "~nN\0"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (rf"{_NUMBER}|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        rf"({_NUMBER}(\.[0-9]*)?|[-+]?\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+for _kind, (_form, _begins) in _PLAIN.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(rf"({_form})$"), [c.strip("\0") for c in _begins]
+        )

@@ -12,7 +12,7 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Annotated, TypeVar
 
-from megagpt.errors import require
+from megagpt.errors import home_expanded, require
 
 T = TypeVar("T")
 Short = Annotated[T, "short"]
@@ -39,9 +39,9 @@ class DataPath:
         """From ("A",), or ("0.7", "A", "0.3", "B").  Raises UserError naming the word that is wrong."""
         words = words.split() if isinstance(words, str) else words
         if len(words) < 2:
-            return DataPath(tuple(words))
+            return DataPath(tuple(map(home_expanded, words)))
         key, example = "data.data_path", "try 0.7 A 0.3 B"
-        shown, weights, prefixes = f'{key}="{" ".join(words)}"', words[::2], tuple(words[1::2])
+        shown, weights, prefixes = f'{key}="{" ".join(words)}"', words[::2], tuple(map(home_expanded, words[1::2]))
         pairs = len(words) % 2 == 0
         require(pairs, shown, "must be one prefix, or pairs of weight and prefix", example, key)
         for weight in weights:
