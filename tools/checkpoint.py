@@ -8,7 +8,7 @@
   python tools/checkpoint.py reshape runs/a --files 1 --out one             the same in one file a kind, to share
   python tools/checkpoint.py average runs/a --last 5 --out mean             mean of the weights, to evaluate and export
   python tools/checkpoint.py export runs/a --out hf                         for Hugging Face transformers (--as mistral)
-  python tools/checkpoint.py import hf --out runs/b                         from there; train on: --load runs/b
+  python tools/checkpoint.py import hf --out runs/b                         from there; it says how to train on
 
 A checkpoint is named as for --load: RUN (its latest one), RUN@latest, RUN@best, RUN@STEP, or its own folder.
 What is written appears when it is complete. Nothing is overwritten.

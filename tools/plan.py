@@ -1,6 +1,6 @@
 """Which layout, and how much memory: show the plan of a run without starting it, and without torch.
 
-python tools/plan.py --preset gpt2-xl --world-size 64 --tp 5 --pp 4 --precision bf16
+python tools/plan.py --preset gpt2-xl --world-size 40 --tp 5 --pp 4 --precision bf16
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megagpt.plan.plan import make_plan
 from megagpt.plan.table import config_table, plan_table
 
 DESCRIPTION = """Show stages, memory and batch arithmetic of a run without starting it.
-  python tools/plan.py --preset gpt2-xl --world-size 64 --tp 5 --pp 4 --precision bf16
+  python tools/plan.py --preset gpt2-xl --world-size 40 --tp 5 --pp 4 --precision bf16
 
 It takes the flags of examples/pretrain_gpt.py, and
   --world-size N   number of processes; default tp * pp
