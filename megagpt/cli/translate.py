@@ -88,7 +88,9 @@ def _by_itself(why: str, _: str, __: Given) -> Advice:
 
 def _absent(why: str, value: str, _: Given) -> Advice:
     is_off = value.lower() in ("false", "0", "none", "null", "1")  # 1: of a size, which shares nothing out
-    return Advice(note="leave it out: there is none" if is_off else f"not here: {why}")
+    if is_off:
+        return Advice(note="leave it out: there is none")
+    return Advice(note=f"{'instead' if why.startswith(('--', 'tools/', 'examples/')) else 'not here'}: {why}")
 
 
 def _float(value: str) -> float | None:

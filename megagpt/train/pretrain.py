@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from megagpt.checkpoint.folders import require_begun
 from megagpt.cli import parse_run_config
 from megagpt.config import RunConfig
 from megagpt.config.values import DataPath
@@ -75,6 +76,7 @@ def ranks_to_start(config: RunConfig) -> int:
 def _pretrain(argv: Sequence[str]) -> None:
     config = parse_run_config(argv)
     n_ranks = ranks_to_start(config)
+    require_begun(config.checkpoint)
     for note in [] if n_ranks else types_not_taken(config):  # the ranks say it
         announce(note)
     config, data = with_text(config)
