@@ -18,15 +18,17 @@ QUICK := tests/repository/test_layering.py tests/repository/test_safe_code.py te
   tests/ops/test_every_op.py::test_values_are_those_of_the_reference_in_float64 \
   tests/train/test_engine.py::test_trains_as_transformers_and_torch_do
 
-bin   := $(abspath $(VENV))/bin
+# As it is typed, not by $(abspath …), which takes a path with a space for two; all recipes run in this folder.
+bin   := $(VENV)/bin
+whole := $(if $(filter /%,$(VENV)),,$(CURDIR)/)
 ready := $(VENV)/.ready
 csrc  := $(wildcard csrc/*)
 install := $(bin)/python -m pip install -c constraints.txt
 
 # ninja is found on the PATH.
-export PATH := $(bin):$(PATH)
+export PATH := $(whole)$(bin):$(PATH)
 # A job killed while it compiled leaves a lock behind: kept here, `rm -r .venv` removes it with the rest.
-export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
+export TORCH_EXTENSIONS_DIR := $(whole)$(VENV)/torch_extensions
 # Without a GPU DeepSpeed warns, at every start, that it had to guess so; telling it saves the reader three lines.
 ifeq ($(wildcard /dev/nvidiactl),)
 export DS_ACCELERATOR := cpu

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.tokenizers.tokenizer import other_tokenizer
-from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, home_expanded, run_cli
 from megagpt.evaluate.split import SPLITS, evaluate
 from megagpt.files import json_text
 from megagpt.generate.flags import add_load_flags, open_from
@@ -27,7 +27,9 @@ def main() -> None:
     """Print one JSON object per dataset."""
     parser = ArgumentParser(description=__doc__)
     add_load_flags(parser)
-    parser.add_argument("--data-path", help="prefix of an indexed dataset (default: those of the run)")
+    parser.add_argument(
+        "--data-path", type=home_expanded, help="prefix of an indexed dataset (default: those of the run)"
+    )
     parser.add_argument("--split", type=Split.parse, help="shares for train, validation, test (default: the run's)")
     parser.add_argument("--which", choices=SPLITS, default="validation", help="the share to read (default: validation)")
     parser.add_argument("--max-tokens", type=int, help="stop after so many tokens (default: read all)")

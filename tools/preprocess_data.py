@@ -24,7 +24,7 @@ from rich.progress import Progress as Bar
 
 from megagpt.data.indexed.meta import losses
 from megagpt.data.text.prepare import BadLines, Prepared, Progress, TokenizerFiles, prepare
-from megagpt.errors import ArgumentParser, run_cli
+from megagpt.errors import ArgumentParser, home_expanded, run_cli
 
 TOKENIZER_NAMES = {
     "gpt2": "gpt2",
@@ -109,7 +109,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_input(add: Callable[..., object]) -> None:
     add(
-        "--input", nargs="+", required=True, metavar="PATH",
+        "--input", nargs="+", type=home_expanded, required=True, metavar="PATH",
         help="files or folders, read in this order; any file also packed by gzip, bzip2, xz or zstandard. Names in "
         ".jsonl, .json, .ndjson are JSON lines: a line is a document. All else is plain text: a file is a document. "
         "Folders are walked, sorted by path. `-` is standard input, of JSON lines",
@@ -142,15 +142,16 @@ def _add_tokenizer(add: Callable[..., object]) -> None:
         "--tokenizer", "--tokenizer-type", required=True, choices=TOKENIZER_NAMES, metavar="KIND",
         help=f"{', '.join(TOKENIZER_NAMES)} (the long names are Megatron-LM's)",
     )  # fmt: skip
-    add("--tokenizer-model", metavar="FILE", help="sentencepiece: X.model; hf: tokenizer.json or its folder")
-    add("--vocab-file", metavar="FILE", help="gpt2: vocab.json")
-    add("--merge-file", metavar="FILE", help="gpt2: merges.txt")
+    model = "sentencepiece: X.model; hf: tokenizer.json or its folder"
+    add("--tokenizer-model", metavar="FILE", type=home_expanded, help=model)
+    add("--vocab-file", metavar="FILE", type=home_expanded, help="gpt2: vocab.json")
+    add("--merge-file", metavar="FILE", type=home_expanded, help="gpt2: merges.txt")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token (wanted for GPT)")
 
 
 def _add_output(add: Callable[..., object]) -> None:
     add(
-        "--output-prefix", required=True, metavar="P",
+        "--output-prefix", type=home_expanded, required=True, metavar="P",
         help="writes P_KEY_document.bin, .idx, .json; they appear when complete",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="replace a dataset of that name, once the new one is complete")

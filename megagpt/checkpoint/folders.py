@@ -183,6 +183,15 @@ def run_of(path: str | Path) -> Path:
     return run
 
 
+def require_begun(config: CheckpointConfig) -> None:
+    """Raise UserError where --load means the run in --save, and that has no checkpoint yet: on a first start."""
+    load, save = config.load, config.save
+    if load is None or save is None or run_of(load).absolute() != Path(save).absolute() or checkpoints_of(Path(save)):
+        return
+    remedy = f"--save {save} --auto-resume, without --load, begins it now and goes on with it later"
+    raise UserError(f"--load {load}", "has no checkpoint yet", remedy, ["checkpoint.load", "checkpoint.save"])
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold a run folder, so that no other run writes to it; a process that dies lets go of it.

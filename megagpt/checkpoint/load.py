@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import State, read_state
 from megagpt.checkpoint.strict import STRICT, Allowed, require_same_names
 from megagpt.config import RunConfig, plain
+from megagpt.config.values import BatchSteps
 from megagpt.errors import UserError
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.model.gpt import GPT
@@ -211,12 +213,28 @@ def _check_position(config: RunConfig, state: State, folder: Path) -> None:
     schedule = Schedule(config)
     ours = schedule.samples_before(state.step), schedule.tokens_before(state.step)
     if ours != (state.samples, state.tokens):
-        was, now = state.config.get("train", {}).get("global_batch_size"), config.train.global_batch_size
         raise UserError(
             f"{folder} has read {state.samples:,} samples, {state.tokens:,} tokens in {state.step:,} steps, this run "
             f"would have read {ours[0]:,} samples, {ours[1]:,} tokens; keep train.global_batch_size, its ramp and that "
-            f"of seq_len, or change the batch from here on: --train.batch-steps {was}@1,{now}@{state.step + 1}"
+            f"of seq_len{_other_batch(config, state)}"
         )
+
+
+def _other_batch(config: RunConfig, state: State) -> str:
+    """', or change the batch from here on: …', where that would read on: a batch of one size that has grown."""
+    was, now = state.config.get("train", {}).get("global_batch_size"), config.train.global_batch_size
+    steps = f"{was}@1,{now}@{state.step + 1}"
+    plain_batch = {"batch_ramp_start": None, "batch_ramp_tokens": None, "batch_ramp_increment": None}
+    try:
+        train = replace(config.train, batch_steps=BatchSteps.parse(steps), **plain_batch)
+    except UserError:  # it shrinks
+        return ""
+    schedule = Schedule(replace(config, train=train))
+    reads_on = (schedule.samples_before(state.step), schedule.tokens_before(state.step)) == (
+        state.samples,
+        state.tokens,
+    )
+    return f", or change the batch from here on: --train.batch-steps {steps}" if reads_on else ""
 
 
 def _first(path: str | Path, newest_will_do: bool) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megagpt.config.checks import not_negative, parsed, positive
+from megagpt.config.checks import not_negative, parsed, paths, positive
 from megagpt.config.values import DataPath, Partition, Short, Split, StepSet
 from megagpt.errors import require
 
@@ -70,6 +70,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         parsed(self, "data_path", DataPath)
         parsed(self, "split", Split)
+        paths(self, "cache_dir", "tokenizer_model", "vocab_file", "merge_file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,7 @@ class CheckpointConfig:
     """Keep the one with the lowest validation loss too."""
 
     def __post_init__(self) -> None:
+        paths(self, "save", "load")
         positive("checkpoint", self, "save_interval", "keep_last", "keep_every")
         require(
             not self.auto_resume or (self.save is not None and self.load is None),

@@ -12,7 +12,7 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Annotated, TypeVar
 
-from megagpt.errors import require
+from megagpt.errors import home_expanded, require
 
 T = TypeVar("T")
 Short = Annotated[T, "short"]
@@ -43,12 +43,12 @@ class DataPath:
         """
         words = words.split() if isinstance(words, str) else words
         if len(words) < 2:
-            return DataPath(tuple(words))
+            return DataPath(tuple(map(home_expanded, words)))
         key, example = "data.data_path", "try 0.7 A 0.3 B, or A B"
         shown = f'{key}="{" ".join(words)}"'
         if not any(map(_is_number, words)):
-            return DataPath(_few(tuple(dict.fromkeys(words))))
-        weights, prefixes = words[::2], words[1::2]
+            return DataPath(_few(tuple(dict.fromkeys(map(home_expanded, words)))))
+        weights, prefixes = words[::2], map(home_expanded, words[1::2])
         pairs = len(words) % 2 == 0
         require(pairs, shown, "must be prefixes, or pairs of weight and prefix", example, key)
         for weight in weights:

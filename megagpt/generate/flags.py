@@ -7,13 +7,15 @@ from contextlib import AbstractContextManager
 
 from megagpt.checkpoint.strict import Allowed
 from megagpt.data.tokenizers.flags import add_tokenizer_flags, named_tokenizer
-from megagpt.errors import ArgumentParser
+from megagpt.errors import ArgumentParser, home_expanded
 from megagpt.generate.trained import Trained, open_trained
 
 
 def add_load_flags(parser: ArgumentParser) -> None:
     """Add what `open_from` reads."""
-    parser.add_argument("--load", required=True, help="run folder, RUN@best, RUN@STEP, or checkpoint folder")
+    parser.add_argument(
+        "--load", required=True, type=home_expanded, help="run folder, RUN@best, RUN@STEP, or checkpoint folder"
+    )
     parser.add_argument("--load-fallback", action="store_true", help="where it is damaged, take the one before it")
     parser.add_argument("--weights", choices=("last", "ema"), default="last", help="ema: their moving average")
     parser.add_argument("--allow-missing", action="store_true", help="first values for tensors that it lacks")

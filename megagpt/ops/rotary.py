@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megagpt.ops.library import call, define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, require_same_device, runs_kernel
 
 
 def rotary(
@@ -29,7 +29,7 @@ def rotary(
     The tables are constants: no gradient reaches them.
     Shapes: qkv (B, T, G, X, K), cos and sin (S, R) float32 (float64 for a float64 qkv), positions (B, T) int64
     → (B, T, G, X, K) of qkv's dtype.
-    Raises ValueError for shapes and dtypes that do not fit together.
+    Raises ValueError for shapes, dtypes and devices that do not fit together.
     """
     if qkv_BTGXK.dim() != 5:
         raise ValueError(f"rotary: got qkv {_text(qkv_BTGXK)}, wanted (B, T, G, X, K)")
@@ -76,6 +76,7 @@ def rotary_tables(
 
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_rotated_heads: int) -> None:
+    require_same_device("rotary", qkv, cos=cos, sin=sin, positions=positions)
     if not 0 <= n_rotated_heads <= qkv.shape[3]:
         raise ValueError(
             f"rotary: got qkv {_text(qkv)} of {n_rotated_heads} rotated heads, wanted (B, T, G, X, K), <= X"

@@ -20,11 +20,13 @@ from pathlib import Path
 
 import psutil
 
+from megagpt.checkpoint.folders import require_begun
 from megagpt.cli import parse_run_config
 from megagpt.config import RunConfig
 from megagpt.data.opened import with_text
 from megagpt.errors import EXIT_PEER_LOST, announce, run_cli
 from megagpt.plan.plan import make_plan
+from megagpt.train.step.deepspeed.settings import deepspeed_settings, types_not_taken
 
 # What would misinform the ranks that this program starts. torchrun's last one is a trap: rank 0 would not open the
 # store that all the ranks then wait for.
@@ -61,7 +63,9 @@ def ranks_to_start(config: RunConfig) -> int:
     start_ranks = world_size == 1 and needed > 1 and not has_gpu()
     # The vocabulary is not known yet and plays no part in these checks: any number does.
     guess = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1)
-    make_plan(dataclasses.replace(config, model=guess), needed if start_ranks else world_size)
+    config = dataclasses.replace(config, model=guess)
+    plan = make_plan(config, needed if start_ranks else world_size)
+    deepspeed_settings(config, plan, on_gpu=has_gpu())  # a user's JSON is read, and contradicts nothing
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
     return needed if start_ranks else 0
@@ -70,6 +74,9 @@ def ranks_to_start(config: RunConfig) -> int:
 def _pretrain(argv: Sequence[str]) -> None:
     config = parse_run_config(argv)
     n_ranks = ranks_to_start(config)
+    require_begun(config.checkpoint)
+    for note in [] if n_ranks else types_not_taken(config):  # the ranks say it
+        announce(note)
     config, data = with_text(config)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         # Several ranks agree first on who speaks (train/loop.py): each machine may have its own copy.

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import json
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from megagpt import metrics
+from megagpt.console import console_here, show
 from megagpt.errors import UserError
 from megagpt.files import os_reason
 from megagpt.schedule import Schedule
@@ -32,7 +32,6 @@ from megagpt.train import metrics_file
 
 WINDOW_STEPS = 20
 PLAIN_INTERVAL_S = 2.0
-PLAIN_WIDTH = 100  # of tables, where there is no terminal to ask
 
 
 def kernel_table(rows: Iterable[tuple[str, str, str]]) -> Table:
@@ -82,7 +81,7 @@ class Reporter:
         self._measured: deque[tuple[int, float]] = deque(maxlen=WINDOW_STEPS)  # a step, and its time in seconds
         self._skipped = 0
         self._last_line_s = -math.inf
-        self._console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+        self._console = console or console_here()
 
         _make_folder(run_dir)
         self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
@@ -148,7 +147,7 @@ class Reporter:
     def show(self, renderable: RenderableType) -> None:
         """Print a table, above the live line."""
         if self._enabled:
-            self._console.print(renderable)
+            show(self._console, renderable)
 
     def close(self) -> None:
         """End the live line and finish the files; messages still print."""
@@ -200,7 +199,7 @@ class Reporter:
 
     def _start_progress(self) -> Progress:
         progress = Progress(
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=_BAR_WIDTH),
             TextColumn("{task.fields[line]}", markup=False),
             console=self._console,
             auto_refresh=False,  # a step refreshes it: no thread beside the training
@@ -216,7 +215,7 @@ class Reporter:
         if not (first or last or step % self._log_interval == 0):
             return
         if self._progress:
-            line = "  ".join(self._words(row))
+            line = _fitting(self._words(row), self._console.width - _BAR_WIDTH - 1)
             self._progress.update(self._task, completed=step, line=line, refresh=True)
             return
         now_s = time.monotonic()
@@ -243,6 +242,19 @@ class Reporter:
         if self._skipped:
             words.append(f"skipped {self._skipped}")
         return words
+
+
+_BAR_WIDTH = 16  # columns
+
+
+def _fitting(words: list[str], width: int) -> str:
+    """As many of the words as have room beside the bar, which a longer line would push out; the first one anyway."""
+    line = words[0]
+    for word in words[1:]:
+        if len(line) + 2 + len(word) > width:
+            break
+        line += f"  {word}"
+    return line
 
 
 def _tensorboard(run_dir: Path, start_step: int) -> SummaryWriter:

@@ -384,3 +384,13 @@ def test_a_text_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, mon
     with pytest.raises(OSError, match="No space left"):
         replace_text(tmp_path / "text", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["text"] and (tmp_path / "text").read_text() == "old"
+
+
+def test_a_run_loaded_from_itself_on_its_first_start_is_told_of_auto_resume(tmp_path):
+    save = str(tmp_path / "ck")
+    for load in (save, f"{save}@latest", f"{save}/"):
+        with pytest.raises(UserError, match=f"--load {load} has no checkpoint yet; --save {save} --auto-resume"):
+            folders.require_begun(CheckpointConfig(save=save, load=load))
+    folders.require_begun(CheckpointConfig(save=save, load=str(tmp_path / "other")))
+    folders.folder_of(tmp_path / "ck", 3).mkdir(parents=True)
+    folders.require_begun(CheckpointConfig(save=save, load=save))

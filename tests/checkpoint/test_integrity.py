@@ -270,6 +270,8 @@ def test_what_a_run_that_goes_on_must_keep():
         train = TrainConfig(global_batch_size=12, **settings)
         with pytest.raises(UserError, match=r"read 56 samples, .* would have read \d+ samples.*batch-steps 8@1,12@8"):
             check_resumable(replace(config, train=train), at, folder)
+    with pytest.raises(UserError, match=r"keep train\.global_batch_size, its ramp and that of seq_len$"):
+        check_resumable(replace(config, train=TrainConfig(global_batch_size=4)), at, folder)  # no batch_steps shrink
     shorter = TrainConfig(seq_len_start=4, seq_len_warmup_steps=3)
     with pytest.raises(UserError, match=r"read 56 samples, .* tokens .* would have read 56 samples"):
         check_resumable(replace(config, train=shorter), at, folder)

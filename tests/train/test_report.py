@@ -225,6 +225,7 @@ def test_a_narrow_terminal_cuts_the_line_instead_of_wrapping(tmp_path, width):
         take_steps(report, 1, 10)
     assert out.getvalue().count("\n") == 1
     assert "10/10  loss 0.5000" in out.getvalue()
+    assert "━" * (4 if width == 40 else 16) in out.getvalue()  # the bar is still there
 
 
 def test_other_ranks_do_nothing(tmp_path):

@@ -12,8 +12,7 @@ import orjson
 
 from megagpt.data.text.packed import DAMAGED, HEAD_BYTES, chunks, packing
 from megagpt.errors import UserError
-from megagpt.files import os_reason
-from megagpt.files import placeholder
+from megagpt.files import os_reason, placeholder
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 Format = Literal["auto", "jsonl", "text"]

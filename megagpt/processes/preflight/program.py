@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from megagpt.config import RunConfig
+from megagpt.console import console_here, show
 from megagpt.errors import UserError
 from megagpt.files import json_text, os_reason
 from megagpt.parallel.mesh import Mesh
@@ -123,7 +123,7 @@ def _show(rows: list[Row]) -> None:
     for row in rows:
         found = row.finding + (f"\n→ {row.remedy}" if row.remedy else "")
         table.add_row(row.check, f"[{COLOURS[row.state]}]{row.state}[/]", found)
-    Console(width=None if sys.stdout.isatty() else 110, highlight=False).print(table)
+    show(console_here(), table)
 
 
 def _write(path: Path, rows: list[Row], known: list[facts.Facts], figures: dict[str, Any]) -> None:
