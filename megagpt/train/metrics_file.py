@@ -2,7 +2,8 @@
 
 A training row has "step", "tokens", "loss", "lr", "grad_norm", "step_time_s" and, after the first step of a
 process, the rates; with log.noise_scale "noise_scale_tokens". A validation row has "step", "tokens",
-"validation_loss", "perplexity", "bits_per_byte". "step" counts the steps done, from 1.
+"validation_loss", "perplexity", "bits_per_byte". "step" counts the steps done, from 1; "time" is when the row was
+written, in seconds since 1970.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megagpt.errors import UserError
+from megagpt.train.appended import AppendedFile
 
 NAME = "metrics.jsonl"
 Row = dict[str, Any]
@@ -47,14 +49,17 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def open_from(path: Path, start_step: int) -> TextIO:
-    """Open to append what follows start_step done steps; what stands there of later ones is dropped."""
+def open_from(path: Path, start_step: int) -> AppendedFile:
+    """Open to append what follows start_step done steps; what stands there of later ones is dropped.
+
+    Raises OSError where the disk does not take it.
+    """
     if path.exists():
         kept = [row for row in read_rows(path) if row["step"] <= start_step]
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(map(to_line, kept)), encoding="utf-8")
         os.replace(partial, path)
-    return open(path, "a", encoding="utf-8", buffering=1)
+    return AppendedFile(path)
 
 
 def to_line(row: Row) -> str:
