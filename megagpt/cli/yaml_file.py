@@ -91,9 +91,7 @@ def check_values(values: Any, where: str, names: Mapping[str, str] = MappingProx
     names: how a message calls a key, where not by itself.
     """
     try:
-        found = _partial_model().model_validate(values).model_dump(exclude_unset=True)
-        _refuse_nul(found, where)
-        return found
+        return _partial_model().model_validate(values).model_dump(exclude_unset=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"][:2]))
@@ -104,16 +102,6 @@ def check_values(values: Any, where: str, names: Mapping[str, str] = MappingProx
         wanted = "keys with values" if key else f"sections ({', '.join(SECTIONS)})"
     got = f"{names.get(key, key) + ': ' if key else ''}got {reprlib.repr(first['input'])},"
     raise UserError(got, f"wanted {wanted}", keys=[key], where=where)
-
-
-def _refuse_nul(values: Values, where: str) -> None:
-    """No name of a file has one, and the system's functions fail at it in ways of their own."""
-    for section, keys in values.items():
-        for name, value in keys.items():
-            words = value if isinstance(value, list | tuple) else [value]
-            if any(isinstance(word, str) and "\0" in word for word in words):
-                key = f"{section}.{name}"
-                raise UserError(f"{key}: got {value!r},", "wanted text without NUL", keys=[key], where=where)
 
 
 def dotted_keys() -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import multiprocessing
 import os
 import signal
@@ -19,7 +20,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
-from megagpt.errors import EXIT_PEER_LOST, EXIT_STOPPED
+from megagpt.errors import EXIT_PEER_LOST
 from megagpt.processes.signals import follow_parent, heard_signals
 
 GRACE_S = 20.0  # for the others, once one has ended badly: they say why, or have nothing to say
@@ -45,8 +46,9 @@ def run_forked(n_ranks: int, main: Callable[[], None]) -> int:
     def hand_on(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         for process in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid or 0, number)
+            if process.pid and process.exitcode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is somebody to hand them to
     try:
@@ -57,7 +59,11 @@ def run_forked(n_ranks: int, main: Callable[[], None]) -> int:
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     first = _wait_for(ranks)
-    if received and first not in (0, EXIT_STOPPED):  # before the training had begun, or a second one
+    if received and first in (
+        -received[-1],
+        128 + received[-1],
+        EXIT_PEER_LOST,
+    ):  # before the training, or a second one
         return 128 + received[-1]
     if first < 0:  # the other ranks name the one that was killed; by what, only its parent knows
         print(f"note: a rank was killed by signal {-first} (9: often for lack of memory)", file=sys.stderr)
@@ -81,16 +87,18 @@ def _be_rank(rank: int, n_ranks: int, port: int, main: Callable[[], None]) -> No
 
 def _wait_for(ranks: Sequence[BaseProcess]) -> int:
     """Until all have ended; the exit code of the first that did not end with 0, else 0."""
-    first, deadline_s = 0, None
-    while living := [process for process in ranks if process.exitcode is None]:
-        wait([process.sentinel for process in living], timeout=1.0)
-        codes = [process.exitcode for process in living if process.exitcode]
-        if codes and deadline_s is None:
-            first, deadline_s = codes[0], time.monotonic() + GRACE_S
-        if deadline_s and time.monotonic() > deadline_s:
+    first, deadline_s = 0, math.inf
+    while True:
+        living = [process for process in ranks if process.exitcode is None]
+        first = first or next((process.exitcode for process in ranks if process.exitcode), 0)
+        if not living:
+            return first
+        if first:
+            deadline_s = min(deadline_s, time.monotonic() + GRACE_S)
+        if time.monotonic() > deadline_s:
             for process in living:
                 process.kill()
-    return first
+        wait([process.sentinel for process in living], timeout=1.0)
 
 
 def _free_port() -> int:

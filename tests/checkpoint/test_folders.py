@@ -302,3 +302,16 @@ def test_a_text_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, mon
     with pytest.raises(OSError, match="No space left"):
         replace_text(tmp_path / "text", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["text"] and (tmp_path / "text").read_text() == "old"
+
+
+def test_a_name_that_no_folder_has_is_told(monkeypatch: pytest.MonkeyPatch):
+    """From Python 3.13 on, looking into a folder with a NUL in its name raises ValueError."""
+
+    def glob(path: Path, pattern: str) -> list[Path]:
+        raise ValueError("embedded null byte")
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert folders.checkpoints_of(Path("a\0b")) == []
+    for name in ("a\0b", "a\0b@latest", "a\0b@best", "a\0b@3"):
+        with pytest.raises(UserError, match="no checkpoint"):
+            folders.find(name)
