@@ -29,7 +29,7 @@ def main() -> None:
     config = parse_run_config(rest, prog="tools/preflight.py", description=DESCRIPTION)
     on_ranks(
         ranks_to_start(config),
-        "megagpt.processes.preflight.program",
+        "megagpt.processes.preflight.program",  # torch loads only now: a wrong flag is answered at once
         lambda program: program.preflight(config, own.json, own.wait_s),
     )
 

@@ -59,11 +59,8 @@ def run_forked(n_ranks: int, main: Callable[[], None]) -> int:
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     first = _wait_for(ranks)
-    if received and first in (
-        -received[-1],
-        128 + received[-1],
-        EXIT_PEER_LOST,
-    ):  # before the training, or a second one
+    # Of a signal that came before the training had begun, or a second one.
+    if received and first in (-received[-1], 128 + received[-1], EXIT_PEER_LOST):
         return 128 + received[-1]
     if first < 0:  # the other ranks name the one that was killed; by what, only its parent knows
         print(f"note: a rank was killed by signal {-first} (9: often for lack of memory)", file=sys.stderr)

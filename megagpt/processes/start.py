@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megagpt.errors import EXIT_PEER_LOST, EXIT_USER, UserError
 from megagpt.parallel.mesh import Mesh, build_mesh, rank_name
@@ -88,8 +89,14 @@ def _take_gpu(local_rank: int) -> None:
 def _connect(store: dist.Store, rank: int, *, pp: int, dp: int, tp: int) -> Mesh:
     on_gpu = torch.cuda.is_available()
     backend = "nccl" if on_gpu else "gloo"
+    wait_for_ever()
     dist.init_process_group(backend, store=store, rank=rank, world_size=pp * dp * tp, timeout=NEVER)
     return build_mesh("cuda" if on_gpu else "cpu", pp=pp, dp=dp, tp=tp)
+
+
+def wait_for_ever() -> None:
+    """Let groups that are made from now on wait without end: the mesh's and DeepSpeed's, which take torch's default."""
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = NEVER
 
 
 def quiet() -> None:
