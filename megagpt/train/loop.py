@@ -259,16 +259,7 @@ def _finish(parts: Parts) -> None:
     """The loss curve beside the run's files, and the end of the engine."""
     folder = parts.run.folder
     if parts.run.mesh.rank == 0:
-        parts.report.message(f"run folder: {folder} ({_loss_curve(folder)})")
+        from megagpt.train.plot import draw_loss_curve  # matplotlib takes a second, and only this rank needs it
+
+        parts.report.message(f"run folder: {folder} ({draw_loss_curve(folder)})")
     parts.engine.close()
-
-
-def _loss_curve(folder: Path) -> str:
-    """Draw it; what there is to say of that, since no picture is worth a run's end."""
-    from megagpt.train.plot import plot_runs  # matplotlib takes a second, and only this rank needs it
-
-    try:
-        plot_runs([folder], folder / "loss.png")
-        return f"loss curve: {folder / 'loss.png'}"
-    except UserError as error:
-        return f"no loss curve: {error}"
