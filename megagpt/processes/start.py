@@ -66,14 +66,22 @@ def _meet(timeout_s: float, *, dp: int, tp: int) -> tuple[int, dist.Store, list[
     """This process's rank, the store of all, and the machine of each."""
     place = launched()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-    if torch.cuda.is_available():
-        _take_gpu(place.local_rank if place else 0)
     if place is None:
         return 0, dist.HashStore(), [machine_id()]
     store, machines = meet(
         place.rank, place.world_size, timeout_s, lambda rank: rank_name(rank, dp=dp, tp=tp), machine_id()
     )
     return place.rank, store, machines
+
+
+def _connect(store: dist.Store, rank: int, *, pp: int, dp: int, tp: int) -> Mesh:
+    on_gpu = torch.cuda.is_available()
+    backend = "nccl" if on_gpu else "gloo"
+    if on_gpu:
+        _take_gpu(int(os.environ["LOCAL_RANK"]))
+    wait_for_ever()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=pp * dp * tp, timeout=NEVER)
+    return build_mesh("cuda" if on_gpu else "cpu", pp=pp, dp=dp, tp=tp)
 
 
 def _take_gpu(local_rank: int) -> None:
@@ -84,14 +92,6 @@ def _take_gpu(local_rank: int) -> None:
             "processes on it, or look at CUDA_VISIBLE_DEVICES"
         )
     torch.cuda.set_device(local_rank)
-
-
-def _connect(store: dist.Store, rank: int, *, pp: int, dp: int, tp: int) -> Mesh:
-    on_gpu = torch.cuda.is_available()
-    backend = "nccl" if on_gpu else "gloo"
-    wait_for_ever()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=pp * dp * tp, timeout=NEVER)
-    return build_mesh("cuda" if on_gpu else "cpu", pp=pp, dp=dp, tp=tp)
 
 
 def wait_for_ever() -> None:
