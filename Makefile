@@ -3,11 +3,11 @@
 #   ARGS="--tp 2"       passed on to the program of a target
 #   TESTS="-k norm"     passed on to pytest
 #   OP=softmax          the ops that bench-kernels measures
-#   FUZZ_S=600          seconds that fuzz takes for each of its five targets
+#   FUZZ_S=600          seconds that fuzz takes for each of its six targets
 PYTHON ?= python3
 VENV   ?= .venv
 TRAIN  ?= --tp 2 --pp 2
-RUN    := runs/$(shell date +%Y%m%d-%H%M%S)
+RUN    := runs/$(shell date +%Y%m%d-%H%M%S)-$(shell echo $$PPID)
 ARGS   ?=
 TESTS  ?=
 OP     ?=
@@ -79,8 +79,8 @@ gpu-check: ## Build, prove, benchmark and train on this machine's GPU, by PYTHON
 	both: make gpu-check PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
-fuzz: $(ready) ## Feed the readers of files and arguments with bad input, guided by coverage, FUZZ_S seconds each
-	@for target in index side_file jsonl yaml argv; do \
+fuzz: $(ready) ## Feed the readers of files, arguments and connections with bad input, guided by coverage, FUZZ_S seconds each
+	@for target in index side_file jsonl yaml argv stranger; do \
 	  $(bin)/python -m tests.fuzz $$target --seconds $(FUZZ_S) || exit 1; done
 
 lint: $(ready) ## Check style, format and types

@@ -13,6 +13,8 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megagpt.streams import ready_streams
+
 EXIT_USER = 2  # what the user gave cannot work; the message says why
 EXIT_PEER_LOST = 69  # another process of the run died, stopped or hung
 EXIT_STOPPED = 75  # asked to stop, and saved: go on with --auto-resume
@@ -170,6 +172,7 @@ def run_cli(main: Callable[[], int | None], speaks: bool = True) -> None:
 
     speaks: False on ranks whose errors another rank prints as well.
     """
+    ready_streams()
     try:
         sys.exit(main() or 0)
     except UserError as error:
@@ -186,5 +189,6 @@ def run_cli(main: Callable[[], int | None], speaks: bool = True) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if speaks:
+            print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -32,7 +32,10 @@ def folder_of(run: Path, step: int) -> Path:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first: complete ones, as far as names tell."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    try:
+        found = [p for p in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    except ValueError:  # no name for a folder
+        return []
     return sorted(found, key=step_of)
 
 
@@ -59,7 +62,7 @@ def find(path: str | Path) -> Path:
             return _best(run)
         if _STEP.fullmatch(which) and folder_of(run, int(which)).is_dir():
             return folder_of(run, int(which))
-    except (OSError, UnicodeError) as error:  # no right to look; a name too long, or not of this file system
+    except (OSError, ValueError) as error:  # no right to look; a name too long, or not of this file system
         reason = os_reason(error) if isinstance(error, OSError) else error
         raise UserError(f"--load {str(path)!a}: cannot be looked for ({reason}); check --load") from None
     raise UserError(f"{run} has no checkpoint {which!r}; give --load {run}@ and latest, best, or one of {_steps(run)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.parallel.mesh import Mesh
 from megagpt.processes.agree import together
+from megagpt.processes.launched import n_processes
 from megagpt.processes.start import distributed
 
 Weights = Literal["last", "ema"]
@@ -61,7 +61,7 @@ def open_trained(
     Started as several processes (torchrun), they share the model by tensor parallelism; started as one, it holds all.
     """
     key = AVERAGE if weights == "ema" else WEIGHT
-    tp = int(os.environ.get("WORLD_SIZE", "1"))
+    tp = n_processes()
     with distributed(pp=1, dp=1, tp=tp) as (mesh, _):
         say = partial(print, file=sys.stderr) if mesh.rank == 0 else lambda _: None
         folder = find_whole(path, fallback, say, newest_will_do=fallback, keys=[key])

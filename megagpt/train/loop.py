@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -23,11 +24,12 @@ from megagpt.data.indexed.text_bytes import text_bytes
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.data.opened import OpenedData
 from megagpt.data.tokenizers.tokenizer import Tokenizer
-from megagpt.errors import Stopped
+from megagpt.errors import Stopped, UserError
 from megagpt.model.ops_used import attention_status, check_kernels, kernel_rows, ops_used
 from megagpt.plan.plan import make_plan
 from megagpt.plan.table import config_table, plan_table
 from megagpt.processes.agree import together
+from megagpt.processes.launched import n_processes
 from megagpt.processes.start import distributed
 from megagpt.processes.stopping import Stopper
 from megagpt.processes.watch.judge import Limits
@@ -36,7 +38,6 @@ from megagpt.schedule import Schedule
 from megagpt.train.faults.check_ranks import check_ranks
 from megagpt.train.faults.guard import Guard
 from megagpt.train.faults.notes import FaultNotes
-from megagpt.train.plot import plot_runs
 from megagpt.train.remarks import remarks
 from megagpt.train.report import Reporter, kernel_table
 from megagpt.train.run import Run, find_run
@@ -49,12 +50,10 @@ def train(config: RunConfig, data: OpenedData) -> None:
     Raises UserError (a RankError once the ranks are connected, of which one rank speaks), and Stopped where it was
     asked to end early and has saved.
     """
-    plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
-    faults = config.faults
-    limits = Limits(faults.heartbeat_timeout_s, faults.progress_timeout_s, faults.slow_rank_factor)
+    plan = make_plan(config, n_processes())
     with (
-        distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp, limits=limits) as (mesh, watch),
-        Stopper(faults.exit_after_minutes) as stopper,
+        distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp, limits=_limits(config)) as (mesh, watch),
+        Stopper(config.faults.exit_after_minutes) as stopper,
         ExitStack() as stack,
     ):
         run = find_run(config, data, plan, mesh, stack)
@@ -70,6 +69,23 @@ def train(config: RunConfig, data: OpenedData) -> None:
         _finish(parts)
     if stopped:
         raise Stopped(f"{stopped}; go on with: --load {run.folder}", speaks=mesh.rank == 0)
+
+
+def fail(config: RunConfig, error: UserError) -> NoReturn:
+    """Meet the other ranks, whose first words to each other are whether they can train, and end all with this error."""
+    tp, pp = config.parallel.tp, config.parallel.pp
+
+    def tell() -> NoReturn:
+        raise UserError(f"{socket.gethostname()}: {error}")
+
+    with distributed(pp=pp, dp=n_processes() // (tp * pp), tp=tp, limits=_limits(config)):
+        together(tell)
+    raise AssertionError("one of them cannot")
+
+
+def _limits(config: RunConfig) -> Limits:
+    faults = config.faults
+    return Limits(faults.heartbeat_timeout_s, faults.progress_timeout_s, faults.slow_rank_factor)
 
 
 @dataclass(frozen=True)
@@ -257,6 +273,7 @@ def _finish(parts: Parts) -> None:
     """The loss curve beside the run's files, and the end of the engine."""
     folder = parts.run.folder
     if parts.run.mesh.rank == 0:
-        plot_runs([folder], folder / "loss.png")
-        parts.report.message(f"run folder: {folder} (loss curve: {folder / 'loss.png'})")
+        from megagpt.train.plot import draw_loss_curve  # matplotlib takes a second, and only this rank needs it
+
+        parts.report.message(f"run folder: {folder} ({draw_loss_curve(folder)})")
     parts.engine.close()

@@ -2,7 +2,8 @@
 
 A training row has "step", "tokens", "loss", "lr", "grad_norm", "step_time_s" and, after the first step of a
 process, the rates; with log.noise_scale "noise_scale_tokens". A validation row has "step", "tokens",
-"validation_loss", "perplexity", "bits_per_byte". "step" counts the steps done, from 1.
+"validation_loss", "perplexity", "bits_per_byte". "step" counts the steps done, from 1; "time" is when the row was
+written, in seconds since 1970.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megagpt.errors import UserError
 from megagpt.files import json_text, open_own, os_reason, replace_text, require_regular
+from megagpt.train.appended import AppendedFile
 
 NAME = "metrics.jsonl"
 Row = dict[str, Any]
@@ -53,7 +55,7 @@ def _read(path: Path) -> tuple[list[Row], list[tuple[int, bytes]]]:
     return rows, damaged
 
 
-def open_from(path: Path, start_step: int, say: Callable[[str], None] = lambda line: None) -> IO[Any]:
+def open_from(path: Path, start_step: int, say: Callable[[str], None] = lambda line: None) -> AppendedFile:
     """Open to append what follows start_step done steps; what stands there of later ones is dropped.
 
     A log is no reason to stop: what is no row of one is set aside in PATH.damaged, and say is told.
@@ -68,7 +70,7 @@ def open_from(path: Path, start_step: int, say: Callable[[str], None] = lambda l
                     file.write(b"".join(line + b"\n" for _, line in damaged))
                 say(f"note: {path}: {len(damaged)} damaged lines, the first line {damaged[0][0]}, are now in {aside}")
             replace_text(path, "".join(to_line(row) for row in rows if row["step"] <= start_step))
-        return open_own(path, "a", buffering=1)
+        return AppendedFile(path)
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({os_reason(error)}); remove it, make room, or give another --save"

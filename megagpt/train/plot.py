@@ -25,6 +25,16 @@ from megagpt.train import metrics_file
 XAxis = Literal["step", "tokens"]
 
 
+def draw_loss_curve(run: Path) -> str:
+    """Draw RUN/loss.png, and say so; or why not, since no picture is worth a run's end."""
+    picture = run / "loss.png"
+    try:
+        plot_runs([run], picture)
+    except UserError as error:
+        return f"no loss curve: {error}"
+    return f"loss curve: {picture}"
+
+
 def plot_runs(runs: Sequence[Path], out: Path, *, x_axis: XAxis = "step", log_x: bool = False) -> None:
     """Draw the loss of every run (its folder, or its metrics.jsonl) into out; the ending names the format.
 

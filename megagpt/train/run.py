@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,7 +138,7 @@ def _make_run_folder(config: RunConfig, stack: ExitStack) -> Path:
         if not folders.checkpoints_of(folder):
             folders.find(wanted.load)  # raises, before anything is written
     else:
-        folder = Path(wanted.save or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+        folder = Path(wanted.save) if wanted.save else _new_folder()
     goes_on = wanted.load is not None or wanted.auto_resume
     if not goes_on and (folder / "checkpoints").exists():
         raise UserError(f"{folder} holds a run already; go on with it by --load {folder}, or give another --save")
@@ -148,6 +149,20 @@ def _make_run_folder(config: RunConfig, stack: ExitStack) -> Path:
     except OSError as error:
         raise UserError(f"cannot write the run folder {folder} ({os_reason(error)}); give another --save") from error
     return folder
+
+
+def _new_folder() -> Path:
+    """runs/TIME, made; with a number behind where another run has begun in the same second."""
+    name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
+    for folder in map(Path, chain([name], (f"{name}-{number}" for number in count(2)))):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {folder} ({os_reason(error)}); give another --save") from error
+        return folder
+    raise AssertionError("numbers do not end")
 
 
 def _write_config(config: RunConfig, folder: Path, tokenizer: Tokenizer | None) -> None:

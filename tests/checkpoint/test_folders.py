@@ -394,3 +394,16 @@ def test_a_run_loaded_from_itself_on_its_first_start_is_told_of_auto_resume(tmp_
     folders.require_begun(CheckpointConfig(save=save, load=str(tmp_path / "other")))
     folders.folder_of(tmp_path / "ck", 3).mkdir(parents=True)
     folders.require_begun(CheckpointConfig(save=save, load=save))
+
+
+def test_a_name_that_no_folder_has_is_told(monkeypatch: pytest.MonkeyPatch):
+    """From Python 3.13 on, looking into a folder with a NUL in its name raises ValueError."""
+
+    def glob(path: Path, pattern: str) -> list[Path]:
+        raise ValueError("embedded null byte")
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert folders.checkpoints_of(Path("a\0b")) == []
+    for name in ("a\0b", "a\0b@latest", "a\0b@best", "a\0b@3"):
+        with pytest.raises(UserError, match="no checkpoint"):
+            folders.find(name)
