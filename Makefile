@@ -38,7 +38,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train quick test soak parity plan bench-data bench-train bench-kernels gpu-check fuzz lint format build clean
+.PHONY: help train quick test soak parity plan bench-data bench-train bench-generate bench-kernels gpu-check fuzz lint format build clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -70,6 +70,9 @@ bench-data: $(ready) ## Measure preprocessing, beside Megatron-LM's way, and ind
 
 bench-train: $(ready) ## Measure training, beside a plain PyTorch GPT-2 doing the same step
 	$(bin)/python benchmarks/train.py $(ARGS)
+
+bench-generate: $(ready) ## Measure writing, beside transformers' generate with the same weights
+	$(bin)/python -m benchmarks.generate $(ARGS)
 
 bench-kernels: $(ready) ## Measure each fused kernel, or those of OP, beside PyTorch, torch.compile and a copy of its bytes
 	$(bin)/python -m benchmarks.kernels $(OP) $(ARGS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +15,13 @@ from megagpt.checkpoint.integrity import bad_numbers_in, damage_to, read_tables
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import State, read_state
 from megagpt.checkpoint.strict import STRICT, Allowed, require_same_names
-from megagpt.config import RunConfig, plain
+from megagpt.config import ModelConfig, RunConfig, plain
 from megagpt.config.values import BatchSteps
 from megagpt.errors import UserError
+from megagpt.inventory.layers import canonical
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
-from megagpt.model.gpt import GPT
 from megagpt.optim.segments import place_of
-from megagpt.parallel.parameter import Part, named_parameters
+from megagpt.parallel.parameter import Named, Part
 from megagpt.processes.agree import RankError, together
 from megagpt.schedule import Schedule
 
@@ -143,13 +143,16 @@ def load_masters(
 
 
 def load_weights(
-    model: GPT,
+    model: ModelConfig,
+    parameters: Sequence[Named],
     folder: Path,
     key: str = WEIGHT,
     allowed: Allowed = STRICT,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Read the weights into a model that no engine holds (evaluation, generation), or their average (key "ema").
+    """Read the weights of a model that no engine holds (evaluation, generation), or their average (key "ema").
+
+    parameters: those of this rank's stage.
 
     allowed: tensors that only one of them may have. say: told which these are.
     Comm: none.  Raises UserError where the checkpoint has none, or others than the model.
@@ -159,8 +162,8 @@ def load_weights(
             raise UserError(
                 f"{folder} has no average of the weights: its run had no --optim.ema-decay; use --weights last"
             )
-        parameters, held = named_parameters(model), reader.index.get(key, {})
-        require_same_names(folder, key, held, (named.name for named in parameters), allowed, say)
+        held = reader.index.get(key, {})
+        require_same_names(folder, key, held, canonical(model), allowed, say)
         for named in parameters:
             if named.name in held:
                 named.part.unpadded(named.parameter.data).copy_(read_part(reader, key, named.name, named.part))

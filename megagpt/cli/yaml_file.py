@@ -176,7 +176,8 @@ def _partial_model() -> type[BaseModel]:
 def _from_yaml(hint: Any) -> Any:
     """What stands in a file for a field of this type: text for what is parsed later, words for several of it."""
     if is_words(hint):
-        return Annotated[tuple[str, ...], Strict(False), BeforeValidator(_as_words)]
+        words = _as_texts if hint == tuple[str, ...] else _as_words
+        return Annotated[tuple[str, ...], Strict(False), BeforeValidator(words)]
     return str if hasattr(hint, "parse") else hint
 
 
@@ -192,6 +193,11 @@ def _as_words(value: Any) -> Any:
     if isinstance(value, list):
         return [str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in value]
     return value
+
+
+def _as_texts(value: Any) -> Any:
+    """A text with spaces is one text."""
+    return [value] if isinstance(value, str) else value
 
 
 _MAX_BYTES = 4 << 20

@@ -153,11 +153,17 @@ class LogConfig:
     """Global batches of one validation; 0 turns validation off."""
     noise_scale: bool = False
     """Measure the gradient noise scale, about the largest batch that pays (McCandlish et al. 2018)."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts that the model goes on from every so often: shown, and kept in samples.jsonl and TensorBoard."""
+    sample_interval: int = 500
+    """Steps between such samples; more come at the end."""
+    sample_tokens: int = 60
+    """Tokens of each."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (extra: pip install megagpt[wandb])."""
 
     def __post_init__(self) -> None:
-        positive("log", self, "log_interval", "eval_interval")
+        positive("log", self, "log_interval", "eval_interval", "sample_interval", "sample_tokens")
         not_negative("log", self, "eval_steps")
 
 

@@ -56,7 +56,7 @@ def evaluate(
     for text in _windows(dataset, first, end, trained.config.model.seq_len, batch_size, max_tokens):
         batch = torch.from_numpy(text).to(trained.device)
         tokens_BT, labels_BT = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        total += float(trained.model(tokens_BT, labels_BT=labels_BT)) * labels_BT.numel()
+        total += trained.stage.loss(tokens_BT, labels_BT) * labels_BT.numel()
         n_tokens += labels_BT.numel()
         n_bytes = _more(n_bytes, text[:, 1:], dataset, trained.tokenizer, sizes)
         progress(n_tokens, expected)

@@ -1,11 +1,11 @@
-"""A trained model by the name of its run: for evaluation and generation, without an engine and on any layout."""
+"""A trained model by the name of its run or folder: for evaluation and generation, without an engine, in any layout."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,34 +16,59 @@ from megagpt.checkpoint.load import find_whole, load_weights
 from megagpt.checkpoint.state import read_state
 from megagpt.checkpoint.strict import STRICT, Allowed
 from megagpt.cli import read_config
-from megagpt.config import DataConfig, RunConfig
+from megagpt.config import DataConfig, ParallelConfig, RunConfig
 from megagpt.data.tokenizers.kept import tokenizer_of_checkpoint
-from megagpt.data.tokenizers.tokenizer import Tokenizer
+from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_of_run
+from megagpt.errors import UserError
+from megagpt.generate.stage import Stage, build_stage
+from megagpt.hf.import_folder import read_folder
+from megagpt.hf.tokenizer_folder import find_tokenizer
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
-from megagpt.model.gpt import GPT
 from megagpt.parallel.mesh import Mesh
+from megagpt.plan.fit import check_model
 from megagpt.processes.agree import together
 from megagpt.processes.launched import n_processes
 from megagpt.processes.start import distributed
+from megagpt.processes.watch.judge import Limits
+from megagpt.processes.watch.watch import Watch
 
 Weights = Literal["last", "ema"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in evaluation mode, and where it came from. The model is shared out over mesh.model."""
+    """A model in evaluation mode, or this process's stage of it, and where it came from.
 
-    model: GPT
+    config: of the run; of a folder of transformers, the defaults around its model.  step: 0 for these.
+    """
+
+    stage: Stage
     config: RunConfig
     tokenizer: Tokenizer | None
     folder: Path
     step: int
-    mesh: Mesh
+
+    @property
+    def mesh(self) -> Mesh:
+        """The processes that share the model."""
+        return self.stage.mesh
 
     @property
     def device(self) -> torch.device:
         """Where the model lives."""
-        return self.model.embedding.tokens.weight.device
+        return self.stage.weight.device
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model comes from. fill: reads the weights of a stage."""
+
+    config: RunConfig
+    folder: Path
+    step: int
+    tokenizer: Callable[[], Tokenizer | None]
+    fill: Callable[[Stage], None]
 
 
 @contextmanager
@@ -53,23 +78,105 @@ def open_trained(
     weights: Weights = "last",
     allowed: Allowed = STRICT,
     tokenizer: DataConfig | None = None,
+    *,
+    pp: int = 1,
+    dp: int = 1,
+    precision: str = "fp32",
 ) -> Iterator[Trained]:
-    """Load the latest checkpoint of a run folder, another of its (RUN@best, RUN@STEP), or a checkpoint folder.
+    """`load_trained` on the processes that were started (torchrun, deepspeed), for as long as the block lasts.
 
-    fallback: where it is damaged, take the newest whole one before it. weights: the last ones, or their average.
-    allowed: tensors that only one of checkpoint and model may have. tokenizer: names it where the run folder has none.
-    Started as several processes (torchrun), they share the model by tensor parallelism; started as one, it holds all.
+    pp, dp: stages and replicas; the rest share each layer: tensor parallelism.
+    Raises UserError where the processes cannot be laid out so.
     """
+    with laid_out(pp=pp, dp=dp) as (mesh, _):
+        yield load_trained(path, mesh, fallback, weights, allowed, tokenizer, precision=precision)
+
+
+@contextmanager
+def laid_out(*, pp: int, dp: int, limits: Limits | None = None) -> Iterator[tuple[Mesh, Watch]]:
+    """`distributed`, with tensor parallelism over what stages and replicas leave of the processes that were started.
+
+    Raises UserError where they cannot be laid out so.
+    """
+    n_ranks = n_processes()
+    if n_ranks % (pp * dp):
+        raise UserError(
+            f"got {n_ranks} processes for --pp {pp} --dp {dp}", f"wanted a multiple of {pp * dp}", "start as many"
+        )
+    with distributed(pp=pp, dp=dp, tp=n_ranks // (pp * dp), limits=limits) as found:
+        yield found
+
+
+def load_trained(
+    path: str | Path,
+    mesh: Mesh,
+    fallback: bool = False,
+    weights: Weights = "last",
+    allowed: Allowed = STRICT,
+    tokenizer: DataConfig | None = None,
+    *,
+    precision: str = "fp32",
+) -> Trained:
+    """Load the latest checkpoint of a run folder, another of its (RUN@best, RUN@STEP), a checkpoint folder, or a
+    folder of transformers: a config.json and safetensors. No layout is asked of them: each rank reads its part.
+
+    fallback: where it is damaged, take the newest whole one before it.  weights: the last ones, or their average.
+    allowed: tensors that only one of checkpoint and model may have.  tokenizer: names it where the folder has none.
+    precision: of weights, activations and cache: fp32 or bf16.
+    Comm: collective over all ranks.  Raises a RankError where what is there is no such model.
+    """
+    say = partial(print, file=sys.stderr) if mesh.rank == 0 else lambda _: None
+    if _is_transformers(Path(path)):
+        source = _transformers(Path(path), allowed, tokenizer, say)
+    else:
+        source = _ours(path, fallback, weights, allowed, tokenizer, say)
+    layout = ParallelConfig(tp=mesh.model.size, pp=mesh.pipe.size)
+    together(lambda: check_model(replace(source.config, parallel=layout)))
+    stage = build_stage(source.config.model, mesh)
+    together(lambda: source.fill(stage))
+    stage.to("cuda" if torch.cuda.is_available() else "cpu", DTYPES[precision])
+    return Trained(stage, source.config, together(source.tokenizer), source.folder, source.step)
+
+
+def _ours(
+    path: str | Path,
+    fallback: bool,
+    weights: Weights,
+    allowed: Allowed,
+    tokenizer: DataConfig | None,
+    say: Callable[[str], None],
+) -> _Source:
     key = AVERAGE if weights == "ema" else WEIGHT
-    tp = n_processes()
-    with distributed(pp=1, dp=1, tp=tp) as (mesh, _):
-        say = partial(print, file=sys.stderr) if mesh.rank == 0 else lambda _: None
-        folder = find_whole(path, fallback, say, newest_will_do=fallback, keys=[key])
-        state = read_state(folder)
-        config = read_config(state.config, f"{folder}/state.json")
-        model = GPT(config.model, mesh.model)
-        together(lambda: load_weights(model, folder, key, allowed, say))
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        sha256 = state.data.get("tokenizer_sha256")
-        found = together(lambda: tokenizer_of_checkpoint(folder.parent.parent, config.data, sha256, tokenizer))
-        yield Trained(model, config, found, folder, state.step, mesh)
+    folder = find_whole(path, fallback, say, newest_will_do=fallback, keys=[key])
+    state = read_state(folder)
+    config = read_config(state.config, f"{folder}/state.json")
+    sha256 = state.data.get("tokenizer_sha256")
+    return _Source(
+        config,
+        folder,
+        state.step,
+        lambda: tokenizer_of_checkpoint(folder.parent.parent, config.data, sha256, tokenizer),
+        lambda stage: load_weights(config.model, stage.canonical_parameters(), folder, key, allowed, say),
+    )
+
+
+def _is_transformers(path: Path) -> bool:
+    """Whether a folder is one of transformers, and not a run of ours."""
+    return (path / "config.json").is_file()
+
+
+def _transformers(path: Path, allowed: Allowed, tokenizer: DataConfig | None, say: Callable[[str], None]) -> _Source:
+    model, lazy = together(lambda: read_folder(path, say, allow_unused=allowed.unused))
+
+    def fill(stage: Stage) -> None:
+        for named in stage.canonical_parameters():
+            values = named.part.take(lazy[named.name].get())
+            named.part.unpadded(named.parameter.data).copy_(values)
+
+    def found() -> Tokenizer | None:
+        there, note = (tokenizer_of_run(tokenizer), None) if tokenizer else find_tokenizer(path)
+        if note:
+            say(f"note: without a tokenizer: {note}")
+        return there
+
+    return _Source(RunConfig(model=model), path, 0, found, fill)

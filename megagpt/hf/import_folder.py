@@ -22,7 +22,7 @@ from megagpt.config import DataConfig, ModelConfig, RunConfig, plain
 from megagpt.data.tokenizers.kept import describe
 from megagpt.errors import UserError
 from megagpt.files import placeholder
-from megagpt.hf import config_from_hf, lazy_from_hf
+from megagpt.hf import LazyTensor, config_from_hf, lazy_from_hf
 from megagpt.hf.tokenizer_folder import copy_tokenizer, find_tokenizer
 from megagpt.inventory.parameter import WEIGHT
 
@@ -41,14 +41,10 @@ def import_model(
     Raises UserError, and leaves nothing, where files are missing or pickles, the architecture or a tensor is not one
     that we know, a value is NaN or Inf, or `out` exists.
     """
-    _refuse_other_folders(source)
-    architecture, model = _model_config(source / "config.json")
     tokenizer, note = find_tokenizer(source)
     if note:
         say(f"note: without a tokenizer: {note}")
-    places = _places(source, say)
-    unused = say if allow_unused else None
-    lazy = lazy_from_hf(places, lambda name: _read(places[name], name), model, architecture, unused)
+    model, lazy = read_folder(source, say, allow_unused=allow_unused)
 
     def rows_of(key: str, name: str, rows: range) -> Iterable[np.ndarray]:
         yield lazy[name].get().numpy()[rows.start : rows.stop]
@@ -73,6 +69,20 @@ def import_model(
         folders.point_to(checkpoint)
         (folder / "config.yaml").write_text(to_yaml(RunConfig(model=model)), encoding="utf-8")
     return folders.folder_of(out, 0)
+
+
+def read_folder(
+    source: Path, say: Callable[[str], None], *, allow_unused: bool = False
+) -> tuple[ModelConfig, dict[str, LazyTensor]]:
+    """The model of a folder, and its weights under our names, each read when it is asked for.
+
+    Raises UserError as `import_model` does, for values of a tensor when it is read.
+    """
+    _refuse_other_folders(source)
+    architecture, model = _model_config(source / "config.json")
+    places = _places(source, say)
+    unused = say if allow_unused else None
+    return model, lazy_from_hf(places, lambda name: _read(places[name], name), model, architecture, unused)
 
 
 def _refuse_other_folders(source: Path) -> None:

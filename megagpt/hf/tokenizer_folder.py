@@ -17,7 +17,8 @@ from megagpt.data.tokenizers.same import same_ids
 from megagpt.data.tokenizers.tokenizer import KINDS, Tokenizer
 from megagpt.errors import UserError
 
-_SETTINGS, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+SETTINGS, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 _IDS = "generation_config.json"  # where transformers keeps which ids begin and end a text
 _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # The classes of transformers that do with the files of a kind just what we do.
@@ -45,7 +46,7 @@ def find_tokenizer(source: Path) -> tuple[Tokenizer | None, str | None]:
 def copy_tokenizer(source: Path, tokenizer: Tokenizer, copy: Path, final: Path) -> DataConfig:
     """Copy what makes a tokenizer, and how to name it once `copy` is called `final`. With it go the special ids."""
     copy.mkdir()
-    beside = [source / name for name in (_SETTINGS, _SPECIAL, "chat_template.jinja")] if tokenizer.kind == "hf" else []
+    beside = [source / name for name in (SETTINGS, _SPECIAL, CHAT_TEMPLATE)] if tokenizer.kind == "hf" else []
     for path in (*tokenizer.files, *beside):
         if path.exists():
             shutil.copyfile(path, copy / path.name)
@@ -94,7 +95,7 @@ def _in_parts(source: Path, kind: str) -> Tokenizer | tuple[None, str]:
         return None, f"{first} is {what}; {_REMEDY}"
     tokenizer, settings = KINDS[kind](*_files(source, kind)), _settings(source)
     reader = settings.get("tokenizer_class", _CLASSES[kind][0])
-    more = [f"{_SETTINGS} names the class {reader}"] if reader not in _CLASSES[kind] else []
+    more = [f"{SETTINGS} names the class {reader}"] if reader not in _CLASSES[kind] else []
     more += [f"{token!r} is added to it" for token, i in _added(source) if i >= tokenizer.vocab_size]
     if kind == "gpt2":
         end = token_name(settings.get("eos_token")) or END_OF_TEXT
@@ -114,7 +115,7 @@ def _added(source: Path) -> Iterator[tuple[str, int]]:
 
 
 def _settings(source: Path) -> dict[str, Any]:
-    return _object(source / _SPECIAL) | _object(source / _SETTINGS)
+    return _object(source / _SPECIAL) | _object(source / SETTINGS)
 
 
 def _ids_in(path: Path) -> dict[str, Any]:

@@ -1,9 +1,14 @@
-"""Which implementation of attention serves which model: from what positions need and implementations have. No torch."""
+"""Which implementation of attention serves which model, and what decoding keeps for it. No torch."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from megagpt.model.attention import IMPLEMENTATIONS
 from megagpt.model.position import POSITIONS
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
 
 
 def attention_lacks(choice: str, position: str, dropout: float) -> str | None:
@@ -29,3 +34,13 @@ def attention_runs(choice: str, position: str, dropping: bool) -> str:
     if choice != "auto":
         return choice
     return "softmax" if attention_lacks("sdpa", position, float(dropping)) else "sdpa"
+
+
+def cached_places(model: ModelConfig, layer: int, n_positions: int) -> int:
+    """Places that decoding keeps for a row of n_positions: no more than a window reaches back."""
+    return min(n_positions, model.pattern(layer).rule.window or n_positions)
+
+
+def cached_numbers(model: ModelConfig, layer: int, tp: int, n_positions: int) -> int:
+    """Numbers that a rank of tp keeps for a row in this layer: a key and a value of each of its heads and places."""
+    return 2 * max(1, model.kv_heads // tp) * model.head_width * cached_places(model, layer, n_positions)

@@ -18,13 +18,14 @@ from megagpt.model.dropout import EMBEDDING_SITE, Dropout
 from megagpt.model.loss import PLAIN, LossTerms, vocab_parallel_cross_entropy
 from megagpt.model.norm import Norm
 from megagpt.model.position import POSITIONS
-from megagpt.model.stream import Cache, Stream
+from megagpt.model.stream import Stream
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.embedding import VocabParallelEmbedding, vocab_parallel_logits
 from megagpt.parallel.parameter import Declared, part_of
 
 if TYPE_CHECKING:
     from megagpt.config import ModelConfig
+    from megagpt.model.cache import View
 
 
 class Embedding(nn.Module):
@@ -154,7 +155,7 @@ class GPT(nn.Module):
         terms: LossTerms = PLAIN,
         *,
         positions_BT: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: View | None = None,
     ) -> Tensor:
         if cache is not None and positions_BT is None:
             raise ValueError("got a cache without positions_BT; wanted where the tokens stand in their texts")

@@ -1,30 +1,16 @@
 """What goes from layer to layer: activations, and by what the tokens are known; with room for decoding.
 
-Shapes: B batch, T time, D model, S keys so far.
+Shapes: B batch, T time, D model.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
-
-class Cache:
-    """Keys and values of the tokens before, by layer: what decoding attends beside its own tokens."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add these; returns all keys, values and positions of the layer so far: (B, G, S, K) twice, (B, S)."""
-        if layer in self.layers:
-            k_before, v_before, positions_before = self.layers[layer]
-            k_BGTK, v_BGTK = torch.cat((k_before, k_BGTK), dim=2), torch.cat((v_before, v_BGTK), dim=2)
-            positions_BT = torch.cat((positions_before, positions_BT), dim=1)
-        self.layers[layer] = k_BGTK, v_BGTK, positions_BT
-        return self.layers[layer]
+if TYPE_CHECKING:
+    from megagpt.model.cache import View
 
 
 class Stream(NamedTuple):
@@ -39,7 +25,7 @@ class Stream(NamedTuple):
     x: Tensor
     sample_ids_B: Tensor  # noqa: N815
     positions_BT: Tensor | None = None  # noqa: N815
-    cache: Cache | None = None
+    cache: View | None = None
 
     @staticmethod
     def of(inputs: Stream | tuple[Tensor, Tensor]) -> Stream:

@@ -30,6 +30,11 @@ class Stopper:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has asked this process to end."""
+        return self._received != 0
+
     def agree(self, save_failed: bool, device: torch.device) -> str | None:
         """Why all ranks end now; None where nothing asks any of them to.
 

@@ -41,6 +41,7 @@ from megagpt.train.faults.notes import FaultNotes
 from megagpt.train.remarks import remarks
 from megagpt.train.report import Reporter, kernel_table
 from megagpt.train.run import Run, find_run
+from megagpt.train.samples import write_samples
 from megagpt.train.step.engine import Engine, StepResult
 
 
@@ -116,6 +117,8 @@ def _loop(parts: Parts, watch: Watch, stopper: Stopper, step: int) -> str | None
         last = stopped is not None or step == config.train.train_steps
         validated = not stopped and (last or _due(step, config.log.eval_interval))
         validation_loss = _validate(parts, step) if validated else None
+        if not stopped and (last or _due(step, config.log.sample_interval)):
+            _write_samples(parts, step)
         if last or _due(step, config.checkpoint.save_interval):
             saver.save(_state(parts, step, result.lr, validation_loss))
         if saved := saver.finished(wait=last):
@@ -240,6 +243,12 @@ def _text_bytes(samples: Samples, positions: range, tokenizer: Tokenizer) -> flo
             return None
         total += found
     return total
+
+
+def _write_samples(parts: Parts, step: int) -> None:
+    if parts.run.config.log.sample_prompts:
+        samples = write_samples(parts.engine, parts.run.tokenizer)
+        parts.report.samples(step, samples)
 
 
 def _training_batches(run: Run, schedule: Schedule, step: int) -> Iterator[MicroBatch]:

@@ -2,8 +2,8 @@
 
 A training row has "step", "tokens", "loss", "lr", "grad_norm", "step_time_s" and, after the first step of a
 process, the rates; with log.noise_scale "noise_scale_tokens". A validation row has "step", "tokens",
-"validation_loss", "perplexity", "bits_per_byte". "step" counts the steps done, from 1; "time" is when the row was
-written, in seconds since 1970.
+"validation_loss", "perplexity", "bits_per_byte". A row of samples has "step" and "samples", each with "prompt" and
+"text". "step" counts the steps done, from 1; "time" is when the row was written, in seconds since 1970.
 """
 
 from __future__ import annotations

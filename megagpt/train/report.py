@@ -14,7 +14,8 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from megagpt.train.appended import AppendedFile
 
 if TYPE_CHECKING:
     from megagpt.train.event_file import EventFile
+    from megagpt.train.samples import Sample
 
 WINDOW_STEPS = 20
 PLAIN_INTERVAL_S = 2.0
@@ -139,6 +141,16 @@ class Reporter:
         bits = "" if bits_per_byte is None else f" | {bits_per_byte:.3f} bits per byte"
         self.message(f"step {step} | validation loss {loss:.4f} | perplexity {perplexity:.4g}{bits}")
 
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """What the model writes after `step` steps."""
+        if not self._enabled:
+            return
+        self._append({"step": step, "samples": [asdict(sample) for sample in samples]})
+        for sample in samples:
+            self.message(f"step {step} | {sample.prompt!r} → {sample.text!r}")
+        if self._tensorboard:
+            self._tensorboard.add_text(step, "samples", "\n\n".join(f"**{s.prompt}**{s.text}" for s in samples))
+
     def go_back(self, step: int) -> None:
         """The run goes on from where it was after `step` steps; what was recorded of later ones is dropped."""
         if not self._enabled:
@@ -201,8 +213,7 @@ class Reporter:
         return rates
 
     def _record(self, row: metrics_file.Row, prefix: str) -> None:
-        self._file.append(metrics_file.to_line({**row, "time": time.time()}).encode())
-        self._tell_problem(self._file)
+        self._append(row)
         values = {
             prefix + name.removeprefix("validation_"): value
             for name, value in row.items()
@@ -212,6 +223,10 @@ class Reporter:
             self._tensorboard.add_scalars(row["step"], values)
             self._tell_problem(self._tensorboard)
         self._to_wandb(lambda run: run.log({"step": row["step"], **values}))
+
+    def _append(self, row: metrics_file.Row) -> None:
+        self._file.append(metrics_file.to_line({**row, "time": time.time()}).encode())
+        self._tell_problem(self._file)
 
     def _tell_problem(self, file: AppendedFile) -> None:
         """Say once that a file cannot be written, and once that it can again."""

@@ -64,7 +64,7 @@ def find_run(config: RunConfig, data: OpenedData, plan: Plan, mesh: Mesh, stack:
         return None
     train_samples, valid_samples = together(lambda: _find_samples(config, data))
     together(lambda: _verify_data(config, data))
-    tokenizer = together(lambda: data.tokenizers[0])
+    tokenizer = together(lambda: _tokenizer(config, data))
     identity = _data_identity(config, train_samples, tokenizer)
     together(lambda: _write_config(config, folder[0], tokenizer) if mesh.rank == 0 else None)
     return Run(config, plan, mesh, folder[0], train_samples, valid_samples, tokenizer, identity, resume_from)
@@ -121,6 +121,14 @@ def _require_no_validation(config: RunConfig, n_documents: int) -> None:
         got = f"data.split={split}"
         wanted = f"leaves none of {n_documents} documents for validation"
         raise UserError(got, wanted, f"{remedy}, or --eval-steps 0", ["data.split"])
+
+
+def _tokenizer(config: RunConfig, data: OpenedData) -> Tokenizer | None:
+    tokenizer = data.tokenizers[0]
+    if tokenizer is None and config.log.sample_prompts:
+        key, remedy = "log.sample_prompts", "leave them out, or name the tokenizer: --tokenizer"
+        raise UserError(key, "are texts, but the data have no tokenizer", remedy, [key])
+    return tokenizer
 
 
 def _verify_data(config: RunConfig, data: OpenedData) -> None:

@@ -28,8 +28,7 @@ from megagpt.cli import read_config
 from megagpt.config import DataConfig, ParallelConfig, RunConfig, TrainConfig, plain
 from megagpt.data.tokenizers.tokenizer import tokenizer_of_run
 from megagpt.errors import UserError
-from megagpt.generate.sample import generate
-from megagpt.generate.trained import open_trained
+from megagpt.generate import Sampling, generate
 from megagpt.hf import export_folder as hf_export
 from megagpt.hf import import_folder as hf_import
 from megagpt.hf.export_folder import export
@@ -82,8 +81,8 @@ def test_a_folder_comes_back_and_writes_the_same_text(name: str, tmp_path: Path)
     prompts, n_tokens = torch.randint(0, case.config.vocab, (6, 8)), case.config.seq_len - 8
     settings = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False}
     texts = [m.generate(prompts, **settings)[:, 8:].tolist() for m in (model, back)]
-    with open_trained(folder) as trained:
-        ours = [list(generate(trained, prompt, n_tokens=n_tokens, temperature=0.0)) for prompt in prompts.tolist()]
+    written = generate(folder, prompts.tolist(), Sampling(n_tokens=n_tokens, temperature=0))
+    ours = [sample.tokens for (sample,) in written]
     assert texts == [ours, ours]
     assert len({token for text in ours for token in text}) > 2  # not one token for ever
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from megagpt.config import ModelConfig
+from megagpt.model.cache import Cache
 from megagpt.model.gpt import GPT
 from megagpt.model.position import POSITIONS
-from megagpt.model.stream import Cache, Stream
+from megagpt.model.stream import Stream
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.parameter import part_of
 from tests.tolerances import assert_close
@@ -44,17 +45,60 @@ def model_of(config: ModelConfig) -> GPT:
     return model
 
 
+def cache_of(config: ModelConfig, n_rows: int) -> Cache:
+    places = {"n_rows": n_rows, "n_places": config.seq_len}
+    return Cache(config, range(config.n_layers), 1, **places, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def decode(model: GPT, cache: Cache, rows: list[list[int]], starts: list[int]) -> list[torch.Tensor]:
+    """The logits of the next tokens of each row, which are padded to the longest."""
+    n_tokens = max(map(len, rows))
+    view = cache.view(0, starts, [len(row) for row in rows], n_tokens)
+    tokens_BT = torch.tensor([row + [0] * (n_tokens - len(row)) for row in rows])
+    logits_BTV = model(tokens_BT, positions_BT=view.positions_BT, cache=view)
+    return [logits_TV[: len(row)] for logits_TV, row in zip(logits_BTV, rows, strict=True)]
+
+
 @pytest.mark.parametrize("sizes", [[1] * 20, [7, 1, 1, 5, 6]], ids=["token by token", "a prompt, then more"])
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_decoding_gives_the_logits_of_the_whole_sequence(name, sizes):
     model, tokens_BT = model_of(CASES[name]), torch.randint(37, (2, 20))
-    cache, logits, start = Cache(), [], 0
+    cache, logits, start = cache_of(CASES[name], 2), [], 0
     for size in sizes:
-        positions_BT = torch.arange(start, start + size).expand(2, -1)
-        logits.append(model(tokens_BT[:, start : start + size], positions_BT=positions_BT, cache=cache))
+        found = decode(model, cache, tokens_BT[:, start : start + size].tolist(), [start] * 2)
+        logits.append(torch.stack(found))
         start += size
     assert_close(torch.cat(logits, 1), model(tokens_BT), name)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_rows_of_unequal_length_do_not_see_their_padding(name):
+    """Three rows, whose tokens come in pieces of unequal length; a fourth place is taken by another row half-way."""
+    model, tokens_BT = model_of(CASES[name]), torch.randint(37, (3, 20))
+    cache, found = cache_of(CASES[name], 3), [[], [], []]
+    done = [0, 0, 0]
+    for counts in ([9, 2, 5], [1, 8, 0], [4, 1, 7], [1, 1, 1], [5, 8, 7]):
+        rows = [t[s : s + n].tolist() for t, s, n in zip(tokens_BT, done, counts, strict=True)]
+        for kept, logits_TV in zip(found, decode(model, cache, rows, done), strict=True):
+            kept.append(logits_TV)
+        done = [s + n for s, n in zip(done, counts, strict=True)]
+    assert done == [20] * 3
+    for kept, tokens_T in zip(found, tokens_BT, strict=True):
+        assert_close(torch.cat(kept)[None], model(tokens_T[None]), name)
+
+
+@torch.no_grad()
+def test_the_cache_of_a_window_does_not_grow_beyond_it_and_a_row_can_move():
+    config = CASES["window"]
+    cache = cache_of(config, 2)
+    assert [kv.shape[3] for kv in cache.layers.values()] == [5, 20]
+    model, tokens_BT = model_of(config), torch.randint(37, (2, 20))
+    decode(model, cache, tokens_BT[:, :13].tolist(), [0, 0])
+    cache.move(1, to=0)
+    (found,) = decode(model, cache, tokens_BT[1:, 13:].tolist(), [13])
+    assert_close(found, model(tokens_BT[1:])[0, 13:], "row 1 in the place of row 0")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -67,16 +111,6 @@ def test_positions_count_and_not_the_order_of_the_tokens(name):
     assert_close(found, logits_BTV.gather(1, order_BT.unsqueeze(-1).expand_as(found)), name)
 
 
-@pytest.mark.parametrize("name", ["none", "rotary", "alibi", "transformer_xl", "t5", "T5, few buckets"])
-@torch.no_grad()
-def test_rows_at_different_positions_decode_side_by_side(name):
-    """What knows distances alone gives a text that begins at 6 the logits of one that begins at 0."""
-    model, tokens_BT, cache = model_of(CASES[name]), torch.randint(37, (2, 14)), Cache()
-    starts_B = torch.tensor([[0], [6]])
-    logits = [model(tokens_BT[:, t : t + 1], positions_BT=starts_B + t, cache=cache) for t in range(14)]
-    assert_close(torch.cat(logits, 1), model(tokens_BT), name)
-
-
 def test_attention_dropout_has_no_masks_for_positions():
     model = GPT(replace(BASE, dropout_attention=0.1), SINGLE)
     tokens_BT = torch.zeros(1, 4, dtype=torch.int64)
@@ -86,8 +120,9 @@ def test_attention_dropout_has_no_masks_for_positions():
 
 
 def test_a_cache_wants_positions():
+    view = cache_of(BASE, 1).view(0, [0], [1], 1)
     with pytest.raises(ValueError, match="got a cache without positions_BT"):
-        GPT(BASE, SINGLE)(torch.zeros(1, 1, dtype=torch.int64), cache=Cache())
+        GPT(BASE, SINGLE)(torch.zeros(1, 1, dtype=torch.int64), cache=view)
 
 
 def test_a_pipeline_hands_on_what_a_stream_is_made_from():

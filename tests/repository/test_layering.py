@@ -35,6 +35,7 @@ ONLY_IN = {
     "megatron": ("benchmarks/",),
     "transformers": ("megagpt/hf/", "benchmarks/"),
     "wandb": ("megagpt/train/report.py",),
+    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client", "jinja2"), ("megagpt/serve/",)),
     "megagpt._C": ("megagpt/ops/",),
     "megagpt._index_builder": ("megagpt/data/",),
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 OWN = {"megagpt", "tests", "tools", "examples", "benchmarks", *(path.stem for path in REPOSITORY.glob("tools/*.py"))}
 # Found where they are. apex: NVIDIA's, from source; the package of that name on the registry is another project.
-OPTIONAL = {"apex", "liger_kernel", "quack"}
+OPTIONAL = {"apex", "liger_kernel", "quack", "lm_eval"}
 BUILD = {"setuptools", "wheel", "pybind11", "ninja"}  # of setup.py
 # Required though the project does not import them itself: which needs them.
 BEHIND = {
@@ -30,7 +30,7 @@ def test_everything_imported_is_required():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     runtime = distributions(project["dependencies"])
-    programs = runtime | distributions(extras["wandb"] + extras["hf"])
+    programs = runtime | distributions(extras["wandb"] + extras["hf"] + extras["serve"])
     development = programs | distributions(extras["dev"] + extras["fuzz"])
     for folders, allowed in (
         (("megagpt", "tools", "examples"), programs),

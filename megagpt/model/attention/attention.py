@@ -10,13 +10,12 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.config.kernels import AUTO, Kernels
 from megagpt.inventory.attention import attention_lacks, attention_runs
 from megagpt.model.attention import IMPLEMENTATIONS
-from megagpt.model.attention.grouped import grouped_scores, weighted_values
 from megagpt.model.attention.masks import Masks
 from megagpt.model.dropout import Dropout, block_site
 from megagpt.model.position import POSITIONS
@@ -59,6 +58,7 @@ class Attention(nn.Module):
         self.axis, self.layer, self.d_head, self.edges = axis, layer, config.head_width, edges
         self.heads = range(n_heads_local * axis.rank, n_heads_local * (axis.rank + 1))
         self.qkv = self.q = self.kv = None
+        self.grouped = config.grouped
         if config.grouped:
             self.q, self.kv = HeadsLinear(declared.at("q"), axis), HeadsLinear(declared.at("kv"), axis)
         else:
@@ -72,12 +72,13 @@ class Attention(nn.Module):
             self.add_module(self.position.part, LearnedPosition(declared.at(self.position.part), axis))
 
     def forward(self, stream: Stream, epilogue: Epilogue | None = None) -> Tensor:
-        q_BHTK, k_BGTK, v_BGTK = self._project(stream.x, stream.positions_BT)
+        q_BHTK, kv_BTGXK = self._project(stream.x, stream.positions_BT)
         if stream.positions_BT is None:
+            k_BGTK, v_BGTK = kv_BTGXK.permute(3, 0, 2, 1, 4)
             runs = attention_runs(self.choice, self.position_name, self.dropout.active)
             y_BHTK = IMPLEMENTATIONS[runs].attend(self, q_BHTK, k_BGTK, v_BGTK, stream.sample_ids_B)
         else:
-            y_BHTK = self._attend_anywhere(stream, q_BHTK, k_BGTK, v_BGTK)
+            y_BHTK = self._attend_anywhere(stream, q_BHTK, kv_BTGXK)
         return self.out(y_BHTK.transpose(1, 2).flatten(2), epilogue)
 
     def learned(self, compute: Callable[..., Tensor], *arguments: object) -> Tensor:
@@ -85,23 +86,22 @@ class Attention(nn.Module):
         part = self.position.part
         return self.get_submodule(part)(compute, *arguments) if part else compute({}, *arguments)
 
-    def _project(self, x_BTD: Tensor, positions_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BTD: Tensor, positions_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Shapes: → q_BHTK, kv_BTGXK."""
         if self.qkv is not None:
             qkv_BTHXK = self._turn(self.qkv(x_BTD).unflatten(-1, (-1, 3, self.d_head)), positions_BT)
-            q_BHTK, k_BHTK, v_BHTK = qkv_BTHXK.permute(3, 0, 2, 1, 4)
-            return q_BHTK, k_BHTK, v_BHTK
+            return qkv_BTHXK[:, :, :, 0].transpose(1, 2), qkv_BTHXK[:, :, :, 1:]
         assert self.q is not None and self.kv is not None
         x_BTD = self.edges.enter(x_BTD, self.axis)
         q_BTHXK = self._turn(self.q(x_BTD).unflatten(-1, (-1, 1, self.d_head)), positions_BT, 1)
         kv_BTGXK = self._turn(self.kv(x_BTD).unflatten(-1, (-1, 2, self.d_head)), positions_BT)
-        k_BGTK, v_BGTK = kv_BTGXK.permute(3, 0, 2, 1, 4)
-        return q_BTHXK.squeeze(3).transpose(1, 2), k_BGTK, v_BGTK
+        return q_BTHXK.squeeze(3).transpose(1, 2), kv_BTGXK
 
     def _turn(self, x_BTGXK: Tensor, positions_BT: Tensor | None, n_turned: int | None = None) -> Tensor:
         return self.position.turn(x_BTGXK, positions_BT, n_turned, self.rotary_kernels)
 
-    def _attend_anywhere(self, stream: Stream, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
-        """Of queries at any positions, to their own keys and those in the cache: plain PyTorch, for decoding.
+    def _attend_anywhere(self, stream: Stream, q_BHTK: Tensor, kv_BTGXK: Tensor) -> Tensor:
+        """Of queries at any positions, to their own keys and those in the cache.
 
         A key is seen by where it stands: positions that come twice in a row of the batch see each other's keys.
         """
@@ -109,15 +109,42 @@ class Attention(nn.Module):
         assert queries_BT is not None and keys_BS is not None
         if self.dropout.active:
             raise ValueError("attention dropout knows tokens by their place in the sample; got other positions")
-        k_BGSK, v_BGSK = k_BGTK, v_BGTK
-        if stream.cache is not None:
-            k_BGSK, v_BGSK, keys_BS = stream.cache.extend(self.layer, k_BGTK, v_BGTK, queries_BT)
-        scores_BHTS = grouped_scores(q_BHTK, k_BGSK) / math.sqrt(self.d_head)
-        distance_BTS = queries_BT.unsqueeze(-1) - keys_BS.unsqueeze(-2)
-        scores_BHTS = scores_BHTS + self.learned(self.position.added, q_BHTK, k_BGSK, distance_BTS, self.heads)
-        allowed_BTS = self.masks.between(queries_BT, keys_BS)
-        p_BHTS = scores_BHTS.masked_fill(~allowed_BTS.unsqueeze(1), -math.inf).softmax(-1, dtype=torch.float32)
-        return weighted_values(p_BHTS.to(v_BGSK.dtype), v_BGSK)
+        view = stream.cache
+        if view is not None:
+            k_BGSK, v_BGSK, keys_BS = view.extend(self.layer, kv_BTGXK)
+        else:
+            k_BGSK, v_BGSK = kv_BTGXK.permute(3, 0, 2, 1, 4)
+        if self.position.adds is None and view is not None and view.sees_all and not self.masks.rule.needs_mask:
+            mask = None
+        else:
+            mask = self._mask(view.kept if view else {}, q_BHTK, k_BGSK, queries_BT, keys_BS)
+        G, T = k_BGSK.shape[1], q_BHTK.shape[2]
+        if T > 1 or not self.grouped:
+            return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, enable_gqa=self.grouped)
+        # The queries of one key head side by side, as if they were of several tokens: the keys are read once.
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.view(-1, G, q_BHTK.shape[1] // G, mask.shape[-1])
+        y_BGXK = F.scaled_dot_product_attention(q_BHTK.reshape(len(q_BHTK), G, -1, self.d_head), k_BGSK, v_BGSK, mask)
+        return y_BGXK.view_as(q_BHTK)
+
+    def _mask(
+        self, kept: dict[object, Tensor], q_BHTK: Tensor, k_BGSK: Tensor, queries_BT: Tensor, keys_BS: Tensor
+    ) -> Tensor:
+        """What is added to the scores: -inf where a key is not seen.  Shapes: → (B, H or 1, T, S).
+
+        kept: those of this pass; layers of one pattern share them where positions add nothing that a layer learns.
+        """
+        shared = self.position.adds in (None, "slopes")
+        key = self.masks.pattern, self.layer if self.masks.rule.differs else None, keys_BS.shape[-1]
+        if not shared or key not in kept:
+            distance_BTS = queries_BT.unsqueeze(-1) - keys_BS.unsqueeze(-2)
+            added_BHTS = self.learned(self.position.added, q_BHTK, k_BGSK, distance_BTS, self.heads)
+            allowed_BTS = self.masks.between(queries_BT, keys_BS)
+            mask_BHTS = added_BHTS.masked_fill(~allowed_BTS.unsqueeze(1), -math.inf)
+            if not shared:
+                return mask_BHTS
+            kept[key] = mask_BHTS
+        return kept[key]
 
 
 class LearnedPosition(nn.Module):

@@ -22,12 +22,14 @@ class PatternRule:
 
     form: as it is written.  n_numbers: numbers in it, of which the first n_positive must be above 0.
     needs_mask: whether it takes a mask beside causality and a window.
+    differs: whether layers differ in it.
     """
 
     form: ClassVar[str] = "dense"
     n_numbers: ClassVar[int] = 0
     n_positive: ClassVar[int] = 0
     needs_mask: ClassVar[bool] = False
+    differs: ClassVar[bool] = False
 
     def __init__(self, numbers: tuple[int, ...] = ()) -> None:
         self.numbers = numbers
@@ -99,7 +101,7 @@ class BigBird(PatternRule):
 
     form = "bigbird:B:W:G:R"
     n_numbers, n_positive = 4, 2  # there may be no first and no random blocks
-    needs_mask = True
+    needs_mask = differs = True
 
     @property
     def reach(self) -> int:

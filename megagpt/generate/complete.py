@@ -1,0 +1,68 @@
+"""Texts of many prompts at once, in any layout: what the command, evaluation and samples during training share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from megagpt.errors import UserError
+from megagpt.generate.engine import Engine
+from megagpt.generate.limits import Limits, limits_for
+from megagpt.generate.request import Completion, Piece, Request, Sampling
+
+if TYPE_CHECKING:
+    from megagpt.data.tokenizers.tokenizer import Tokenizer
+    from megagpt.generate.stage import Stage
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+
+def complete(
+    stage: Stage,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    limits: Limits | None = None,
+    show: Callable[[int, Piece], None] = lambda prompt, piece: None,
+) -> list[list[Completion]]:
+    """Let a model that is open go on from each prompt: by prompt, its samples.
+
+    limits: of the cache; None: 16 rows, as long as these prompts need.
+    show: told each piece as it comes, with the number of its prompt: of the prompts of this replica.
+    Comm: those of the engine; with replicas, which share out the prompts, one all-gather of the texts.
+    """
+    data, mine = stage.mesh.data, {}
+    for i in range(data.rank, len(prompts), data.size):
+        seeded = replace(sampling, seed=(sampling.seed + i) % 2**64)
+        mine[i] = request_of(prompts[i], seeded, tokenizer)
+    engine = Engine(stage, limits or limits_for(stage, mine.values()), tokenizer)
+    numbers = {engine.add(request): i for i, request in mine.items()}
+    texts = {i: [Completion() for _ in range(sampling.n_samples)] for i in numbers.values()}
+    while not engine.idle:
+        for piece in engine.step():
+            texts[numbers[piece.request]][piece.sample].add(piece)
+            show(numbers[piece.request], piece)
+    if data.size > 1:
+        gathered: list[dict[int, list[Completion]]] = [{}] * data.size
+        dist.all_gather_object(gathered, texts, group=data.group)
+        texts = {i: found for part in gathered for i, found in part.items()}
+    return [texts[i] for i in range(len(prompts))]
+
+
+def request_of(prompt: Prompt, sampling: Sampling, tokenizer: Tokenizer | None) -> Request:
+    """A prompt as the engine takes it; an empty text begins with the end of another one.
+
+    Raises UserError for a text without a tokenizer.
+    """
+    eod = tokenizer.eod if tokenizer else None
+    ends = () if eod is None else (eod,)
+    if not isinstance(prompt, str):
+        return Request(tuple(prompt), sampling, ends)
+    if tokenizer is None:
+        raise UserError("got a prompt as text", "but the model has no tokenizer", "give token ids", ("prompt",))
+    return Request(tuple(tokenizer.encode(prompt)) or ends, sampling, ends)

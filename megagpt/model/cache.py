@@ -1,0 +1,133 @@
+"""What decoding keeps of the tokens before: keys and values, by layer and row.
+
+Shapes: B rows of a pass, T its tokens, S places that are looked at, G this rank's heads of keys and values, K head
+width, X keys and values side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megagpt.inventory.attention import cached_places
+
+if TYPE_CHECKING:
+    from megagpt.config import ModelConfig
+
+NEVER = 1 << 40  # the position of a place that nothing was written to: later than any query
+
+
+class Cache:
+    """Keys and values of n_rows texts: the token at position p of a row lies in place p, in a window of W in p mod W.
+
+    Memory: `inventory.attention.cached_numbers` of each layer and row.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Iterable[int],
+        tp: int,
+        *,
+        n_rows: int,
+        n_places: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        n_heads, width = max(1, config.kv_heads // tp), config.head_width
+        self.layers = {
+            layer: torch.zeros(
+                n_rows, n_heads, 2, cached_places(config, layer, n_places), width, dtype=dtype, device=device
+            )
+            for layer in layers
+        }
+        self.n_places, self.device = n_places, device
+
+    def move(self, row: int, to: int) -> None:
+        """Copy a row over another one."""
+        for kv_RGXSK in self.layers.values():
+            kv_RGXSK[to] = kv_RGXSK[row]
+
+    def view(self, first_row: int, starts: Sequence[int], counts: Sequence[int], n_tokens: int) -> View:
+        """For a pass of neighbouring rows: where each begins, and how many of its n_tokens are tokens."""
+        rows = slice(first_row, first_row + len(starts))
+        end = max(start + count for start, count in zip(starts, counts, strict=True))
+        sees_all = n_tokens == 1 and min(starts) == max(starts) and min(counts) == 1
+        starts_B, counts_B = torch.tensor(starts), torch.tensor(counts)
+        places_BT = torch.arange(n_tokens).minimum((counts_B - 1).clamp(min=0)[:, None])
+        positions_BT = (starts_B[:, None] + places_BT).to(self.device)
+        return View(self, rows, positions_BT, None if min(counts) == n_tokens else counts_B, end, sees_all)
+
+
+@dataclass
+class View:
+    """The rows of a cache that a pass reads and adds to.
+
+    counts_B: tokens of each row, where these are not all; the others are padding, seen by nobody.
+    end: the furthest position of any row, and one.
+    sees_all: whether each row has one token, and all at the same position: then they see all keys, of a window too.
+    kept: masks that layers share in this pass.  written: where layers with so many places write.
+    """
+
+    cache: Cache
+    rows: slice
+    positions_BT: Tensor  # noqa: N815
+    counts_B: Tensor | None  # noqa: N815
+    end: int
+    sees_all: bool
+    kept: dict[object, Tensor] = field(default_factory=dict)
+    written: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def extend(self, layer: int, kv_BTGXK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add these; returns all keys, values, and their positions: (B, G, S, K) twice, (B or 1, S)."""
+        kv_RGXSK = self.cache.layers[layer]
+        n_places, T = kv_RGXSK.shape[3], kv_BTGXK.shape[1]
+        kv_BGXSK = kv_RGXSK[self.rows]
+        if self.end <= n_places:  # nothing is overwritten
+            self._write(kv_BGXSK, kv_BTGXK)
+            found, keys_BS = kv_BGXSK[:, :, :, : self.end], self._first(self.end)
+        elif T == 1:
+            self._write(kv_BGXSK, kv_BTGXK)
+            found, keys_BS = kv_BGXSK, self._around(self.positions_BT[:, -1:], n_places)
+        else:  # what the first of these tokens see is overwritten by the last ones
+            before_BS = self._around(self.positions_BT[:, :1] - 1, n_places)
+            found = torch.cat((kv_BGXSK, kv_BTGXK.permute(0, 2, 3, 1, 4)), dim=3)
+            keys_BS = torch.cat((before_BS, self._real()), dim=1)
+            self._write(kv_BGXSK, kv_BTGXK)
+        return found[:, :, 0], found[:, :, 1], keys_BS
+
+    def _first(self, n: int) -> Tensor:
+        """0 … n - 1: places that are positions. Those that a row has not reached are later than its queries."""
+        return torch.arange(n, device=self.positions_BT.device)[None]
+
+    def _around(self, last_B1: Tensor, n_places: int) -> Tensor:
+        """The positions in the places of a window, of which the last one was written last.  Shapes: → (B, W)."""
+        positions_BS = last_B1 - (last_B1 - self._first(n_places)) % n_places
+        return torch.where(positions_BS < 0, NEVER, positions_BS)
+
+    def _real(self) -> Tensor:
+        """The positions of this pass, where they are of tokens.  Shapes: → (B, T)."""
+        if self.counts_B is None:
+            return self.positions_BT
+        is_padding_BT = torch.arange(self.positions_BT.shape[1]) >= self.counts_B[:, None]
+        return self.positions_BT.masked_fill(is_padding_BT.to(self.positions_BT.device), NEVER)
+
+    def _write(self, kv_BGXSK: Tensor, kv_BTGXK: Tensor) -> None:
+        """The tokens of each row, the last ones where a window does not hold them all."""
+        n_places = kv_BGXSK.shape[3]
+        if n_places not in self.written:
+            self.written[n_places] = self._places(n_places, kv_BTGXK.shape[1])
+        rows, times, places = self.written[n_places]
+        kv_BGXSK[rows, :, :, places] = kv_BTGXK[rows, times]
+
+    def _places(self, n_places: int, T: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, time in the pass, and place of each token that is kept."""
+        counts_B1 = torch.full((len(self.positions_BT), 1), T) if self.counts_B is None else self.counts_B[:, None]
+        times_T = torch.arange(T)
+        rows, times = ((times_T < counts_B1) & (times_T >= counts_B1 - n_places)).nonzero(as_tuple=True)
+        rows, times = rows.to(self.cache.device), times.to(self.cache.device)
+        return rows, times, self.positions_BT[rows, times] % n_places
