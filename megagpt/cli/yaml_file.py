@@ -212,7 +212,7 @@ class _Loader(yaml.SafeLoader):
     configuration can go.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
     n_nodes = 0
 
     def compose_node(self, parent, index):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megagpt.errors import UserError
-from megagpt.generate.generate import Prompt, request_of
+from megagpt.generate.complete import Prompt, request_of
 from megagpt.generate.request import Request, Sampling
 from megagpt.serve.api_error import ApiError
 from megagpt.serve.served import Served

@@ -93,17 +93,18 @@ def _named(tokenizer: Tokenizer | None) -> str:
 
 def _of_other_data(run: Run, resumed: State, before: RunConfig) -> Iterator[str]:
     was, now = resumed.data, run.data_identity
-    if "index_sha256" not in was:
+    if "index_sha256" not in was or "index_sha256" not in now:
         return  # imported weights, which were trained elsewhere
-    paths = [DataPath.parse(data["data_path"]) for data in (was, now)]
+    paths = [DataPath.parse(data.get("data_path", [])) for data in (was, now)]
+    splits = [data.get("split") for data in (was, now)]
     if was["index_sha256"] != now["index_sha256"]:
         yield f"other data: --data-path was {paths[0]} and is {paths[1]}"
     elif paths[0].weights != paths[1].weights:
         yield f"another blend: --data-path was {paths[0]} and is {paths[1]}; samples come in another order"
-    if was["split"] != now["split"]:
+    if splits[0] != splits[1]:
         yield (
-            f"another split: --split was {was['split']} and is {now['split']}; text that was held out may be trained "
-            "on now, and samples come in another order"
+            f"another split: --split was {splits[0]} and is {splits[1]}; text that was held out may be trained on now, "
+            "and samples come in another order"
         )
 
 
