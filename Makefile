@@ -3,11 +3,11 @@
 #   ARGS="--tp 2"       passed on to the program of a target
 #   TESTS="-k norm"     passed on to pytest
 #   OP=softmax          the ops that bench-kernels measures
-#   FUZZ_S=600          seconds that fuzz takes for each of its five targets
+#   FUZZ_S=600          seconds that fuzz takes for each of its six targets
 PYTHON ?= python3
 VENV   ?= .venv
 TRAIN  ?= --tp 2 --pp 2
-RUN    := runs/$(shell date +%Y%m%d-%H%M%S)
+RUN    := runs/$(shell date +%Y%m%d-%H%M%S)-$(shell echo $$PPID)
 ARGS   ?=
 TESTS  ?=
 OP     ?=
@@ -18,15 +18,17 @@ QUICK := tests/repository/test_layering.py tests/repository/test_safe_code.py te
   tests/ops/test_every_op.py::test_values_are_those_of_the_reference_in_float64 \
   tests/train/test_engine.py::test_trains_as_transformers_and_torch_do
 
-bin   := $(abspath $(VENV))/bin
+# As it is typed, not by $(abspath …), which takes a path with a space for two; all recipes run in this folder.
+bin   := $(VENV)/bin
+whole := $(if $(filter /%,$(VENV)),,$(CURDIR)/)
 ready := $(VENV)/.ready
 csrc  := $(wildcard csrc/*)
 install := $(bin)/python -m pip install -c constraints.txt
 
 # ninja is found on the PATH.
-export PATH := $(bin):$(PATH)
+export PATH := $(whole)$(bin):$(PATH)
 # A job killed while it compiled leaves a lock behind: kept here, `rm -r .venv` removes it with the rest.
-export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
+export TORCH_EXTENSIONS_DIR := $(whole)$(VENV)/torch_extensions
 # Without a GPU DeepSpeed warns, at every start, that it had to guess so; telling it saves the reader three lines.
 ifeq ($(wildcard /dev/nvidiactl),)
 export DS_ACCELERATOR := cpu
@@ -80,8 +82,8 @@ gpu-check: ## Build, prove, benchmark and train on this machine's GPU, by PYTHON
 	both: make gpu-check PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
-fuzz: $(ready) ## Feed the readers of files and arguments with bad input, guided by coverage, FUZZ_S seconds each
-	@for target in index side_file jsonl yaml argv; do \
+fuzz: $(ready) ## Feed the readers of files, arguments and connections with bad input, guided by coverage, FUZZ_S seconds each
+	@for target in index side_file jsonl yaml argv stranger; do \
 	  $(bin)/python -m tests.fuzz $$target --seconds $(FUZZ_S) || exit 1; done
 
 lint: $(ready) ## Check style, format and types

@@ -9,7 +9,6 @@ Ratios are medians over rounds of each row's time to that of the first row, plai
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from benchmarks.machine import conditions, headline
 from megagpt.config import ModelConfig
 from megagpt.config.kernels import Kernels
 from megagpt.errors import ArgumentParser, run_cli
+from megagpt.files import json_text
 from megagpt.inventory.layers import attention
 from megagpt.model.attention.attention import Attention
 from megagpt.model.stream import Stream
@@ -72,7 +72,7 @@ def main() -> None:
         table.add_row(name, f"{1e3 * statistics.median(own):.1f}", f"{ratio:.2f}")
     Console().print(table)
     if args.json:
-        args.json.write_text(json.dumps({**about, "rounds": args.rounds, "rows": measured}, indent=1) + "\n")
+        args.json.write_text(json_text({**about, "rounds": args.rounds, "rows": measured}, indent=1) + "\n")
 
 
 def step(config: ModelConfig, kernels: str, args: Any, dtype: torch.dtype) -> Callable[[], float]:

@@ -10,7 +10,6 @@ a save that training waits for, a save beside training, and loading. Hashing is 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -28,6 +27,7 @@ from megagpt.checkpoint.save import Saved, Saver
 from megagpt.checkpoint.state import State
 from megagpt.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.errors import ArgumentParser, run_cli
+from megagpt.files import json_text
 from megagpt.processes.local import run_ranks
 from megagpt.train.step.engine import Engine
 from tests.parity.rank import batches_of, start_engine
@@ -53,7 +53,7 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name:28}{value:10.3f}")
     if a.json:
-        Path(a.json).write_text(json.dumps(report, indent=1) + "\n")
+        Path(a.json).write_text(json_text(report, indent=1) + "\n")
 
 
 def _config(a: argparse.Namespace) -> RunConfig:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import random
 import sysconfig
@@ -36,6 +35,7 @@ from rich.table import Table
 from benchmarks.machine import conditions, headline
 from megagpt.config import ModelConfig
 from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.files import json_text
 from megagpt.inventory.layers import layers
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
@@ -228,7 +228,7 @@ def main() -> None:
     _show(console, by_kind, found)
     if args.json:
         figures = about | {"runs": [asdict(run) for run in runs], "compute_multipliers": [asdict(m) for m in found]}
-        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json_text(figures, indent=1) + "\n", encoding="utf-8")
     if args.plot:
         plot(by_kind, runs, args.plot)
 

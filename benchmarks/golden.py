@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.machine import conditions
 from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.files import json_text
 
 RESULTS = Path(__file__).parent / "results" / "golden-cpu.json"
 REPOSITORY = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ def main() -> int:
         print(f"{name:<45}{float.fromhex(found[name][-1]):10.6f}  {'ok' if same else 'DIFFERS'}", flush=True)
     if options.record:
         RESULTS.write_text(
-            json.dumps({**conditions("benchmarks.golden", "cpu"), "losses": recorded | found}, indent=1) + "\n",
+            json_text({**conditions("benchmarks.golden", "cpu"), "losses": recorded | found}, indent=1) + "\n",
             encoding="utf-8",
         )
     return 1 if differing else 0

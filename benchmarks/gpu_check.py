@@ -33,6 +33,7 @@ import torch
 
 from benchmarks.machine import conditions, headline
 from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.files import json_text
 
 ROOT = Path(__file__).parents[1]
 TIME_LIMIT_S = {"build": 500, "prove": 240, "bench": 300, "train": 400}  # of one process
@@ -95,7 +96,7 @@ class Figures:
         """Add a part, and write all of them: a later part that is killed takes none with it."""
         self.parts[name] = result
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(json.dumps({**self.about, "parts": self.parts}, indent=1) + "\n")
+        self.file.write_text(json_text({**self.about, "parts": self.parts}, indent=1) + "\n")
 
     @staticmethod
     def _identity(about: Result) -> tuple:

@@ -10,7 +10,6 @@ benchmarks/README.md says what is measured and how to read it.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.machine import conditions, headline
 from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.files import json_text
 from megagpt.ops.library import MISSING_KERNELS
 from tests.ops.case import Arguments, Draw, Shape, Spec, all_specs
 from tests.ops.proof import differentiable
@@ -62,7 +62,7 @@ def main() -> int:
     screen.end(measured)
     figures = {**about, "device": args.device, "seconds": args.seconds, "ops": [m.as_json() for m in measured]}
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        args.json.write_text(json_text(figures, indent=1) + "\n")
     if args.plot:
         plot(figures, args.plot)
     return int(any(OURS in row["failed"] for m in measured for row in m.rows))

@@ -31,6 +31,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.tokenizers.gpt2 import END_OF_TEXT, Gpt2Tokenizer
 from megagpt.errors import ArgumentParser, run_cli
+from megagpt.files import json_text
 
 TOOL = Path(__file__).parents[1] / "tools" / "preprocess_data.py"
 
@@ -57,7 +58,7 @@ def main() -> None:
             "one_core_mb_per_s": compare_encoders(texts, args),
             "microseconds_a_read": compare_reads(folder / "ours_text_document"),
         }
-    print(json.dumps(result, indent=2))
+    print(json_text(result, indent=2))
 
 
 def compare_tools(source: Path, folder: Path, n_documents: int, args: argparse.Namespace) -> dict[str, object]:

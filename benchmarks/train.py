@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import itertools
-import json
 import platform
 import shlex
 import statistics
@@ -44,6 +43,7 @@ from torch.profiler import ProfilerActivity, profile
 from megagpt.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.errors import ArgumentParser, run_cli
+from megagpt.files import json_text
 from megagpt.hf import hf_config, lazy_to_hf
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE, Axis
@@ -127,7 +127,7 @@ def main() -> None:
         console.print(table(title, rows))
         tables += [{"shape": shape, "precision": precision, "dropout": dropout, **row} for row in rows]
     if args.json:
-        args.json.write_text(json.dumps({**conditions(args.rounds), "rows": tables}, indent=1) + "\n")
+        args.json.write_text(json_text({**conditions(args.rounds), "rows": tables}, indent=1) + "\n")
 
 
 def run_config(shape: Shape, layout: Layout, precision: str, dropout: float) -> RunConfig:

@@ -2,7 +2,7 @@
 //
 // Threads run 32 to a warp. Elements are read and written as packs of 16 bytes, the widest access there is; arithmetic
 // is in float32. The same source also compiles as plain C++ under tests/ops/cuda_emulation.h, which runs it on a CPU:
-// so launch through launch(), and declare dynamic shared memory by MEGAGPT_SHARED.
+// so launch through launch(), and declare shared memory by MEGAGPT_SHARED and MEGAGPT_SHARED_ARRAY.
 #pragma once
 
 #ifdef MEGAGPT_EMULATED_CUDA
@@ -18,11 +18,19 @@
 
 // MEGAGPT_CUDA_KERNELS(m) { m.impl("name", TORCH_BOX(&name_cuda)); }
 // MEGAGPT_SHARED(float, name): this block's dynamic shared memory, of the size that launch() was given.
+// MEGAGPT_SHARED_ARRAY(float, name, n): an array of this block's that every kernel has, at most kStaticShared bytes.
 #ifdef MEGAGPT_EMULATED_CUDA
+#define MEGAGPT_SHARED_ARRAY(type, name, n)                                               \
+  static type name[n];                                                                     \
+  static_assert(sizeof(name) <= ::megagpt::kStaticShared, "raise kStaticShared with it"); \
+  ::emulation::has_static_shared(sizeof(name))
 #define MEGAGPT_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(megagpt, CPU, m)
 #define MEGAGPT_SHARED(type, name) type* name = reinterpret_cast<type*>(::emulation::dynamic_shared())
 #else
 #define MEGAGPT_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(megagpt, CUDA, m)
+#define MEGAGPT_SHARED_ARRAY(type, name, n) \
+  __shared__ type name[n];                  \
+  static_assert(sizeof(name) <= ::megagpt::kStaticShared, "raise kStaticShared with it")
 #define MEGAGPT_SHARED(type, name)                               \
   extern __shared__ __align__(16) unsigned char megagpt_shared[]; \
   type* name = reinterpret_cast<type*>(megagpt_shared)
@@ -31,6 +39,12 @@
 namespace megagpt {
 
 constexpr int kWarp = 32;
+
+// Shared memory of a block, in bytes: what a kernel's own array may take, and what it may have in all, that array and
+// what launch() is given, without asking for more.
+constexpr size_t kStaticShared = 512, kUnasked = 48 * 1024;
+
+inline bool must_ask(size_t dynamic_shared) { return kStaticShared + dynamic_shared > kUnasked; }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.x) << 16); }
@@ -138,7 +152,8 @@ inline int n_multiprocessors(const Tensor&) { return 2; }
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_bytes, const Tensor&, A... args) {
   if (grid.x * grid.y * grid.z == 0) return;
-  emulation::run(grid, threads, shared_bytes, [&] { kernel(P(args)...); });
+  emulation::run(grid, threads, shared_bytes, must_ask(shared_bytes) ? emulation::kMostShared : kUnasked,
+                 [&] { kernel(P(args)...); });
 }
 
 #else
@@ -156,7 +171,7 @@ void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_bytes, c
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-  if (shared_bytes > 48 * 1024) {  // more has to be asked for
+  if (must_ask(shared_bytes)) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   }

@@ -119,7 +119,7 @@ struct Loss {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) statistics(const T* __restrict__ logits, const int64_t* __restrict__ labels,
                                                        Statistics out, Loss loss) {
-  __shared__ float scratch[kWarp];
+  MEGAGPT_SHARED_ARRAY(float, scratch, kWarp);
   const int64_t row = blockIdx.x;
   const T* z = logits + row * loss.columns;
   const Online seen = row_statistics(z, loss.n_valid, scratch);

@@ -94,7 +94,7 @@ __device__ __forceinline__ void load_row(const Forward<T>& p, int64_t row, int l
 template <typename T, bool kWarpPerRow>
 __global__ void __launch_bounds__(kWarpPerRow ? kWarpRows * kWarp : kMaxThreads) norm_row(Forward<T> p) {
   constexpr int kSize = Pack<T>::kSize;
-  __shared__ float scratch[kWarp];
+  MEGAGPT_SHARED_ARRAY(float, scratch, kWarp);
   const int lanes = kWarpPerRow ? kWarp : blockDim.x, lane = threadIdx.x % lanes;
   const int64_t row = kWarpPerRow ? static_cast<int64_t>(blockIdx.x) * kWarpRows + threadIdx.x / kWarp : blockIdx.x;
   if (row >= p.rows) return;  // a whole warp, or nobody
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? kWarpRows * kWarp : kMaxThreads)
 // Any row, a block each: read once more for each pass over it.
 template <typename T>
 __global__ void norm_any(Forward<T> p) {
-  __shared__ float scratch[kWarp];
+  MEGAGPT_SHARED_ARRAY(float, scratch, kWarp);
   const int64_t row = blockIdx.x, n = p.columns;
   const T* x = (p.residual ? p.sum : p.x) + row * n;
   float sum = 0.0f, squares = 0.0f;
@@ -227,7 +227,7 @@ __device__ __forceinline__ void dx_pack(const Words& grad, const Words& x, const
 template <typename T, bool kCenter>
 __global__ void __launch_bounds__(kMaxThreads) norm_backward_row(Backward<T> p, int team) {
   constexpr int kSize = Pack<T>::kSize, kQuarters = kSize / 4;
-  __shared__ float scratch[2][2 * kWarp];
+  MEGAGPT_SHARED_ARRAY(float, scratch, 4 * kWarp);  // two of team_sums, in turn
   MEGAGPT_SHARED(Pack<float>, shared);
   Pack<float>* own = shared + threadIdx.x;
   const int lane = threadIdx.x % team, n_teams = blockDim.x / team, n_packs = static_cast<int>(p.columns / kSize);
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward_row(Backward<T> p, 
       Pack<float>* dbias = own + k * kQuarters * blockDim.x;
       add_pack<T, kCenter>(grad[k], x[k], load_words(p.weight, pack), mean, rstd, sum, dot, dweight[k], dbias);
     }
-    team_sums(sum, dot, team, scratch[turn ^= 1]);
+    team_sums(sum, dot, team, scratch + 2 * kWarp * (turn ^= 1));
     const float shift = kCenter ? sum / p.columns : 0.0f, slope = dot / p.columns;
 #pragma unroll
     for (int k = 0; k < kBackwardPacks; ++k) {
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward_row(Backward<T> p, 
 // dx of any row, a block each.
 template <typename T>
 __global__ void norm_backward_any(Backward<T> p) {
-  __shared__ float scratch[kWarp];
+  MEGAGPT_SHARED_ARRAY(float, scratch, kWarp);
   const int64_t row = blockIdx.x, n = p.columns;
   const T *grad = p.grad + row * n, *x = p.x + row * n;
   const float mean = p.mean ? p.mean[row] : 0.0f, rstd = p.rstd[row];

@@ -73,7 +73,7 @@ struct Team {
     if constexpr (kOneWarp) {
       return warp_reduce<Op>(x);
     } else {
-      __shared__ float scratch[kWarp];
+      MEGAGPT_SHARED_ARRAY(float, scratch, kWarp);
       return block_reduce<Op>(x, scratch);
     }
   }

@@ -22,18 +22,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, home_expanded, run_cli
 from megagpt.generate import Completion, Sampling, complete
 from megagpt.generate.complete import Prompt, request_of
+from megagpt.generate.flags import add_load_flags, open_from
 from megagpt.generate.limits import ROWS, described, limits_for
-from megagpt.generate.trained import DTYPES, Trained, open_trained
+from megagpt.generate.trained import Trained
 
 
 def main() -> None:
     """Print the prompts and their continuations."""
     a = parser().parse_args()
     sampling = sampling_of(a)
-    with open_trained(a.load, a.load_fallback, a.weights, pp=a.pp, dp=a.dp, precision=a.precision) as trained:
+    with open_from(a) as trained:
         say(trained, f"model: {trained.folder}, {trained.step} steps")
         if a.interactive:
             if trained.mesh.world_size > 1:
@@ -50,16 +51,13 @@ def parser() -> ArgumentParser:
     """The flags."""
     default, flags = Sampling(), ArgumentParser(description=__doc__)
     add = flags.add_argument
-    add("--load", required=True, help="run folder, RUN@best, RUN@STEP, checkpoint, or folder of transformers")
-    add("--load-fallback", action="store_true", help="where it is damaged, take the one before it")
-    add("--weights", choices=("last", "ema"), default="last", help="ema: their moving average")
-    add("--precision", choices=tuple(DTYPES), default="fp32", help="of weights and cache (default: fp32)")
-    add("--pp", type=int, default=1, help="pipeline stages (default: 1)")
-    add("--dp", type=int, default=1, help="replicas, which share out the prompts (default: 1)")
+    add_load_flags(flags)
     what = flags.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="def ", help='text to go on from (default: "def ")')
     what.add_argument("--prompt-ids", type=int, nargs="+", metavar="ID", help="the same as token ids")
-    what.add_argument("--prompts", type=Path, metavar="FILE", help='a line each: text, or JSON: text, ids, {"prompt"}')
+    what.add_argument(
+        "--prompts", type=home_expanded, metavar="FILE", help='a line each: text or JSON (ids, {"prompt"})'
+    )
     what.add_argument("--interactive", action="store_true", help="ask for prompts, a line each, until the input ends")
     add("--json", action="store_true", help="print JSON lines: prompt, sample, text, tokens, finish, logprobs")
     add("--batch", type=int, default=ROWS, help=f"texts that are written at once (default: {ROWS})")
@@ -104,7 +102,7 @@ def prompts_of(a: argparse.Namespace) -> list[Prompt]:
     if a.prompts is None:
         return [a.prompt]
     try:
-        lines = a.prompts.read_text(encoding="utf-8").splitlines()
+        lines = Path(a.prompts).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {a.prompts}: cannot be read as text ({error}); give another file") from None
     found = [_prompt(line) for line in lines if line.strip()]

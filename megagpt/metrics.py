@@ -66,7 +66,7 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def bits_per_byte(loss: float, n_tokens: int, n_bytes: int) -> float:
+def bits_per_byte(loss: float, n_tokens: int, n_bytes: float) -> float:
     """Bits that the model spends on a byte of text: comparable across tokenizers.
 
     loss is the mean over n_tokens, in nats; n_bytes is the UTF-8 length of the text that they stand for.

@@ -84,6 +84,10 @@ class Schedule:
         """
         return self._rate(step)
 
+    def remarks(self) -> list[str]:
+        """What of the learning rate's course will not come to pass, in words."""
+        return self._rate.remarks()
+
     def _phase(self, step: int) -> Phase:
         return self.phases[bisect_right(self._first_steps, step) - 1]
 
@@ -94,7 +98,7 @@ class _Rate:
     def __init__(self, optim: OptimConfig, schedule: Schedule) -> None:
         self._optim, self._schedule = optim, schedule
         warm = optim.warmup_steps if optim.warmup_tokens is None else schedule.first_step_after(optim.warmup_tokens)
-        self._decay_step = warm + optim.hold_steps
+        self._warm_steps, self._decay_step = warm, warm + optim.hold_steps
         self._end = optim.decay_tokens or optim.decay_steps or schedule.train_steps
         self._begin: float = self._time(self._decay_step)
         if optim.schedule == "wsd":
@@ -117,6 +121,23 @@ class _Rate:
                 return floor + (optim.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * self._progress(step)))
             case "linear" | "wsd":
                 return floor + (optim.lr - floor) * (1.0 - self._progress(step))
+
+    def remarks(self) -> list[str]:
+        optim, n_steps = self._optim, self._schedule.train_steps
+        if self._warm_steps > n_steps:
+            return [
+                f"the warm-up takes {self._warm_steps:,} steps and the run has {n_steps:,}: the learning rate gets "
+                f"to {self(n_steps - 1):.3g}, not to {optim.lr:.3g}"
+            ]
+        first = self._decay_step
+        if optim.schedule in ("cosine", "linear", "wsd") and self._end <= self._time(first) and 0 < first < n_steps:
+            unit = "tokens" if optim.decay_tokens is not None else "steps"
+            rates = f"{self(first - 1):.3g} to {self(first):.3g}"
+            return [
+                f"the decay ends at {self._end:,} {unit}, which is before the warm-up (with what it holds) does, at "
+                f"step {first:,}: the learning rate falls from {rates} at once"
+            ]
+        return []
 
     def _progress(self, step: int) -> float:
         """The share of the decay that lies behind: 0 at its beginning, and 1 from its end on."""

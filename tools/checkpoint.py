@@ -8,7 +8,7 @@
   python tools/checkpoint.py reshape runs/a --files 1 --out one             the same in one file a kind, to share
   python tools/checkpoint.py average runs/a --last 5 --out mean             mean of the weights, to evaluate and export
   python tools/checkpoint.py export runs/a --out hf                         for Hugging Face transformers (--as mistral)
-  python tools/checkpoint.py import hf --out runs/b                         from there; train on: --load runs/b
+  python tools/checkpoint.py import hf --out runs/b                         from there; it says how to train on
 
 A checkpoint is named as for --load: RUN (its latest one), RUN@latest, RUN@best, RUN@STEP, or its own folder.
 What is written appears when it is complete. Nothing is overwritten.
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from megagpt.checkpoint import compare, folders, rewrite
 from megagpt.checkpoint.integrity import damage_of
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import State, read_state
-from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.checkpoint.strict import Allowed
+from megagpt.data.tokenizers.flags import add_tokenizer_flags, named_tokenizer
+from megagpt.errors import ArgumentParser, UserError, home_expanded, run_cli
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
 
 _LARGE_BYTES = 1 << 30
@@ -183,7 +186,14 @@ def _export(args: argparse.Namespace) -> None:
     print("loading torch and transformers ...", file=sys.stderr)
     from megagpt.hf.export_folder import export  # seconds, which no other command should take
 
-    exported = export(source, args.out, args.architecture)
+    exported = export(
+        source,
+        args.out,
+        args.architecture,
+        tokenizer=named_tokenizer(args),
+        without_tokenizer=args.without_tokenizer,
+        allowed=Allowed(unused=args.allow_unused),
+    )
     print(
         f"wrote {args.out}, a {exported.architecture}; logits of transformers' own model differ by "
         f"{exported.worst:.1e} of the largest at most"
@@ -196,7 +206,8 @@ def _import(args: argparse.Namespace) -> None:
     print("loading torch ...", file=sys.stderr)
     from megagpt.hf.import_folder import import_model  # seconds, which no other command should take
 
-    folder = import_model(args.source, args.out)
+    say = partial(print, file=sys.stderr)
+    folder = import_model(args.source, args.out, allow_unused=args.allow_unused, say=say)
     print(f"wrote {folder}; train on: --load {args.out} --config {args.out / 'config.yaml'} --data-path …")
 
 
@@ -301,36 +312,42 @@ def _parser() -> ArgumentParser:
 
 def _add_readers(command: Callable[..., ArgumentParser]) -> None:
     p = command("list", _list, "the checkpoints of a run, which is the latest and which the best")
-    p.add_argument("run", metavar="RUN", help="folder of a run")
+    p.add_argument("run", metavar="RUN", type=home_expanded, help="folder of a run")
     p.add_argument("--verify", action="store_true", help="also read every byte, and say which are whole")
     p = command("inspect", _inspect, "where a checkpoint stands, and its tensors: norm, smallest, largest, NaN or Inf")
-    p.add_argument("checkpoint", metavar="CKPT", help=_LOAD)
+    p.add_argument("checkpoint", metavar="CKPT", type=home_expanded, help=_LOAD)
     p.add_argument("--moments", action="store_true", help="also list the optimizer's moments")
     p = command("verify", _verify, "every byte against its hash, the index against the files; exit code 2 for damage")
-    p.add_argument("checkpoint", metavar="CKPT|RUN", help=f"{_LOAD}; a run means all it has")
+    p.add_argument("checkpoint", metavar="CKPT|RUN", type=home_expanded, help=f"{_LOAD}; a run means all it has")
     p = command("diff", _diff, "what differs between two checkpoints: exit code 0 nothing, 1 something")
-    p.add_argument("a", metavar="A", help=_LOAD)
-    p.add_argument("b", metavar="B", help=_LOAD)
+    p.add_argument("a", metavar="A", type=home_expanded, help=_LOAD)
+    p.add_argument("b", metavar="B", type=home_expanded, help=_LOAD)
     p.add_argument("--tensors-only", action="store_true", help="let the states differ: configuration, step, layout")
 
 
 def _add_writers(command: Callable[..., ArgumentParser]) -> None:
     reshape = command("reshape", _reshape, "the same checkpoint in another number of files, in bounded memory")
-    reshape.add_argument("checkpoint", metavar="CKPT", help=_LOAD)
+    reshape.add_argument("checkpoint", metavar="CKPT", type=home_expanded, help=_LOAD)
     reshape.add_argument("--files", type=int, required=True, metavar="N", help="files a kind (weights, each moment)")
     average = command("average", _average, "the mean of the weights of several checkpoints, in bounded memory")
-    average.add_argument("checkpoints", metavar="CKPT", nargs="+", help=f"{_LOAD}; or with --last one RUN")
+    average.add_argument(
+        "checkpoints", metavar="CKPT", nargs="+", type=home_expanded, help=f"{_LOAD}; or with --last one RUN"
+    )
     average.add_argument("--last", type=int, metavar="N", help="the newest N of a run")
     ema = "ema: of the moving averages that the run kept"
     average.add_argument("--weights", choices=("last", "ema"), default="last", help=ema)
     what = "a folder for Hugging Face transformers, compared with its own model before it is done"
     export = command("export", _export, what)
-    export.add_argument("checkpoint", metavar="CKPT", help=_LOAD)
+    export.add_argument("checkpoint", metavar="CKPT", type=home_expanded, help=_LOAD)
     name = "its architecture there (model_type); default what fits"
     export.add_argument("--as", dest="architecture", metavar="NAME", help=name)
+    export.add_argument("--without-tokenizer", action="store_true", help="the weights alone")
+    export.add_argument("--allow-unused", action="store_true", help="leave tensors that the architecture has not")
+    add_tokenizer_flags(export)
     what = "a run that begins with the weights of a Hugging Face folder (safetensors only)"
     begin = command("import", _import, what)
     begin.add_argument("source", metavar="DIR", type=Path, help="folder with config.json and model.safetensors")
+    begin.add_argument("--allow-unused", action="store_true", help="leave tensors that the architecture has not")
     for p in (reshape, average, export, begin):
         p.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import subprocess
 import sys
@@ -37,7 +36,8 @@ from megagpt.cli import read_config
 from megagpt.config import ModelConfig
 from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset
-from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, home_expanded, run_cli
+from megagpt.files import json_text
 from megagpt.inventory.layers import layers
 from megagpt.model.mlp import MLPS
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report["fine-tuned"] = tuned
     _show(report)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
 
 
 def sizes(model: ModelConfig) -> dict[str, float]:
@@ -174,12 +174,16 @@ def _parser() -> ArgumentParser:
         usage="%(prog)s CKPT --mlp KIND --out DIR [options] [-- FLAGS of examples/pretrain_gpt.py, to fine-tune by]",
         description=__doc__,
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="RUN, RUN@best, RUN@STEP, or the folder of a checkpoint")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", type=home_expanded, help="RUN, RUN@best, RUN@STEP, or the folder of a checkpoint"
+    )
     parser.add_argument("--mlp", required=True, choices=("low_rank", "monarch", "butterfly"), help="the new kind")
     parser.add_argument("--mlp-rank", type=int, help="rank of low_rank matrices")
     parser.add_argument("--mlp-blocks", type=int, help="blocks of each factor of monarch matrices")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new run folder to write")
-    parser.add_argument("--data-path", nargs="+", metavar="P", help="text for the losses (default: the run's own)")
+    parser.add_argument(
+        "--data-path", nargs="+", metavar="P", type=home_expanded, help="text for the losses (default: the run's own)"
+    )
     parser.add_argument("--split", type=Split.parse, help="shares for train, validation, test (default: the run's)")
     parser.add_argument("--max-tokens", type=int, help="measure the loss over at most so many (default: all)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="of the steps that are timed (default: 4)")

@@ -20,12 +20,13 @@ import numpy as np
 from megagpt.config import DataConfig
 from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset, verify
-from megagpt.data.indexed.meta import DatasetMeta
+from megagpt.data.indexed.meta import DatasetMeta, losses
 from megagpt.data.indexed.samples import GPTSamples, split_bounds
 from megagpt.data.tokenizers.tokenizer import KINDS, Tokenizer, tokenizer_for
-from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.errors import ArgumentParser, UserError, home_expanded, run_cli
 
 _BAR = 50
+_NOTHING = {True: "not measured", False: "hardly anything"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +62,7 @@ def _show_counts(dataset: IndexedDataset, meta: DatasetMeta | None) -> None:
             "its SHA-256": meta.tokenizer_sha256,
             "end of document": _describe_eod(meta),
             "text": f"{meta.text_bytes / 1e6:,.1f} MB, {meta.text_bytes / meta.tokens:.2f} bytes a token",
+            "not kept of it": "; ".join(losses(meta)) or _NOTHING[meta.lost_share is None],
         }
     for name, value in rows.items():
         print(f"{name:16} {value}")
@@ -136,7 +138,7 @@ def _hashed(meta: DatasetMeta | None) -> str:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("prefix", help="prefix of the dataset, without .bin or .idx")
+    parser.add_argument("prefix", type=home_expanded, help="prefix of the dataset, without .bin or .idx")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--document", type=int, metavar="N", help="decode document N")
     what.add_argument("--sample", type=int, metavar="N", help="decode training sample N, naming its documents")
@@ -150,9 +152,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     order.add_argument("--num-samples", type=int, default=1, help="samples of the run (default: one epoch)")
     words = parser.add_argument_group("the tokenizer, where the .json does not name it")
     words.add_argument("--tokenizer", choices=KINDS)
-    words.add_argument("--tokenizer-model", metavar="FILE", help="sentencepiece: X.model; hf: tokenizer.json")
-    words.add_argument("--vocab-file", metavar="FILE", help="gpt2: vocab.json")
-    words.add_argument("--merge-file", metavar="FILE", help="gpt2: merges.txt")
+    model = "sentencepiece: X.model; hf: tokenizer.json"
+    words.add_argument("--tokenizer-model", metavar="FILE", type=home_expanded, help=model)
+    words.add_argument("--vocab-file", metavar="FILE", type=home_expanded, help="gpt2: vocab.json")
+    words.add_argument("--merge-file", metavar="FILE", type=home_expanded, help="gpt2: merges.txt")
     words.add_argument("--vocab-size", type=int, metavar="V", help="with --verify: tokens must be below V")
     return parser.parse_args(argv)
 

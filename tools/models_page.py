@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megagpt.cli import parse_run_config
 from megagpt.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from megagpt.errors import run_cli
+from megagpt.errors import ArgumentParser, run_cli
 from megagpt.inventory.layers import block
 from megagpt.presets import preset_names, preset_path
 from megagpt.schedule import Schedule
@@ -56,6 +56,7 @@ _LAYOUT = re.compile(r"Layout: (?P<flags>.+?) \((?P<note>.+)\)")
 
 def main() -> None:
     """Write the page."""
+    ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(page(), encoding="utf-8")
     print(f"wrote {PAGE}")
 

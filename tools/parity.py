@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import importlib
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -23,13 +22,20 @@ from typing import Any
 from megagpt.cli import parse_run_config
 from megagpt.config import plain
 from megagpt.errors import ArgumentParser, UserError, run_cli
+from megagpt.files import json_text, os_reason
+from megagpt.model.position import POSITIONS, Position
 from tests.parity.shrunken import shrunken
 
 DESCRIPTION = """Train 20 steps of a small GPT in every layout that fits on 1 to 8 processes (gloo, on the CPU), and
 compare losses, gradient norms, gradients of the first step and final weights with those of one process without ZeRO.
 With --preset the GPT is a published model, shrunken, with its recipe (tests/parity/shrunken.py).
 The figures are the largest differences: relative; of gradients, as a share of the tensor's largest element;
-of weights, as a share of the way that Adam can go in these steps. The bounds, with reasons: tests/parity/walk.py."""
+of weights, as a share of the way that Adam can go in these steps. The bounds, with reasons: tests/parity/walk.py.
+
+Gradients are those of the first step, from equal weights: that bound is one of round-off alone, whatever the model.
+Loss and norm are the worst of all steps, weights the last ones: each step's round-off goes into the next step's
+weights, so that these grow with steps and learning rate. They grow fastest where no position is added to the
+embeddings (ALiBi, rotary, T5, Transformer-XL, none); docs/architecture.md has figures."""
 
 HEADER = f"{'layout':<48}{'loss':>9}{'norm':>9}{'gradient':>10}{'weights':>9}{'time':>8}"
 
@@ -44,7 +50,11 @@ def main() -> int:
     print(f"{len(layouts)} layouts, {config.train.train_steps} steps each; reference: {parity.REFERENCE}")
     print(HEADER)
     bounds_line = (bounds.loss, bounds.grad_norm, bounds.gradient, bounds.weight)
-    print(f"{'allowed':<48}" + _figures(*bounds_line), flush=True)
+    print(f"{'allowed':<48}" + _figures(*bounds_line))
+    print(f"{'of':<48}{'all steps':>9}{'all':>9}{'the first':>10}{'the last':>9}", flush=True)
+    position = config.model.position
+    if POSITIONS[position].embed is Position.embed:
+        print(f"note: {position} adds nothing to the embeddings: all but the first gradients differ by more and more")
     rows, start = [], time.perf_counter()
     for layout, difference, seconds in parity.walk(config, layouts):
         rows.append({"layout": str(layout), "seconds": round(seconds, 2), **dataclasses.asdict(difference)})
@@ -106,9 +116,9 @@ def _write_json(path: Path, config: Any, bounds: Any, rows: list[dict[str, Any]]
         "layouts": rows,
     }
     try:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json_text(result, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); give another --json") from None
+        raise UserError(f"cannot write {path} ({os_reason(error)}); give another --json") from None
     print(f"written: {path}")
 
 

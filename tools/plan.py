@@ -1,22 +1,20 @@
 """Which layout, and how much memory: show the plan of a run without starting it, and without torch.
 
-python tools/plan.py --preset gpt2-xl --world-size 64 --tp 5 --pp 4 --precision bf16
+python tools/plan.py --preset gpt2-xl --world-size 40 --tp 5 --pp 4 --precision bf16
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
-from rich.console import Console
-
 from megagpt.cli import parse_run_config
+from megagpt.console import console_here, show
 from megagpt.errors import ArgumentParser, run_cli
 from megagpt.plan.plan import make_plan
 from megagpt.plan.table import config_table, plan_table
 
 DESCRIPTION = """Show stages, memory and batch arithmetic of a run without starting it.
-  python tools/plan.py --preset gpt2-xl --world-size 64 --tp 5 --pp 4 --precision bf16
+  python tools/plan.py --preset gpt2-xl --world-size 40 --tp 5 --pp 4 --precision bf16
 
 It takes the flags of examples/pretrain_gpt.py, and
   --world-size N   number of processes; default tp * pp
@@ -36,9 +34,9 @@ def main() -> int:
         config = replace(config, model=replace(config.model, vocab_size=GPT2_VOCABULARY))
     smallest = config.parallel.tp * config.parallel.pp
     plan = make_plan(config, smallest if own.world_size is None else own.world_size)
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(config_table(config))
-    console.print(plan_table(config, plan))
+    console = console_here()
+    show(console, config_table(config))
+    show(console, plan_table(config, plan))
     if note:
         console.print(note)
     return 0

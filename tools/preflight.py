@@ -6,13 +6,11 @@ torchrun --nnodes 2 … tools/preflight.py --tp 2 --pp 2 --data-path my_text_doc
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 
 from megagpt.cli import parse_run_config
 from megagpt.errors import ArgumentParser
-from megagpt.train.pretrain import ranks_to_start, run_program, start_ranks
+from megagpt.train.pretrain import on_ranks, ranks_to_start, run_program
 
 DESCRIPTION = """Check the machines before a run: same versions, settings and data on all ranks; who reaches whom;
 speed of every rank, axis and link; memory; the run folder, its space and speed; clocks and limits.
@@ -29,11 +27,11 @@ def main() -> None:
     """Parse, start the ranks where no launcher has, check."""
     own, rest = _own_flags().parse_known_args()
     config = parse_run_config(rest, prog="tools/preflight.py", description=DESCRIPTION)
-    n_ranks = ranks_to_start(config)
-    if n_ranks:
-        sys.exit(start_ranks(n_ranks, sys.argv[1:]))
-    # torch loads only now: a wrong flag is answered at once.
-    importlib.import_module("megagpt.processes.preflight.program").preflight(config, own.json, own.wait_s)
+    on_ranks(
+        ranks_to_start(config),
+        "megagpt.processes.preflight.program",  # torch loads only now: a wrong flag is answered at once
+        lambda program: program.preflight(config, own.json, own.wait_s),
+    )
 
 
 def _own_flags() -> ArgumentParser:

@@ -22,8 +22,9 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from megagpt.data.text.prepare import Progress, TokenizerFiles, prepare
-from megagpt.errors import ArgumentParser, run_cli
+from megagpt.data.indexed.meta import losses
+from megagpt.data.text.prepare import BadLines, Prepared, Progress, TokenizerFiles, prepare
+from megagpt.errors import ArgumentParser, home_expanded, run_cli
 
 TOKENIZER_NAMES = {
     "gpt2": "gpt2",
@@ -40,11 +41,15 @@ TOKENIZER_NAMES = {
 }
 
 
+_SHOWN = 20  # of the places that were left out
+_FEWEST_TO_SPLIT = 10  # documents of which the default split holds one out
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     started = time.perf_counter()
     with _progress(args.log_interval) as report:
-        metas = prepare(
+        done = prepare(
             args.input,
             args.output_prefix,
             TokenizerFiles(
@@ -59,20 +64,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             input_format=args.input_format,
             max_document_mb=args.max_document_mb,
             overwrite=args.overwrite,
+            bad_lines=BadLines(policy=args.on_bad_line, most=args.max_bad_lines),
             report=report,
         )
     seconds = time.perf_counter() - started
-    for key, meta in zip(args.json_keys, metas, strict=True):
+    for key, meta in zip(args.json_keys, done.metas, strict=True):
         print(
             f"{args.output_prefix}_{key}_document: {meta.documents:,} documents, {meta.tokens:,} tokens, "
             f"{meta.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s"
         )
-    if not args.append_eod and metas[0].eod is not None:
-        print(
-            "note: documents run into one another in training; --append-eod would mark their ends",
-            file=sys.stderr,
-        )
+    for note in _notes(done, args.append_eod):
+        print(f"note: {note}", file=sys.stderr)
     return 0
+
+
+def _notes(done: Prepared, append_eod: bool) -> Iterator[str]:
+    """What whoever is going to train on it should know."""
+    first = done.metas[0]
+    if done.done_before:
+        yield f"went on after the {done.done_before:,} files that an earlier call had dealt with"
+    if done.bad:
+        yield f"left out {len(done.bad):,} lines or files that are no documents:"
+        yield from done.bad[:_SHOWN]
+        if len(done.bad) > _SHOWN:
+            yield f"… and {len(done.bad) - _SHOWN:,} more"
+    yield from (f"{found}; another tokenizer may keep it" for found in losses(first))
+    if not append_eod and first.eod is not None:
+        yield "documents run into one another in training; --append-eod would mark their ends"
+    if first.documents < _FEWEST_TO_SPLIT:
+        yield (
+            f"--split holds out whole documents, so that of {first.documents} the default leaves none for validation; "
+            "cut the text into more documents (JSON lines, or files)"
+        )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -86,18 +109,26 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_input(add: Callable[..., object]) -> None:
     add(
-        "--input", nargs="+", required=True, metavar="PATH",
-        help="files or folders, read in this order, any file also as .gz or .zst. Names in .jsonl, .json, "
-        ".ndjson are JSON lines: a line is a document. All else is plain text: a file is a document. "
-        "Folders are walked, sorted by path",
+        "--input", nargs="+", type=home_expanded, required=True, metavar="PATH",
+        help="files or folders, read in this order; any file also packed by gzip, bzip2, xz or zstandard. Names in "
+        ".jsonl, .json, .ndjson are JSON lines: a line is a document. All else is plain text: a file is a document. "
+        "Folders are walked, sorted by path. `-` is standard input, of JSON lines",
     )  # fmt: skip
     add(
         "--json-keys", nargs="+", default=["text"], metavar="KEY",
-        help="keys that hold text; each becomes its own dataset (default: text)",
+        help="keys that hold text, a.b for b within a; each becomes its own dataset (default: text)",
     )  # fmt: skip
     add(
         "--input-format", choices=["auto", "jsonl", "text"], default="auto",
         help="do not go by the names (default: auto)",
+    )  # fmt: skip
+    add(
+        "--on-bad-line", choices=["error", "skip"], default="error",
+        help="end at a line that is no document and at a damaged file, or leave it out and tell (default: error)",
+    )  # fmt: skip
+    add(
+        "--max-bad-lines", type=_positive, default=1000, metavar="N",
+        help="with skip: end all the same after so many (default: 1000)",
     )  # fmt: skip
     add(
         "--max-document-mb", type=_positive, default=64, metavar="MB",
@@ -111,15 +142,16 @@ def _add_tokenizer(add: Callable[..., object]) -> None:
         "--tokenizer", "--tokenizer-type", required=True, choices=TOKENIZER_NAMES, metavar="KIND",
         help=f"{', '.join(TOKENIZER_NAMES)} (the long names are Megatron-LM's)",
     )  # fmt: skip
-    add("--tokenizer-model", metavar="FILE", help="sentencepiece: X.model; hf: tokenizer.json or its folder")
-    add("--vocab-file", metavar="FILE", help="gpt2: vocab.json")
-    add("--merge-file", metavar="FILE", help="gpt2: merges.txt")
+    model = "sentencepiece: X.model; hf: tokenizer.json or its folder"
+    add("--tokenizer-model", metavar="FILE", type=home_expanded, help=model)
+    add("--vocab-file", metavar="FILE", type=home_expanded, help="gpt2: vocab.json")
+    add("--merge-file", metavar="FILE", type=home_expanded, help="gpt2: merges.txt")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token (wanted for GPT)")
 
 
 def _add_output(add: Callable[..., object]) -> None:
     add(
-        "--output-prefix", required=True, metavar="P",
+        "--output-prefix", type=home_expanded, required=True, metavar="P",
         help="writes P_KEY_document.bin, .idx, .json; they appear when complete",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="replace a dataset of that name, once the new one is complete")

@@ -24,6 +24,7 @@ from megagpt.checkpoint.chunks import read_chunks
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
 from megagpt.checkpoint.state import State, read_state
+from megagpt.checkpoint.strict import require_same_names
 from megagpt.cli import read_config, to_yaml
 from megagpt.config import ModelConfig, RunConfig, plain
 from megagpt.errors import UserError
@@ -83,6 +84,7 @@ def write_factorised(
     config = replace(dense, model=replace(dense.model, **changes))
     with Reader(source) as reader, new_folder(out) as folder:
         projection = _Projection(reader, config.model, tick)
+        require_same_names(source, WEIGHT, reader.index.get(WEIGHT, {}), canonical(dense.model))
         shapes = {name: parameter.shape for name, parameter in canonical(config.model).items()}
         begun = State(
             step=0,

@@ -5,17 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megagpt.checkpoint import state
+from megagpt.checkpoint.foreign import what_is
 from megagpt.checkpoint.integrity import SUMS, damage_to, read_sums
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
-from megagpt.files import flush, replace_text, require_regular, sha256_of
+from megagpt.files import delete, flush, open_own, os_reason, replace_text, require_regular, sha256_of
 
 LATEST = "latest"
 BEST = "best"
@@ -32,7 +32,10 @@ def folder_of(run: Path, step: int) -> Path:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first: complete ones, as far as names tell."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    try:
+        found = [p for p in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    except ValueError:  # no name for a folder
+        return []
     return sorted(found, key=step_of)
 
 
@@ -51,7 +54,7 @@ def find(path: str | Path) -> Path:
     """
     try:
         if _is_checkpoint(Path(path)):
-            return Path(path)
+            return _placed(Path(path))
         run, which = _split(path)
         if which == LATEST:
             return pointed(run)
@@ -59,8 +62,8 @@ def find(path: str | Path) -> Path:
             return _best(run)
         if _STEP.fullmatch(which) and folder_of(run, int(which)).is_dir():
             return folder_of(run, int(which))
-    except (OSError, UnicodeError) as error:  # no right to look; a name too long, or not of this file system
-        reason = error.strerror if isinstance(error, OSError) else error
+    except (OSError, ValueError) as error:  # no right to look; a name too long, or not of this file system
+        reason = os_reason(error) if isinstance(error, OSError) else error
         raise UserError(f"--load {str(path)!a}: cannot be looked for ({reason}); check --load") from None
     raise UserError(f"{run} has no checkpoint {which!r}; give --load {run}@ and latest, best, or one of {_steps(run)}")
 
@@ -86,6 +89,8 @@ def pointed(run: Path) -> Path:
         require_regular(pointer)
         text = pointer.read_bytes().decode("ascii", errors="replace")
     except (OSError, ValueError):  # ValueError: no name for a file
+        if not checkpoints_of(run) and (foreign := what_is(run)):
+            raise UserError(foreign) from None
         known = f"; it has the steps {_steps(run)}: --load {run}@STEP" if checkpoints_of(run) else "; check --load"
         raise UserError(f"no checkpoint in {run}: wanted {pointer}{known}") from None
     match = _POINTER.fullmatch(text)
@@ -109,15 +114,16 @@ def commit(temporary: Path, final: Path) -> None:
     A crash at any point leaves `latest` naming the checkpoint of before or this one, and both of them whole.
     """
     replaced = final.with_name(final.name + REPLACED)
-    if final.exists():
-        if replaced.exists():  # a crash before `latest` had moved: final is complete, as its name tells
+    if os.path.lexists(final):
+        if os.path.lexists(replaced):  # a crash before `latest` had moved: final is complete, as its name tells
             point_to(final)
-            shutil.rmtree(replaced)
+            delete(replaced)
         os.replace(final, replaced)
     os.replace(temporary, final)
     flush(final.parent)
     point_to(final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):
+        delete(replaced)
 
 
 def best_of(run: Path) -> Path | None:
@@ -153,18 +159,15 @@ def drop_old(newest: Path, config: CheckpointConfig) -> list[Path]:
 def remove(folder: Path) -> None:
     """Delete a checkpoint: first its name, so that a crash on the way leaves none that looks complete."""
     doomed = folder.with_name(folder.name + ".deleted.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
+    delete(doomed)
     os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    delete(doomed)
 
 
 def mend(run: Path) -> None:
     """Clear up what a crash left. Only the holder of the run's lock may do this."""
     for path in (run / "checkpoints").glob("*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        delete(path)
     for replaced in (run / "checkpoints").glob(f"*{REPLACED}"):
         final = replaced.with_name(replaced.name.removesuffix(REPLACED))
         if final.exists() and not _points_to(run, replaced):
@@ -178,9 +181,18 @@ def mend(run: Path) -> None:
 def run_of(path: str | Path) -> Path:
     """The run folder that what --load means lies in."""
     if _is_checkpoint(Path(path)):
-        return Path(path).parent.parent
+        return _placed(Path(path)).parent.parent
     run, _ = _split(path)
     return run
+
+
+def require_begun(config: CheckpointConfig) -> None:
+    """Raise UserError where --load means the run in --save, and that has no checkpoint yet: on a first start."""
+    load, save = config.load, config.save
+    if load is None or save is None or run_of(load).absolute() != Path(save).absolute() or checkpoints_of(Path(save)):
+        return
+    remedy = f"--save {save} --auto-resume, without --load, begins it now and goes on with it later"
+    raise UserError(f"--load {load}", "has no checkpoint yet", remedy, ["checkpoint.load", "checkpoint.save"])
 
 
 @contextmanager
@@ -190,9 +202,9 @@ def locked(run: Path) -> Iterator[None]:
     Raises UserError naming the process that has it, or why the folder cannot be locked.
     """
     try:
-        file = (run / "lock").open("a+", encoding="utf-8", errors="replace")
+        file = open_own(run / "lock", "a+", errors="replace")
     except OSError as error:
-        raise UserError(f"{run / 'lock'}: cannot be written ({error.strerror}); give another --save") from None
+        raise UserError(f"{run / 'lock'}: cannot be written ({os_reason(error)}); give another --save") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,7 +216,7 @@ def locked(run: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise UserError(
-                f"{run / 'lock'}: this file system has no locks ({error.strerror}); give a --save on one that has"
+                f"{run / 'lock'}: this file system has no locks ({os_reason(error)}); give a --save on one that has"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -217,9 +229,17 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _split(path: str | Path) -> tuple[Path, str]:
-    """RUN@STEP -> (RUN, STEP); RUN -> (RUN, latest)."""
+    """RUN@STEP -> (RUN, STEP); RUN -> (RUN, latest); RUN/checkpoints and what lies in it mean RUN."""
     run, at, which = str(path).rpartition("@")
-    return (Path(run), which) if at and not Path(path).exists() else (Path(path), LATEST)
+    run, which = (Path(run), which) if at and not Path(path).exists() else (Path(path), LATEST)
+    folder = _placed(run).parent if run.name == LATEST else _placed(run)
+    is_inside = folder.name == "checkpoints" and not (folder / "checkpoints").exists()
+    return (folder.parent if is_inside else run), which
+
+
+def _placed(path: Path) -> Path:
+    """The path with as many folders before it as are asked for: `.` and `step-000100` have some, unsaid."""
+    return Path(os.path.abspath(path)) if len(path.parts) < 3 or ".." in path.parts else path
 
 
 def _points_to(run: Path, folder: Path) -> bool:

@@ -7,14 +7,18 @@ format of sha256sum, so that `sha256sum -c SHA256SUMS` says the same without thi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
+import numpy as np
+
 from megagpt.checkpoint import pieces, state
+from megagpt.checkpoint.chunks import row_boxes
 from megagpt.checkpoint.pieces import Reader, TensorIndex
 from megagpt.checkpoint.state import State
 from megagpt.errors import UserError
-from megagpt.files import replace_text, require_regular, sha256_of
+from megagpt.files import os_reason, replace_text, require_regular, sha256_of
+from megagpt.optim.rules import SQUARES
 
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_.-]+)")
@@ -56,12 +60,35 @@ def damage_to(folder: Path, names: Iterable[str], sums: dict[str, str]) -> list[
         except (FileNotFoundError, NotADirectoryError):
             found.append(f"{path}: missing")
         except OSError as error:
-            found.append(f"{path}: cannot be read ({error.strerror})")
+            found.append(f"{path}: cannot be read ({os_reason(error)})")
         else:
             if name not in sums:
                 found.append(f"{path}: not in {SUMS}")
             elif got != sums[name]:
                 found.append(f"{path}: its contents have changed (sha256 {got[:12]}…, written as {sums[name][:12]}…)")
+    return found
+
+
+def bad_numbers_in(reader: Reader, files: Container[str]) -> list[str]:
+    """Tensors that lie in these files and that nothing can be computed with, one line each: their hashes may be right.
+
+    Memory: one chunk.  Raises UserError where a file is not what the index says.
+    """
+    found = []
+    for key, tensors in reader.index.items():
+        for name, logical in tensors.items():
+            for piece in logical.pieces:
+                if piece.file not in files:
+                    continue
+                n_not_finite = n_negative = 0
+                for start, shape in row_boxes(piece.shape):
+                    offset = tuple(a + b for a, b in zip(piece.start, start, strict=True))
+                    chunk = reader.read(key, name, offset, shape)
+                    n_not_finite += chunk.size - int(np.isfinite(chunk).sum())
+                    n_negative += int((chunk < 0).sum()) if key in SQUARES else 0
+                if n_not_finite or n_negative:
+                    what = f"{n_not_finite} NaN or Inf" if n_not_finite else f"{n_negative} negative squares"
+                    found.append(f"{reader.folder / piece.file}: {key} of {name} holds {what}")
     return found
 
 
@@ -109,6 +136,7 @@ def damage_of(folder: Path, tick: Callable[[int], None] = lambda n_bytes: None) 
             read_tables(folder)
             with Reader(folder) as reader:
                 reader.check()
+                found += bad_numbers_in(reader, hashes)
         except UserError as error:
             found.append(str(error))
     return found

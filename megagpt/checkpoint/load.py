@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,14 @@ import torch
 import torch.distributed as dist
 
 from megagpt.checkpoint import folders
-from megagpt.checkpoint.integrity import damage_to, read_tables
+from megagpt.checkpoint.integrity import bad_numbers_in, damage_to, read_tables
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import State, read_state
-from megagpt.config import RunConfig, plain
+from megagpt.checkpoint.strict import STRICT, Allowed, require_same_names
+from megagpt.config import ModelConfig, RunConfig, plain
+from megagpt.config.values import BatchSteps
 from megagpt.errors import UserError
+from megagpt.inventory.layers import canonical
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.optim.segments import place_of
 from megagpt.parallel.parameter import Named, Part
@@ -58,7 +62,7 @@ def find_whole(
 
 
 def shared_damage_of(folder: Path, keys: Iterable[str] | None = None) -> list[str]:
-    """What is wrong with a checkpoint, the same list on every rank; empty where all is as it was written.
+    """What is wrong with a checkpoint, the same list on every rank; empty where all is as it was written, and numbers.
 
     Comm: one all-gather of the findings: each rank reads its share of the files.
     """
@@ -68,10 +72,20 @@ def shared_damage_of(folder: Path, keys: Iterable[str] | None = None) -> list[st
         found = [str(error)]
     else:
         names = [n for n in sorted(hashes) if keys is None or n.split("-")[0] in set(keys)]
-        found = damage_to(folder, names[dist.get_rank() :: dist.get_world_size()], hashes)
+        found = _damage_or_bad_numbers(folder, names[dist.get_rank() :: dist.get_world_size()], hashes)
     ranks: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(ranks, found)
     return sorted({finding for rank in ranks for finding in rank})
+
+
+def _damage_or_bad_numbers(folder: Path, names: list[str], hashes: dict[str, str]) -> list[str]:
+    if found := damage_to(folder, names, hashes):
+        return found
+    try:
+        with Reader(folder) as reader:
+            return bad_numbers_in(reader, names)
+    except UserError as error:
+        return [str(error)]
 
 
 def read_part(reader: Reader, key: str, name: str, part: Part) -> torch.Tensor:
@@ -90,22 +104,37 @@ def read_part(reader: Reader, key: str, name: str, part: Part) -> torch.Tensor:
     return torch.from_numpy(reader.read(key, name, tuple(start), tuple(shape)))
 
 
-def load_masters(masters: Masters, config: RunConfig, folder: Path) -> State:
+def load_masters(
+    masters: Masters, config: RunConfig, folder: Path, say: Callable[[str], None] = lambda line: None
+) -> State:
     """Read the tensors of a checkpoint into a run, whatever layout wrote them; returns the rest of what it knows.
 
+    say: told of tensors that only one of them has, where the configuration allows that.
     Memory: one tensor of this rank at a time, beside the run's own.
     Comm: collective over all ranks.  Raises a RankError where the architectures differ, or a file cannot be read.
     """
+    allowed = Allowed(config.checkpoint.allow_missing, config.checkpoint.allow_unused)
+    wanted = _names_of_all_stages(masters)
 
     def read_all() -> State:
         state = read_state(folder)
         check_resumable(config, state, folder)
         with Reader(folder) as reader:
-            for key, parameters in masters.kept.items():
-                # An average that was not kept begins with the weights, moments of imported ones with zeros.
-                source = WEIGHT if key == AVERAGE and key not in reader.index else key
-                if source in reader.index or state.step > 0:
-                    for named in parameters:
+            # An average that was not kept begins with the weights, moments of imported ones with zeros.
+            sources = {key: WEIGHT if key == AVERAGE and key not in reader.index else key for key in wanted}
+            sources = {key: source for key, source in sources.items() if source in reader.index or state.step > 0}
+            for key in sorted(reader.index.keys() - sources.values()):
+                if key == AVERAGE and not allowed.unused:
+                    raise UserError(
+                        f"{folder} keeps an average of the weights, and this run none; keep it with --optim.ema-decay, "
+                        "or drop it with --allow-unused"
+                    )
+                require_same_names(folder, key, reader.index[key], (), allowed, say)
+            for key, source in sources.items():
+                held = reader.index.get(source, {})
+                require_same_names(folder, source, held, wanted[key], allowed, say)
+                for named in masters.kept.get(key, ()):
+                    if named.name in held:
                         values = read_part(reader, source, named.name, place_of(named, key))
                         masters.write(named, key, values.to(masters.device))
         return state
@@ -113,18 +142,44 @@ def load_masters(masters: Masters, config: RunConfig, folder: Path) -> State:
     return together(read_all)
 
 
-def load_weights(parameters: Iterable[Named], folder: Path, key: str = WEIGHT) -> None:
+def load_weights(
+    model: ModelConfig,
+    parameters: Sequence[Named],
+    folder: Path,
+    key: str = WEIGHT,
+    allowed: Allowed = STRICT,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
     """Read the weights of a model that no engine holds (evaluation, generation), or their average (key "ema").
 
-    Comm: none.  Raises UserError where the checkpoint has none.
+    parameters: those of this rank's stage.
+
+    allowed: tensors that only one of them may have. say: told which these are.
+    Comm: none.  Raises UserError where the checkpoint has none, or others than the model.
     """
     with Reader(folder) as reader:
         if key == AVERAGE and key not in reader.index:
             raise UserError(
                 f"{folder} has no average of the weights: its run had no --optim.ema-decay; use --weights last"
             )
+        held = reader.index.get(key, {})
+        require_same_names(folder, key, held, canonical(model), allowed, say)
         for named in parameters:
-            named.part.unpadded(named.parameter.data).copy_(read_part(reader, key, named.name, named.part))
+            if named.name in held:
+                named.part.unpadded(named.parameter.data).copy_(read_part(reader, key, named.name, named.part))
+
+
+def _names_of_all_stages(masters: Masters) -> dict[str, set[str]]:
+    """The parameters that the run keeps something of, by key.  Comm: an all-gather of names over the pipeline."""
+    pipe, mine = masters.mesh.pipe, {key: [n.name for n in named] for key, named in masters.kept.items()}
+    stages = [mine] * pipe.size
+    if pipe.size > 1:
+        dist.all_gather_object(stages, mine, group=pipe.group)
+    names: dict[str, set[str]] = {}
+    for stage in stages:
+        for key, found in stage.items():
+            names.setdefault(key, set()).update(found)
+    return names
 
 
 def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
@@ -161,12 +216,28 @@ def _check_position(config: RunConfig, state: State, folder: Path) -> None:
     schedule = Schedule(config)
     ours = schedule.samples_before(state.step), schedule.tokens_before(state.step)
     if ours != (state.samples, state.tokens):
-        was, now = state.config.get("train", {}).get("global_batch_size"), config.train.global_batch_size
         raise UserError(
             f"{folder} has read {state.samples:,} samples, {state.tokens:,} tokens in {state.step:,} steps, this run "
             f"would have read {ours[0]:,} samples, {ours[1]:,} tokens; keep train.global_batch_size, its ramp and that "
-            f"of seq_len, or change the batch from here on: --train.batch-steps {was}@1,{now}@{state.step + 1}"
+            f"of seq_len{_other_batch(config, state)}"
         )
+
+
+def _other_batch(config: RunConfig, state: State) -> str:
+    """', or change the batch from here on: …', where that would read on: a batch of one size that has grown."""
+    was, now = state.config.get("train", {}).get("global_batch_size"), config.train.global_batch_size
+    steps = f"{was}@1,{now}@{state.step + 1}"
+    plain_batch = {"batch_ramp_start": None, "batch_ramp_tokens": None, "batch_ramp_increment": None}
+    try:
+        train = replace(config.train, batch_steps=BatchSteps.parse(steps), **plain_batch)
+    except UserError:  # it shrinks
+        return ""
+    schedule = Schedule(replace(config, train=train))
+    reads_on = (schedule.samples_before(state.step), schedule.tokens_before(state.step)) == (
+        state.samples,
+        state.tokens,
+    )
+    return f", or change the batch from here on: --train.batch-steps {steps}" if reads_on else ""
 
 
 def _first(path: str | Path, newest_will_do: bool) -> Path:

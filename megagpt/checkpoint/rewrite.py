@@ -18,7 +18,7 @@ from megagpt.checkpoint.integrity import write_tables
 from megagpt.checkpoint.pieces import Logical, Piece, Reader, TensorIndex
 from megagpt.checkpoint.state import State, read_state
 from megagpt.errors import UserError
-from megagpt.files import flush, sha256_of
+from megagpt.files import flush, os_reason, sha256_of
 from megagpt.inventory.parameter import WEIGHT
 
 Rows = Callable[[str, str, range], Iterable[np.ndarray]]
@@ -123,9 +123,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         os.replace(temporary, out)  # fails where somebody else has made it meanwhile
         flush(out.parent)
     except OSError as error:
-        raise UserError(
-            f"cannot write {out} ({error.strerror or error}); make room there or give another --out"
-        ) from None
+        raise UserError(f"cannot write {out} ({os_reason(error)}); make room there or give another --out") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -25,6 +25,7 @@ from megagpt.checkpoint.pieces import Logical, Piece, TensorIndex
 from megagpt.checkpoint.state import State
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
+from megagpt.files import delete, os_reason
 from megagpt.optim.segments import place_of
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.parameter import Named
@@ -207,7 +208,7 @@ def _write_files(held: Held, masters: Masters, folder: Path) -> Written:
 
 def _make_room(temporary: Path) -> None:
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        delete(temporary)
         temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(_cannot_write(temporary, error)) from error
@@ -232,6 +233,6 @@ def _commit(parts: list[Written], temporary: Path, final: Path, at: State, confi
 
 def _cannot_write(folder: Path, error: OSError) -> str:
     return (
-        f"cannot write {folder} ({error.strerror or error}); make room there or give another --save: the checkpoints "
+        f"cannot write {folder} ({os_reason(error)}); make room there or give another --save: the checkpoints "
         "before it are as they were"
     )

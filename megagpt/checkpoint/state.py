@@ -8,12 +8,50 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from megagpt.errors import UserError
 from megagpt.files import require_regular
 
 NAME = "state.json"
 FORMAT = 2
+
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class HistoryState(TypedDict, total=False):
+    """What the next step's loss and gradient norm are compared with (train/faults/spikes.py)."""
+
+    __pydantic_config__ = _STRICT  # pyright: ignore[reportGeneralTypeIssues]
+    losses: list[float]
+    log_norms: list[float]
+    spiking: bool
+
+
+class GuardState(TypedDict, total=False):
+    """What the guard of a run knows (train/faults/guard.py)."""
+
+    __pydantic_config__ = _STRICT  # pyright: ignore[reportGeneralTypeIssues]
+    history: HistoryState
+    n_bad: int
+
+
+class NoiseState(TypedDict, total=False):
+    """Averages of the gradient noise scale (train/measure/noise_scale.py)."""
+
+    __pydantic_config__ = _STRICT  # pyright: ignore[reportGeneralTypeIssues]
+    signal: float
+    noise: float
+
+
+class DataState(TypedDict, total=False):
+    """Which text a run reads, and by which tokenizer."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)  # pyright: ignore[reportGeneralTypeIssues]
+    data_path: list[str]
+    index_sha256: list[str]
+    split: str
+    tokenizer_sha256: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +65,19 @@ class State:
     where it was not measured. origin: how it came to be, where not by training ("mean of …").
     """
 
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    __pydantic_config__ = _STRICT
 
     step: int
     samples: int
     tokens: int
     lr: float
     counters: dict[str, float]
-    config: dict[str, Any]
-    data: dict[str, Any]
+    config: dict[str, dict[str, Any]]
+    data: DataState
     layout: dict[str, int] = field(default_factory=dict)
     skipped_steps: list[int] = field(default_factory=list)
-    guard: dict[str, Any] = field(default_factory=dict)
-    noise_scale: dict[str, float] = field(default_factory=dict)
+    guard: GuardState = field(default_factory=GuardState)
+    noise_scale: NoiseState = field(default_factory=NoiseState)
     validation_loss: float | None = None
     origin: str = ""
 
@@ -65,6 +103,9 @@ def read_state(folder: Path) -> State:
         state = _CHECKED.validate_json(json.dumps(raw))  # as JSON: from Python, strict would want a State
         if min(state.step, state.samples, state.tokens) < 0:
             raise ValueError("a count is negative")
+        skipped, scale = state.counters.get("skipped_steps", -1), state.counters.get("cur_scale", 1)
+        if state.counters and (skipped not in range(state.step + 1) or scale <= 0):
+            raise ValueError("a counter is not what a run counts")
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))

@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import inspect
+import math
 import re
 import sys
 import textwrap
@@ -15,9 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megagpt.cli.yaml_file import Values, check_values, is_words, merged, read_yaml, suggest
-from megagpt.config import SECTIONS, RunConfig, plain
-from megagpt.errors import ArgumentParser, UserError
+from megagpt.cli.translate import Advice, advise, also_means_other, plain_name
+from megagpt.cli.yaml_file import Values, check_values, is_words, merged, read_yaml
+from megagpt.config import RunConfig, plain
+from megagpt.errors import ArgumentParser, UserError, is_flag
 from megagpt.presets import preset_names, preset_path
 
 DESCRIPTION = """Train a GPT with tensor, pipeline and data parallelism.
@@ -34,42 +36,23 @@ tools/plan.py takes the same flags and shows stages and memory without starting 
 
 _SHORT_CHOICES = 24  # characters
 
-# What users of Megatron-LM and of Hugging Face would type: our name for it.
-FOREIGN = {
-    "--num-layers": "--n-layers",
-    "--hidden-size": "--d-model",
-    "--num-attention-heads": "--n-heads",
-    "--ffn-hidden-size": "--model.d-ff",
-    "--seq-length": "--seq-len",
-    "--tensor-model-parallel-size": "--tp",
-    "--pipeline-model-parallel-size": "--pp",
-    "--train-iters": "--train-steps",
-    "--max-steps": "--train-steps",
-    "--learning-rate": "--lr",
-    "--lr-warmup-iters": "--warmup-steps",
-    "--clip-grad": "--clip",
-    "--bf16": "--precision bf16",
-    "--fp16": "--precision fp16",
-    "--gradient-checkpointing": "--recompute",
-}
-
 
 def parse_run_config(argv: Sequence[str], *, prog: str | None = None, description: str = DESCRIPTION) -> RunConfig:
     """The configuration that the arguments (without the program's name) ask for.
 
-    Raises: UserError, one line, for an unknown flag, key or preset, a wrong type and a refused value.
+    Raises: UserError for unknown flags, all at once, and, one line, for a key, preset, type or value that is refused.
     `--help` prints and raises SystemExit(0). What launchers append (--local_rank, --deepspeed) is ignored.
     """
     parser, switches = _parser(prog, description)
     given, unknown = parser.parse_known_args(argv)
     paths = [preset_path(given.preset)] if given.preset else []
-    sources = [(str(path), read_yaml(path)) for path in [*paths, *map(Path, given.config)]]
+    sources = [(str(path), read_yaml(path)) for path in [*paths, *given.config]]
     if given.help:
         _explain(switches, sources)
         parser.print_help()
         sys.exit(0)
     if unknown:
-        raise UserError(_explain_unknown(unknown[0]))
+        raise _refusal(list(argv), parser, unknown)
     return merged([*sources, ("", _typed({key: value for key, value in vars(given).items() if "." in key}))])
 
 
@@ -95,11 +78,16 @@ def field_helps(section: type) -> dict[str, str]:
     return helps
 
 
+def _off(flag: str) -> str:
+    """--recompute → --no-recompute, --model.bias-mlp → --model.no-bias-mlp."""
+    return re.sub(r"^--(\w+\.)?", r"--\1no-", flag)
+
+
 class _Switch(argparse.Action):
     """--recompute and --no-recompute, --parallel.recompute and --parallel.no-recompute."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
-        self._off = [re.sub(r"^--(\w+\.)?", r"--\1no-", flag) for flag in option_strings]
+        self._off = [_off(flag) for flag in option_strings]
         super().__init__([*option_strings, *self._off], dest, nargs=0, **options)
 
     def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
@@ -113,7 +101,7 @@ def _parser(prog: str | None, description: str) -> tuple[ArgumentParser, dict[st
     hidden = argparse.SUPPRESS
     parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
     parser.add_argument("--preset", help=hidden)  # the description has them
-    parser.add_argument("--config", action="append", default=[], help=hidden)
+    parser.add_argument("--config", action="append", type=Path, default=[], help=hidden)
     parser.add_argument("--local-rank", help=hidden)  # what launchers append
     parser.add_argument("--deepspeed", action="store_true", help=hidden)
     groups = {
@@ -196,12 +184,71 @@ def _as_in_yaml(hint: Any, text: str) -> Any:
     return next((choice for choice in _choices(hint) if str(choice) == text), text)
 
 
-def _explain_unknown(argument: str) -> str:
-    name = argument.split("=")[0]
-    if not name.startswith("-") or name == "--":
-        return f"got {argument!r}, which belongs to no flag; every value follows its --flag"
-    if name in FOREIGN:
-        return f"unknown flag {name}; here it is {FOREIGN[name]}"
-    known = [flag for flags in all_flags().values() for flag in flags]
-    known += ["--preset", "--config", *(f"--{section}" for section in SECTIONS)]
-    return f"unknown flag {name}{suggest(name, known)}"
+def _refusal(argv: list[str], parser: ArgumentParser, unknown: list[str]) -> UserError:
+    """What is said of all words that belong to no flag of ours: what they are here, as far as we know."""
+    given, strange = _scan(argv, parser)
+    strange = strange or [("", word) for word in unknown]
+    known, no_flag = parser.flags(), Advice(note="every value follows its --flag")
+    said = [
+        (f"{name} {value}".strip(), advise(name, value, given, known) if name else no_flag) for name, value in strange
+    ]
+    said += also_means_other(given).items()
+    if len(said) == 1:
+        (name, value), ((_, one),) = strange[0], said
+        what = f"unknown flag {name}" if name else f"got {value!r}, which belongs to no flag"
+        return UserError(f"{what}; {_written(one, 'here it is ') or 'see --help for what there is'}")
+    width = min(max(len(typed) for typed, _ in said), _LONGEST_TYPED)
+    lines = [f"  {typed:<{width}}  {_written(one) or 'unknown'}" for typed, one in said]
+    ours = " ".join(filter(None, (_typed_here(one) for _, one in said)))
+    lines += [f"  those that are here, in one: {ours}"] if ours else []
+    return UserError(f"{len(said)} flags are unknown; beneath, what each is here (--help has ours)", lines=lines)
+
+
+_LONGEST_TYPED = 44  # characters, in a column
+
+
+def _scan(argv: list[str], parser: ArgumentParser) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """All that stands there, by plain name; and, in their order, the flags that are not ours with their values.
+
+    A word that belongs to no flag is one without a name.
+    """
+    given: dict[str, str] = {}
+    strange: list[tuple[str, str]] = []
+    name, room, words = "", 0.0, [""]  # what the next word is a value of; how many more it takes
+    ours = parser.flags()
+    for word in argv:
+        if is_flag(word):
+            name, equals, value = word.partition("=")
+            words = [value] if equals else []
+            flag = name.replace("_", "-")
+            room = ours.get(flag, math.inf) - len(words)
+            if flag not in ours:
+                strange.append((name, value))
+        elif room > 0:
+            room, words = room - 1, [*words, word]
+            if strange and strange[-1][0] == name:
+                strange[-1] = (name, " ".join(words))
+        else:
+            strange.append(("--deepspeed" if name == "--deepspeed" else "", word))
+        if name:
+            given[plain_name(name)] = " ".join(words)
+    return given, strange
+
+
+def _typed_here(advice: Advice) -> str:
+    return " ".join(as_flag(key, value) for key, value in advice.settings.items())
+
+
+def _written(advice: Advice, here: str = "") -> str:
+    """--n-layers 24, with `here` in front; or why there is nothing; "" where nothing is known."""
+    if not advice.settings:
+        return advice.note
+    return here + _typed_here(advice) + (f" ({advice.note})" if advice.note else "")
+
+
+def as_flag(key: str, value: str) -> str:
+    """A setting as it is typed: --tp 2, --recompute, --model.no-bias-mlp."""
+    flag = all_flags()[key][0]
+    if _hints()[key] is bool:
+        return flag if value == "True" else _off(flag)
+    return f"{flag} {value}".strip()

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError, create_model
 
+from megagpt.cli.translate import Advice, advise, plain_name
 from megagpt.config import SECTIONS, RunConfig, plain
-from megagpt.config.values import DataPath
+from megagpt.config.values import MAX_DATASETS, DataPath
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 
 Values = dict[str, dict[str, Any]]  # section -> key -> value: the part of a RunConfig that somebody set
 
@@ -59,7 +61,7 @@ def read_yaml(path: Path) -> Values:
     try:
         values = _Loader(_read(path).decode("utf-8-sig")).get_single_data()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise UserError(f"{path}: cannot be read ({os_reason(error)}); check the path") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except yaml.MarkedYAMLError as error:
@@ -93,31 +95,70 @@ def check_values(values: Any, where: str, names: Mapping[str, str] = MappingProx
     try:
         return _partial_model().model_validate(values).model_dump(exclude_unset=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    key = ".".join(map(str, first["loc"][:2]))
-    if first["type"] == "extra_forbidden":
-        raise UserError(f"unknown key {key}{suggest(key, dotted_keys())}", keys=[key], where=where)
-    wanted = first["msg"].removeprefix("Input should be ")
-    if first["type"] == "model_type":
+        found = error.errors(include_url=False)
+    unknown = [(".".join(map(str, e["loc"][:2])), e["input"]) for e in found if e["type"] == "extra_forbidden"]
+    if unknown:
+        raise _unknown_keys(unknown, values, where)
+    said = [(".".join(map(str, first["loc"][:2])), *_wrong_type(first, names)) for first in found]
+    (key, got, wanted), *others = said
+    lines = [f"  {got} {wanted}" for _, got, wanted in others[:_SHOWN]]
+    raise UserError(got, wanted, keys=[key], where=where, lines=lines)
+
+
+_SHOWN = 100  # of what is wrong with a file
+
+
+def _wrong_type(error: Any, names: Mapping[str, str]) -> tuple[str, str]:
+    """What was got, and what was wanted."""
+    key, wanted = ".".join(map(str, error["loc"][:2])), error["msg"].removeprefix("Input should be ")
+    if error["type"].startswith("bool"):
+        wanted += " (true or false)"
+    if error["type"] == "model_type":
         wanted = "keys with values" if key else f"sections ({', '.join(SECTIONS)})"
-    got = f"{names.get(key, key) + ': ' if key else ''}got {reprlib.repr(first['input'])},"
-    raise UserError(got, f"wanted {wanted}", keys=[key], where=where)
+    return f"{names.get(key, key) + ': ' if key else ''}got {reprlib.repr(error['input'])},", f"wanted {wanted}"
+
+
+def _unknown_keys(unknown: list[tuple[str, Any]], values: Any, where: str) -> UserError:
+    """What is said of all keys that are not ours: what they are here, as far as we know."""
+    keys = [key for key, _ in unknown]
+    given = {plain_name(key): text for key, text in _flat(values)}
+    leaves = list(
+        itertools.islice(((name, text) for key, value in unknown for name, text in _flat(value, key)), _SHOWN)
+    )
+    known = dotted_keys()
+    said = []
+    for name, text in leaves:
+        advice = advise(name, text, given, known)
+        said.append((name, _written(advice), advice.note))
+    if len(said) == 1:
+        ((name, here, note),) = said
+        what = f"here it is {here}" + (f" ({note})" if note else "") if here else note
+        return UserError(f"unknown key {name}; {what or 'see --help for what there is'}", keys=keys, where=where)
+    lines = [f"  {name}: {here + (f' ({note})' if note and here else note) or 'unknown'}" for name, here, note in said]
+    lines += [f"  and {len(keys) - _SHOWN:,} more"] if len(keys) > _SHOWN else []
+    text = f"{len(keys):,} keys are unknown; beneath, what each is here (--help has ours)"
+    return UserError(text, keys=keys, where=where, lines=lines)
+
+
+def _written(advice: Advice) -> str:
+    """As it stands in a file: `model.n_layers: 24`."""
+    words = {"True": "true", "False": "false"}
+    return ", ".join(f"{key}: {words.get(value, value)}" for key, value in advice.settings.items())
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value as text) of all leaves of nested mappings."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def dotted_keys() -> list[str]:
     """Every setting: model.n_layers, …"""
     default = RunConfig()
     return [f"{name}.{f.name}" for name in SECTIONS for f in dataclasses.fields(getattr(default, name))]
-
-
-def suggest(key: str, known: Iterable[str]) -> str:
-    """'; did you mean model.n_layers?', the nearest of `known` by its whole or its last part."""
-    known = list(known)
-    near = get_close_matches(key, known, n=1, cutoff=0.7)
-    if not near:
-        by_leaf = {k.split(".")[-1]: k for k in known}
-        near = [by_leaf[leaf] for leaf in get_close_matches(key.split(".")[-1], by_leaf, n=1, cutoff=0.6)]
-    return f"; did you mean {near[0]}?" if near else "; see --help for what there is"
 
 
 @functools.cache
@@ -160,19 +201,31 @@ def _as_texts(value: Any) -> Any:
 
 
 _MAX_BYTES = 4 << 20
-# PyYAML follows YAML 1.1, where 3e-4 is a word; people mean a number. The same for writing: words stay words.
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
+_MAX_KEYS = 1000  # of one mapping
+_MAX_NODES = 2 * MAX_DATASETS + _MAX_KEYS  # the longest that a file may hold is a blend, weights and prefixes
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data only. Keys are words and stand once; no aliases, which a small file can blow up with; no tags."""
+    """Plain data only. Keys are words and stand once; no aliases, which a small file can blow up with; no tags.
+
+    What a plain word is follows YAML 1.2 (`_PLAIN`), and so `yes` is a word. Files are read no further than a
+    configuration can go.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
+    n_nodes = 0
 
     def compose_node(self, parent, index):
         event = self.peek_event()
+        self.n_nodes += 1
         if self.check_event(yaml.AliasEvent):
             raise _refusal("aliases are not supported", event)
         if event.tag is not None:
             raise _refusal(f"tags such as {event.tag} are not supported", event)
+        if self.n_nodes > _MAX_NODES:
+            raise _refusal(f"more than {_MAX_NODES:,} values, so it is no configuration", event)
+        if isinstance(parent, yaml.MappingNode) and index is None and len(parent.value) >= _MAX_KEYS:
+            raise _refusal(f"more than {_MAX_KEYS:,} keys in one place; a run has sections with keys, no more", event)
         return super().compose_node(parent, index)
 
     def construct_object(self, node, deep=False):
@@ -205,8 +258,23 @@ def _is_text(value: str) -> bool:
 
 
 class _Dumper(yaml.SafeDumper):
-    pass
+    """Quotes a word that YAML 1.1 or 1.2 would take for something else: others read these files too."""
 
 
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+# The core schema of YAML 1.2 (section 10.3.2), but for leading zeros: 010 was 8 in YAML 1.1 and is 10 in 1.2. It stays
+# a word, which no number setting takes.
+_NUMBER = r"[-+]?(0|[1-9][0-9]*)"
+_PLAIN = {
+    "null": (r"~|null|Null|NULL|", "~nN\0"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (rf"{_NUMBER}|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        rf"({_NUMBER}(\.[0-9]*)?|[-+]?\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+for _kind, (_form, _begins) in _PLAIN.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(rf"({_form})$"), [c.strip("\0") for c in _begins]
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megagpt.errors import require
+from megagpt.errors import home_expanded, require
 
 MAX_INT = 2**63 - 1
 _TOO_LARGE = ("must be at most 2^63 - 1", "use a number that a run can reach")
@@ -16,6 +16,14 @@ def parsed(config: object, name: str, kind: Any) -> None:
     value = getattr(config, name)
     if not isinstance(value, kind):
         object.__setattr__(config, name, kind.parse(value))
+
+
+def paths(config: object, *names: str) -> None:
+    """Put the path in the place of one that begins with ~ in these fields of a frozen section."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            object.__setattr__(config, name, home_expanded(value))
 
 
 def is_finite(value: float) -> bool:

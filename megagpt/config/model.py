@@ -11,11 +11,12 @@ from megagpt.config.values import Short
 from megagpt.errors import UserError, divisors, require
 from megagpt.model.mlp import MLPS
 from megagpt.model.position import POSITIONS
+from megagpt.model.position.scaling import SCALINGS
 
 if TYPE_CHECKING:
-    PositionName = MLPName = str
+    PositionName = MLPName = ScalingName = str
 else:  # flags and YAML files offer what is listed there
-    PositionName, MLPName = Literal[*POSITIONS], Literal[*MLPS]
+    PositionName, MLPName, ScalingName = Literal[*POSITIONS], Literal[*MLPS], Literal[*SCALINGS]
 
 _MAX_LAYERS = 4096  # the plan lists them one by one
 
@@ -53,8 +54,21 @@ class ModelConfig:
     """Pair neighbours (GPT-J), not halves (GPT-NeoX, LLaMA)."""
     rotary_factor: float = 1.0
     """Reach so many times further than was trained, by what rotary_scaling says."""
-    rotary_scaling: Literal["linear", "ntk"] = "linear"
-    """Divide positions (Chen et al. 2023), or raise the base (NTK-aware)."""
+    rotary_scaling: ScalingName = "linear"
+    """Divide positions (linear), raise the base (ntk; dynamic: by the length at hand), or divide low frequencies (yarn,
+    llama3)."""
+    rotary_original_len: int | None = None
+    """Context in tokens before rotary_scaling, for dynamic, yarn and llama3; default seq_len / rotary_factor."""
+    rotary_beta_fast: float = 32.0
+    """yarn: pairs that turn more often within the original context keep their frequency."""
+    rotary_beta_slow: float = 1.0
+    """yarn: pairs that turn less often have it divided."""
+    rotary_attention_factor: float | None = None
+    """yarn: factor of queries and keys; default 0.1 * ln(rotary_factor) + 1."""
+    rotary_low_freq_factor: float = 1.0
+    """llama3: pairs that turn less often within the original context have their frequency divided."""
+    rotary_high_freq_factor: float = 4.0
+    """llama3: pairs that turn more often keep it."""
     t5_buckets: int = 32
     """Buckets of T5's relative positions."""
     t5_max_distance: int = 128
@@ -113,6 +127,8 @@ class ModelConfig:
             self,
             *("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "seq_len", "vocab_size"),
             *("norm_eps", "init_std", "logit_scale", "rotary_base", "rotary_fraction", "rotary_factor"),
+            *("rotary_original_len", "rotary_beta_fast", "rotary_beta_slow", "rotary_attention_factor"),
+            *("rotary_low_freq_factor", "rotary_high_freq_factor"),
             *("t5_buckets", "t5_max_distance", "mlp_rank", "mlp_blocks"),
         )
         require(

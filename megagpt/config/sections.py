@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megagpt.config.checks import not_negative, parsed, positive
+from megagpt.config.checks import not_negative, parsed, paths, positive
 from megagpt.config.values import DataPath, Partition, Short, Split, StepSet
 from megagpt.errors import require
 
@@ -51,7 +51,7 @@ class DataConfig:
     """What is read."""
 
     data_path: Short[DataPath] = DataPath()
-    """Prefix of an indexed dataset, or a blend: 0.7 A 0.3 B. Default: the Python standard library's text."""
+    """Prefix of a dataset, or a blend: 0.7 A 0.3 B, or A B by size. Default: the Python standard library's text."""
     split: Short[Split] = Split.parse("949,50,1")
     """Shares of documents for train, validation, test."""
     cache_dir: str | None = None
@@ -70,6 +70,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         parsed(self, "data_path", DataPath)
         parsed(self, "split", Split)
+        paths(self, "cache_dir", "tokenizer_model", "vocab_file", "merge_file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,10 @@ class CheckpointConfig:
     """Go on with the run in --save if it has a checkpoint; start it if not."""
     load_fallback: Short[bool] = False
     """Where a checkpoint is damaged, take the newest one before it that is whole."""
+    allow_missing: Short[bool] = False
+    """Begin with first values for tensors that the checkpoint to go on from lacks."""
+    allow_unused: Short[bool] = False
+    """Leave tensors of that checkpoint that this run has no place for."""
     save_interval: Short[int | None] = None
     """Steps between checkpoints; default only at the end."""
     async_save: Short[bool] = False
@@ -96,6 +101,7 @@ class CheckpointConfig:
     """Keep the one with the lowest validation loss too."""
 
     def __post_init__(self) -> None:
+        paths(self, "save", "load")
         positive("checkpoint", self, "save_interval", "keep_last", "keep_every")
         require(
             not self.auto_resume or (self.save is not None and self.load is None),

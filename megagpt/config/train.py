@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megagpt.config.checks import parsed, positive
+from megagpt.config.checks import parsed, paths, positive
 from megagpt.config.kernels import Kernels
 from megagpt.config.values import BatchSteps, Short
 from megagpt.errors import require
@@ -58,6 +58,7 @@ class TrainConfig:
         )
         parsed(self, "kernels", Kernels)
         parsed(self, "batch_steps", BatchSteps)
+        paths(self, "deepspeed_config")
         self._check_ramps()
         require(
             0 <= self.seed < 2**32,

@@ -12,7 +12,7 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Annotated, TypeVar
 
-from megagpt.errors import require
+from megagpt.errors import home_expanded, require
 
 T = TypeVar("T")
 Short = Annotated[T, "short"]
@@ -23,7 +23,7 @@ MAX_DATASETS = 32766  # of a blend: its choice is kept as int16, as in Megatron
 
 @dataclass(frozen=True)
 class DataPath:
-    """The datasets that are read, by the prefix of their files; with a weight each where they are blended.
+    """The datasets that are read, by the prefix of their files; several are blended, by weights or else by their sizes.
 
     Weights and shares are decimals, so that they are written as they were typed.
     """
@@ -36,22 +36,30 @@ class DataPath:
 
     @staticmethod
     def parse(words: Sequence[str]) -> DataPath:
-        """From ("A",), or ("0.7", "A", "0.3", "B").  Raises UserError naming the word that is wrong."""
+        """From ("A",), ("A", "B"), or ("0.7", "A", "0.3", "B"), as Megatron-LM reads them.
+
+        A prefix of weight 0 is left out; one that is there twice counts once, with the sum of its weights.
+        Raises UserError naming the word that is wrong.
+        """
         words = words.split() if isinstance(words, str) else words
         if len(words) < 2:
-            return DataPath(tuple(words))
-        key, example = "data.data_path", "try 0.7 A 0.3 B"
-        shown, weights, prefixes = f'{key}="{" ".join(words)}"', words[::2], tuple(words[1::2])
+            return DataPath(tuple(map(home_expanded, words)))
+        key, example = "data.data_path", "try 0.7 A 0.3 B, or A B"
+        shown = f'{key}="{" ".join(words)}"'
+        if not any(map(_is_number, words)):
+            return DataPath(_few(tuple(dict.fromkeys(map(home_expanded, words)))))
+        weights, prefixes = words[::2], map(home_expanded, words[1::2])
         pairs = len(words) % 2 == 0
-        require(pairs, shown, "must be one prefix, or pairs of weight and prefix", example, key)
+        require(pairs, shown, "must be prefixes, or pairs of weight and prefix", example, key)
         for weight in weights:
-            require(_is_positive(weight), f'{shown}: weight "{weight}"', "must be a number above 0", example, key)
-        for prefix in prefixes:
-            once = "name it once, with the sum of its weights"
-            require(prefixes.count(prefix) == 1, f"{shown}: {prefix}", "is there twice", once, key)
-        few = len(prefixes) <= MAX_DATASETS
-        require(few, f"{key} of {len(prefixes)} datasets", f"must have at most {MAX_DATASETS}", "merge some", key)
-        return DataPath(prefixes, tuple(map(Decimal, weights)))
+            ok = _is_number(weight) and 0 <= float(weight) < math.inf
+            require(ok, f'{shown}: weight "{weight}"', "must be a number, 0 or above", example, key)
+        sums: dict[str, Decimal] = {}
+        for weight, prefix in zip(weights, prefixes, strict=True):
+            sums[prefix] = sums.get(prefix, Decimal(0)) + Decimal(weight)
+        read = {prefix: weight for prefix, weight in sums.items() if float(weight) > 0}
+        require(bool(read), shown, "must have a weight above 0", example, key)
+        return DataPath(_few(tuple(read)), tuple(read.values()))
 
     @property
     def words(self) -> list[str]:
@@ -64,9 +72,15 @@ class DataPath:
         return " ".join(self.words)
 
 
-def _is_positive(word: str) -> bool:
+def _few(prefixes: tuple[str, ...]) -> tuple[str, ...]:
+    ok, key = len(prefixes) <= MAX_DATASETS, "data.data_path"
+    require(ok, f"{key} of {len(prefixes)} datasets", f"must have at most {MAX_DATASETS}", "merge some", key)
+    return prefixes
+
+
+def _is_number(word: str) -> bool:
     try:
-        return 0 < float(word) < math.inf
+        return not math.isnan(float(word))
     except ValueError:
         return False
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from megagpt.config import DataConfig, RunConfig
 from megagpt.config.values import DataPath
 from megagpt.data.indexed.dataset import IndexedDataset
+from megagpt.data.indexed.prefixes import require_dataset
 from megagpt.data.text.corpus import default_cache_dir, default_corpus
 from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizers_for
 from megagpt.errors import UserError, announce, require
@@ -56,6 +57,8 @@ def _with_vocabulary(config: RunConfig, size: int | None) -> RunConfig:
     """The configuration with model.vocab_size filled in. size: the tokenizer's, where there is one."""
     wanted = config.model.vocab_size
     if wanted is None and size is None:
+        for prefix in config.data.data_path.prefixes:
+            require_dataset(prefix)
         raise UserError(
             f"{config.data.data_path.prefixes[-1]}: no tokenizer is recorded beside it and none is named; "
             "give --tokenizer with its files, or --vocab-size"

@@ -15,6 +15,8 @@ from megagpt import metrics
 from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.indexed.samples import split_bounds
+from megagpt.data.indexed.text_bytes import text_bytes
+from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.generate.trained import Trained
 
@@ -23,7 +25,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: mean nats per token. bits_per_byte: None without a tokenizer."""
+    """loss: mean nats per token. bits_per_byte: None without a tokenizer, or where bytes of text are not known."""
 
     loss: float
     perplexity: float
@@ -48,14 +50,15 @@ def evaluate(
     """
     first, end = split_bounds(split, len(dataset))[SPLITS.index(which)]
     sizes = trained.tokenizer.token_bytes() if trained.tokenizer else None
-    total, n_tokens, n_bytes = 0.0, 0, 0
+    total, n_tokens = 0.0, 0
+    n_bytes: float | None = 0.0
     expected = min(max(0, int(dataset.lengths[first:end].sum()) - 1), max_tokens or np.iinfo(np.int64).max)
     for text in _windows(dataset, first, end, trained.config.model.seq_len, batch_size, max_tokens):
         batch = torch.from_numpy(text).to(trained.device)
         tokens_BT, labels_BT = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         total += trained.stage.loss(tokens_BT, labels_BT) * labels_BT.numel()
         n_tokens += labels_BT.numel()
-        n_bytes += int(sizes[text[:, 1:]].sum()) if sizes is not None else 0
+        n_bytes = _more(n_bytes, text[:, 1:], dataset, trained.tokenizer, sizes)
         progress(n_tokens, expected)
     if n_tokens == 0:
         got = f"{dataset.prefix}: the {which} share of split {split}"
@@ -63,6 +66,20 @@ def evaluate(
     loss = total / n_tokens
     bits = metrics.bits_per_byte(loss, n_tokens, n_bytes) if n_bytes else None
     return Evaluation(loss, metrics.perplexity(loss), bits, n_tokens)
+
+
+def _more(
+    n_bytes: float | None,
+    labels: np.ndarray,
+    dataset: IndexedDataset,
+    tokenizer: Tokenizer | None,
+    sizes: np.ndarray | None,
+) -> float | None:
+    """n_bytes and those of the labels' text; None once they cannot be known."""
+    if n_bytes is None or tokenizer is None or sizes is None:
+        return None
+    found = text_bytes(labels, dataset.meta, tokenizer, sizes)
+    return None if found is None else n_bytes + found
 
 
 def _windows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,16 +14,20 @@ import torch
 
 from megagpt.checkpoint.load import find_whole, load_weights
 from megagpt.checkpoint.state import read_state
+from megagpt.checkpoint.strict import STRICT, Allowed
 from megagpt.cli import read_config
-from megagpt.config import ParallelConfig, RunConfig
+from megagpt.config import DataConfig, ParallelConfig, RunConfig
+from megagpt.data.tokenizers.kept import tokenizer_of_checkpoint
 from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.generate.stage import Stage, build_stage
-from megagpt.hf.import_folder import read_folder, tokenizer_of
+from megagpt.hf.import_folder import read_folder
+from megagpt.hf.tokenizer_folder import find_tokenizer
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.parallel.mesh import Mesh
 from megagpt.plan.fit import check_model
 from megagpt.processes.agree import together
+from megagpt.processes.launched import n_processes
 from megagpt.processes.start import distributed
 from megagpt.processes.watch.judge import Limits
 from megagpt.processes.watch.watch import Watch
@@ -73,6 +76,8 @@ def open_trained(
     path: str | Path,
     fallback: bool = False,
     weights: Weights = "last",
+    allowed: Allowed = STRICT,
+    tokenizer: DataConfig | None = None,
     *,
     pp: int = 1,
     dp: int = 1,
@@ -84,7 +89,7 @@ def open_trained(
     Raises UserError where the processes cannot be laid out so.
     """
     with laid_out(pp=pp, dp=dp) as (mesh, _):
-        yield load_trained(path, mesh, fallback, weights, precision)
+        yield load_trained(path, mesh, fallback, weights, allowed, tokenizer, precision=precision)
 
 
 @contextmanager
@@ -93,7 +98,7 @@ def laid_out(*, pp: int, dp: int, limits: Limits | None = None) -> Iterator[tupl
 
     Raises UserError where they cannot be laid out so.
     """
-    n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    n_ranks = n_processes()
     if n_ranks % (pp * dp):
         raise UserError(
             f"got {n_ranks} processes for --pp {pp} --dp {dp}", f"wanted a multiple of {pp * dp}", "start as many"
@@ -103,17 +108,28 @@ def laid_out(*, pp: int, dp: int, limits: Limits | None = None) -> Iterator[tupl
 
 
 def load_trained(
-    path: str | Path, mesh: Mesh, fallback: bool = False, weights: Weights = "last", precision: str = "fp32"
+    path: str | Path,
+    mesh: Mesh,
+    fallback: bool = False,
+    weights: Weights = "last",
+    allowed: Allowed = STRICT,
+    tokenizer: DataConfig | None = None,
+    *,
+    precision: str = "fp32",
 ) -> Trained:
     """Load the latest checkpoint of a run folder, another of its (RUN@best, RUN@STEP), a checkpoint folder, or a
     folder of transformers: a config.json and safetensors. No layout is asked of them: each rank reads its part.
 
     fallback: where it is damaged, take the newest whole one before it.  weights: the last ones, or their average.
+    allowed: tensors that only one of checkpoint and model may have.  tokenizer: names it where the folder has none.
     precision: of weights, activations and cache: fp32 or bf16.
     Comm: collective over all ranks.  Raises a RankError where what is there is no such model.
     """
     say = partial(print, file=sys.stderr) if mesh.rank == 0 else lambda _: None
-    source = _transformers(Path(path)) if _is_transformers(Path(path)) else _ours(path, fallback, weights, say)
+    if _is_transformers(Path(path)):
+        source = _transformers(Path(path), allowed, tokenizer, say)
+    else:
+        source = _ours(path, fallback, weights, allowed, tokenizer, say)
     layout = ParallelConfig(tp=mesh.model.size, pp=mesh.pipe.size)
     together(lambda: check_model(replace(source.config, parallel=layout)))
     stage = build_stage(source.config.model, mesh)
@@ -122,17 +138,25 @@ def load_trained(
     return Trained(stage, source.config, together(source.tokenizer), source.folder, source.step)
 
 
-def _ours(path: str | Path, fallback: bool, weights: Weights, say: Callable[[str], None]) -> _Source:
+def _ours(
+    path: str | Path,
+    fallback: bool,
+    weights: Weights,
+    allowed: Allowed,
+    tokenizer: DataConfig | None,
+    say: Callable[[str], None],
+) -> _Source:
     key = AVERAGE if weights == "ema" else WEIGHT
     folder = find_whole(path, fallback, say, newest_will_do=fallback, keys=[key])
     state = read_state(folder)
     config = read_config(state.config, f"{folder}/state.json")
+    sha256 = state.data.get("tokenizer_sha256")
     return _Source(
         config,
         folder,
         state.step,
-        lambda: tokenizer_of_run(config.data),
-        lambda stage: load_weights(stage.canonical_parameters(), folder, key),
+        lambda: tokenizer_of_checkpoint(folder.parent.parent, config.data, sha256, tokenizer),
+        lambda stage: load_weights(config.model, stage.canonical_parameters(), folder, key, allowed, say),
     )
 
 
@@ -141,12 +165,18 @@ def _is_transformers(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def _transformers(path: Path) -> _Source:
-    model, lazy = together(lambda: read_folder(path))
+def _transformers(path: Path, allowed: Allowed, tokenizer: DataConfig | None, say: Callable[[str], None]) -> _Source:
+    model, lazy = together(lambda: read_folder(path, say, allow_unused=allowed.unused))
 
     def fill(stage: Stage) -> None:
         for named in stage.canonical_parameters():
             values = named.part.take(lazy[named.name].get())
             named.part.unpadded(named.parameter.data).copy_(values)
 
-    return _Source(RunConfig(model=model), path, 0, lambda: tokenizer_of(path), fill)
+    def found() -> Tokenizer | None:
+        there, note = (tokenizer_of_run(tokenizer), None) if tokenizer else find_tokenizer(path)
+        if note:
+            say(f"note: without a tokenizer: {note}")
+        return there
+
+    return _Source(RunConfig(model=model), path, 0, found, fill)

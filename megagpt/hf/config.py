@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from megagpt.config import ModelConfig, plain
 from megagpt.errors import UserError
@@ -39,7 +39,11 @@ def config_from_hf(theirs: Keys) -> ModelConfig:
     Raises UserError naming a key whose value we do not compute.
     """
     architecture = named(theirs.get("model_type"))
-    keys = {architecture.aliases.get(key, key): value for key, value in theirs.items()}
+    keys: dict[str, Any] = {}
+    for key, value in theirs.items():
+        name = architecture.aliases.get(key, key)
+        if keys.setdefault(name, value) != value:
+            raise UserError(f"config.json has {name}={keys[name]!r} and {key}={value!r}, wanted one of them")
     require_only(keys, ANY)
     require_only(keys, architecture.only)
     try:
@@ -90,13 +94,14 @@ def few(texts: Iterable[str]) -> str:
 
 def _require_types(config: ModelConfig) -> None:
     """Raises UserError naming a field that config.json gave a text, or part of a number."""
-    defaults = plain(ModelConfig())
+    defaults, hints = plain(ModelConfig()), get_type_hints(ModelConfig)
     for name, value in plain(config).items():
         default, wanted = defaults[name], "a whole number"
         if isinstance(default, bool):
             ok, wanted = isinstance(value, bool), "true or false"
-        elif isinstance(default, float):
-            ok, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+        elif float in (hints[name], *get_args(hints[name])):
+            ok = (isinstance(value, int | float) and not isinstance(value, bool)) or (value is None and default is None)
+            wanted = "a number"
         else:
             whole = isinstance(value, int) and not isinstance(value, bool)
             ok = whole or isinstance(default, str | list) or (value is None and default is None)
@@ -116,8 +121,9 @@ def _computed(config: ModelConfig) -> dict[str, Any]:
     chosen = {*POSITIONS[config.position].settings, *MLPS[config.mlp].settings}
     of_kinds = {setting for kind in (*POSITIONS.values(), *MLPS.values()) for setting in kind.settings}
     if "rotary_" in chosen:
-        del fields["rotary_scaling"]  # a factor, or another base
-        fields["rotary_base"], fields["rotary_factor"] = rotary_of_ours(config)
+        for name in [name for name in fields if name.startswith("rotary_")]:
+            del fields[name]
+        fields |= rotary_of_ours(config) | {"rotary_interleaved": config.rotary_interleaved}
         fields["rotary_fraction"] = config.rotary_width / config.head_width
     return {name: value for name, value in fields.items() if not name.startswith(tuple(of_kinds - chosen))}
 

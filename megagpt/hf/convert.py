@@ -24,13 +24,18 @@ _BUFFERS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.inv_freq$|\.em
 
 
 def lazy_from_hf(
-    names: Iterable[str], read: Callable[[str], Tensor], config: ModelConfig, architecture: str | None = None
+    names: Iterable[str],
+    read: Callable[[str], Tensor],
+    config: ModelConfig,
+    architecture: str | None = None,
+    unused: Callable[[str], None] | None = None,
 ) -> dict[str, LazyTensor]:
     """The weights of a model of transformers under our canonical names, each read when it is asked for.
 
     names: theirs, with or without the prefix that a model without its head lacks; masks are left out.
     read: gives the tensor of one of them.
     architecture: a model_type; None takes the first that fits, as `hf_config` does.
+    unused: told of tensors that the architecture has no place for; None refuses them.
     Raises UserError at once where a name is missing or unknown; for another shape when that tensor is asked for.
     """
     table = architecture_of(config, architecture)
@@ -39,20 +44,19 @@ def lazy_from_hf(
     found = {_as_written(name, table, head): name for name in names if not _BUFFERS.search(name)}
     if config.tied_embeddings:
         _drop_copy(found, read, f"{head}.weight", f"{embedding}.weight")
+    pairs, what = list(correspondences(table, config)), f"a {table.name} of {config.n_layers} layers"
+    if missing := [name for pair in pairs for name in pair.theirs if name not in found]:
+        raise UserError(f"the weights have no {few(missing)}; wanted {what}; check the config")
     ours = {}
-    for pair in correspondences(table, config):
-        for name in pair.theirs:
-            if name not in found:
-                raise UserError(
-                    f"the weights have no {name}; wanted a {table.name} of {config.n_layers} layers; check the config"
-                )
+    for pair in pairs:
         as_given = [found.pop(name) for name in pair.theirs]
         for i, (name, shape) in enumerate(pair.ours.items()):
             ours[name] = LazyTensor(shape, partial(_to_ours, pair, as_given, read, i))
-    if found:
-        unknown = few(sorted(found))
+    if found and unused is not None:
+        unused(f"note: {few(sorted(found))} left: {what} has no place for that (--allow-unused)")
+    elif found:
         raise UserError(
-            f"the weights hold {unknown}, not in a {table.name} of {config.n_layers} layers; check the config"
+            f"the weights hold {few(sorted(found))}, not in {what}; check the config, or leave that: --allow-unused"
         )
     return ours
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +15,18 @@ from torch import Tensor
 from megagpt.checkpoint.chunks import write_chunks
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.rewrite import new_folder
-from megagpt.checkpoint.state import NAME, read_state
+from megagpt.checkpoint.state import NAME, State, read_state
+from megagpt.checkpoint.strict import STRICT, Allowed, require_same_names
 from megagpt.cli import read_config
 from megagpt.config import DataConfig, ModelConfig
 from megagpt.config.kernels import Kernels
-from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_of_run
+from megagpt.data.tokenizers.kept import tokenizer_of_checkpoint
+from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.hf import hf_config, lazy_to_hf
+from megagpt.hf.export_tokenizer import transformers, write_tokenizer
+from megagpt.hf.tokenizer_folder import special_ids
+from megagpt.inventory.layers import canonical
 from megagpt.inventory.parameter import WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
@@ -37,9 +40,6 @@ ALLOWED = 1e-4
 ALLOWED_ROUND_OFF = 10.0  # times ours: transformers computes some angles and sums in another way
 MOST_ROUND_OFF = 1e-2  # weights that blow it up further allow no statement
 _SAMPLE = (2, 128)  # sequences, tokens
-_TEXT = "def main(x):\n\treturn {'a': 1}  # two  spaces, ünï, 中文\n"
-
-_ONE_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,31 @@ class Exported:
     note: str | None
 
 
-def export(source: Path, out: Path, architecture: str | None = None) -> Exported:
-    """Write config.json, model.safetensors, and what files the tokenizer has.
+def export(
+    source: Path,
+    out: Path,
+    architecture: str | None = None,
+    *,
+    tokenizer: DataConfig | None = None,
+    without_tokenizer: bool = False,
+    allowed: Allowed = STRICT,
+) -> Exported:
+    """Write config.json, model.safetensors, and the tokenizer's files.
 
     architecture: a model_type of transformers; None takes the first that computes what ours does.
+    tokenizer: names it where the run folder has none. allowed: unused tensors of the checkpoint are left.
     Memory: one tensor while writing; then, one after the other, our model and transformers'.
     Raises UserError, and leaves nothing, where the architecture has no place in transformers, the logits of a sample
-    differ by more than round-off, or `out` exists.
+    differ by more than round-off, the run had a tokenizer that transformers cannot read, or `out` exists.
     """
-    config = read_config(read_state(source).config, f"{source / NAME}")
-    tokenizer, note = _tokenizer(config.data)
-    hf = {**hf_config(config.model, architecture), **_special_ids(tokenizer), "torch_dtype": "float32"}
+    at = read_state(source)
+    config = read_config(at.config, f"{source / NAME}")
+    ours = None if without_tokenizer else _tokenizer(source, at, config.data, tokenizer)
+    hf = {**hf_config(config.model, architecture), **special_ids(ours), "torch_dtype": "float32"}
     with new_folder(out) as folder:
         with Reader(source) as reader:
+            held, wanted = reader.index.get(WEIGHT, {}), canonical(config.model)
+            require_same_names(source, WEIGHT, held, wanted, Allowed(unused=allowed.unused))
             read = partial(_read, reader)
             lazy = lazy_to_hf(read, config.model, hf["model_type"])
 
@@ -75,48 +87,17 @@ def export(source: Path, out: Path, architecture: str | None = None) -> Exported
             shapes = {name: tensor.shape for name, tensor in lazy.items()}
             write_chunks(folder / "model.safetensors", shapes, values, {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if tokenizer:
-            note = _write_tokenizer(folder, tokenizer, config.model.seq_len)
+        if ours is not None:
+            write_tokenizer(folder, ours, config.model.seq_len)
+        note = None if ours is not None or without_tokenizer else "without a tokenizer: the run has none"
         return Exported(hf["model_type"], _compare(source, folder, config.model), note)
 
 
-def _tokenizer(data: DataConfig) -> tuple[Tokenizer | None, str | None]:
-    """The run's tokenizer, or why there will be none: weights are of use without."""
+def _tokenizer(source: Path, at: State, data: DataConfig, given: DataConfig | None) -> Tokenizer | None:
     try:
-        tokenizer = tokenizer_of_run(data)
+        return tokenizer_of_checkpoint(source.parent.parent, data, at.data.get("tokenizer_sha256"), given)
     except UserError as error:
-        return None, f"without a tokenizer: {error}"
-    if tokenizer is None or not tokenizer.transformers_settings:
-        return None, "without a tokenizer: the run's has no files"
-    return tokenizer, None
-
-
-def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """As GPT-2 has it: one token that begins and ends texts."""
-    end = tokenizer.eod if tokenizer else None
-    return {"bos_token_id": end, "eos_token_id": end}
-
-
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int) -> str | None:
-    """The tokenizer's files under the names that transformers looks for; why there are none where it reads others."""
-    settings = {**tokenizer.transformers_settings, "model_max_length": seq_len}
-    written = [folder / name for name in (*(option.name for option in tokenizer.options), "tokenizer_config.json")]
-    for path, copy in zip(tokenizer.files, written, strict=False):
-        shutil.copyfile(path, copy)
-    written[-1].write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    try:
-        if tokenizer.kind == "gpt2":  # for architectures that transformers gives no reader of its two files
-            written.append(folder / _ONE_FILE)
-            _transformers().GPT2Tokenizer.from_pretrained(folder).backend_tokenizer.save(str(written[-1]))
-        theirs: Any = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        same = theirs(_TEXT, add_special_tokens=False)["input_ids"] == tokenizer.encode(_TEXT)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # what it raises for files of another kind
-        same = False
-    if same:
-        return None
-    for path in written:
-        path.unlink(missing_ok=True)
-    return "without a tokenizer: transformers reads its files as another one"
+        raise UserError(f"{error}; or export the weights alone: --without-tokenizer") from None
 
 
 def _read(reader: Reader, name: str) -> Tensor:
@@ -157,18 +138,5 @@ def _our_logits(source: Path, config: ModelConfig, tokens_BT: Tensor, dtype: tor
 
 
 def _their_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
-    model = _transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval()(tokens_BT).logits
-
-
-def _transformers() -> Any:
-    """The library, quiet."""
-    try:
-        import transformers  # an extra, and seconds to load
-    except ImportError:
-        raise UserError(
-            "transformers is not installed, which the export is compared with: pip install megagpt[hf]"
-        ) from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers

@@ -133,8 +133,9 @@ def layer_list(
 class GPT(nn.Module):
     """The layer list in one module: what a run without pipeline stages, evaluation and generation use.
 
-    Shapes: forward(tokens_BT, sample_ids_B) → logits_BTV; with labels_BT → mean loss, a scalar. positions_BT, cache:
-    see `Stream`.
+    Shapes: forward(tokens_BT, sample_ids_B) → logits_BTV, of this rank's part of the vocabulary and without padding: on
+    one process all of it, as torch's cross_entropy wants them. With labels_BT → mean loss, a scalar. positions_BT,
+    cache: see `Stream`.
     """
 
     def __init__(
@@ -164,4 +165,6 @@ class GPT(nn.Module):
         for block in self.blocks:
             stream = block(stream)
         logits_BTV = self.head(stream)
-        return logits_BTV if labels_BT is None else self.head.loss(logits_BTV, labels_BT, terms)
+        if labels_BT is not None:
+            return self.head.loss(logits_BTV, labels_BT, terms)
+        return logits_BTV[..., : part_of(self.head.tokens.weight).length]

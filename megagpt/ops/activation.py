@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagpt.ops.library import call, define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, require_same_device, runs_kernel
 
 Kind = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"]
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,7 +31,7 @@ def activation(
 
     x + bias is not rounded; backward computes it anew from x and bias, so that nothing else is kept.
     Shapes: x (*, F), bias (F) → (*, F); gated: x (*, 2F), bias (2F) → (*, F).
-    Raises ValueError for an unknown kind, an odd width of a gate, a bias of another shape or dtype.
+    Raises ValueError for an unknown kind, an odd width of a gate, a bias of another shape, dtype or device.
     """
     if kind not in FUNCTIONS:
         raise ValueError(f"activation: got kind={kind!r}, wanted one of {', '.join(FUNCTIONS)}")
@@ -41,6 +41,7 @@ def activation(
         raise ValueError(
             f"activation: got bias {_text(bias)}, wanted ({x.shape[-1]},) of {x.dtype} as for x {_text(x)}"
         )
+    require_same_device("activation", x, bias=bias)
     if runs_kernel("activation", x, kernels):
         return call("activation", x, bias, kind, gated)
     z = x if bias is None else x + bias

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megagpt.ops.dropout import dropout_reference, require_mask
-from megagpt.ops.library import call, define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, require_same_device, runs_kernel
 
 
 def bias_dropout_add(
@@ -28,9 +28,10 @@ def bias_dropout_add(
 
     Shapes: x (B, *, D), bias (D,) or None, residual like x, sample_ids_B (B,) int64 → (B, *, D). One dtype.
     x[b] flattened is the part of sample b's logical tensor that begins at element `offset`.
-    Raises ValueError unless 0 <= p < 1 and the shapes and dtypes are as said.
+    Raises ValueError unless 0 <= p < 1, the shapes and dtypes are as said, and all lies on one device.
     """
     require_mask("bias_dropout_add", x_BTD, sample_ids_B, p)
+    require_same_device("bias_dropout_add", x_BTD, bias=bias_D, residual=residual_BTD)
     if x_BTD.dim() < 2:
         raise ValueError(f"bias_dropout_add: got x {tuple(x_BTD.shape)}, wanted (B, *, D)")
     for name, tensor, shape in (("bias", bias_D, x_BTD.shape[-1:]), ("residual", residual_BTD, x_BTD.shape)):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megagpt.ops.library import define, differentiable, runs_kernel
+from megagpt.ops.library import define, differentiable, require_same_device, runs_kernel
 
 
 class Statistics(NamedTuple):
@@ -96,9 +96,9 @@ def _check(logits_NV: Tensor, labels_N: Tensor, label_smoothing: float) -> None:
     if logits_NV.dim() != 2 or labels_N.shape != logits_NV.shape[:1]:
         got = f"logits {tuple(logits_NV.shape)} and labels {tuple(labels_N.shape)}"
         raise ValueError(f"cross_entropy: got {got}, wanted (N, V) and (N)")
-    if labels_N.dtype != torch.int64 or labels_N.device != logits_NV.device:
-        got = f"labels of {labels_N.dtype} on {labels_N.device}"
-        raise ValueError(f"cross_entropy: got {got}, wanted torch.int64 on {logits_NV.device}, where the logits are")
+    require_same_device("cross_entropy", logits_NV, labels=labels_N)
+    if labels_N.dtype != torch.int64:
+        raise ValueError(f"cross_entropy: got labels of {labels_N.dtype}, wanted torch.int64")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"cross_entropy: got label_smoothing={label_smoothing}, wanted 0 to 1")
 

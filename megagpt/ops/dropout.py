@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megagpt.ops.library import call, define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, require_same_device, runs_kernel
 
 
 def dropout(
@@ -24,7 +24,7 @@ def dropout(
     Shapes: x (B, *), sample_ids_B (B,) int64 → (B, *).
     x[b] flattened is the part of sample b's logical tensor that begins at element `offset`: a shard of heads or of
     the sequence passes its own offset and draws exactly its part of the whole mask.
-    Raises ValueError unless 0 <= p < 1 and there is one id per sample.
+    Raises ValueError unless 0 <= p < 1 and there is one id per sample, on x's device.
     """
     require_mask("dropout", x, sample_ids_B, p)
     if p == 0.0:
@@ -35,7 +35,8 @@ def dropout(
 
 
 def require_mask(op: str, x: Tensor, sample_ids_B: Tensor, p: float) -> None:
-    """Raise ValueError unless 0 <= p < 1 and there is one id per sample."""
+    """Raise ValueError unless 0 <= p < 1 and there is one id per sample, on x's device."""
+    require_same_device(op, x, sample_ids=sample_ids_B)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{op}: got p={p}, wanted 0 <= p < 1")
     if x.dim() == 0 or sample_ids_B.shape != x.shape[:1]:

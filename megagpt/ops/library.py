@@ -87,6 +87,13 @@ def runs_kernel(op: str, x: Tensor, choice: str = "auto") -> bool:
     raise RuntimeError(f"kernels={choice} for {op}, which has none: {why}; or use kernels=auto")
 
 
+def require_same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError where a tensor is not on x's device: a kernel would read its address as one of its own."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{op}: got {name} on {other.device}, wanted {x.device}, where the first tensor is")
+
+
 def kernel_status(op: str, device: str, choice: str = "auto") -> tuple[str, str]:
     """Which implementation `op` runs on `device`, and why: for the start-up table."""
     if choice == "reference":

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagpt.ops.library import call, define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, require_same_device, runs_kernel
 
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float, *, kernels: str = "auto") -> Tensor:
     """(x - mean) / sqrt(variance + eps) · weight + bias, over the last dimension.
 
     Shapes: x (*, D), weight_D and bias_D (D,) → (*, D), all of x's dtype.
-    Raises ValueError where shapes or dtypes do not fit.
+    Raises ValueError where shapes, dtypes or devices do not fit.
     """
     _check("layer_norm", x, None, weight_D, bias_D)
     if runs_kernel("norm", x, kernels):
@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, kernels: str = "auto") 
     """x / sqrt(mean of squares + eps) · weight, over the last dimension.
 
     Shapes: x (*, D), weight_D (D,) → (*, D), all of x's dtype.
-    Raises ValueError where shapes or dtypes do not fit.
+    Raises ValueError where shapes, dtypes or devices do not fit.
     """
     _check("rms_norm", x, None, weight_D, None)
     if runs_kernel("norm", x, kernels):
@@ -44,7 +44,7 @@ def add_layer_norm(
     """layer_norm of x + residual, and x + residual.
 
     Shapes: x and residual (*, D), weight_D and bias_D (D,) → (*, D), (*, D), all of x's dtype.
-    Raises ValueError where shapes or dtypes do not fit.
+    Raises ValueError where shapes, dtypes or devices do not fit.
     """
     _check("add_layer_norm", x, residual, weight_D, bias_D)
     if runs_kernel("norm", x, kernels):
@@ -60,7 +60,7 @@ def add_rms_norm(
     """rms_norm of x + residual, and x + residual.
 
     Shapes: x and residual (*, D), weight_D (D,) → (*, D), (*, D), all of x's dtype.
-    Raises ValueError where shapes or dtypes do not fit.
+    Raises ValueError where shapes, dtypes or devices do not fit.
     """
     _check("add_rms_norm", x, residual, weight_D, None)
     if runs_kernel("norm", x, kernels):
@@ -71,6 +71,7 @@ def add_rms_norm(
 
 
 def _check(what: str, x: Tensor, residual: Tensor | None, weight_D: Tensor, bias_D: Tensor | None) -> None:
+    require_same_device(what, x, residual=residual, weight=weight_D, bias=bias_D)
     wanted = {"residual": (residual, x.shape), "weight": (weight_D, x.shape[-1:]), "bias": (bias_D, x.shape[-1:])}
     if x.dim() == 0:
         raise ValueError(f"{what}: got x of no dimensions, wanted (*, D)")

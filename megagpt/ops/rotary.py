@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megagpt.ops.library import call, define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, require_same_device, runs_kernel
 
 
 def rotary(
@@ -29,7 +29,7 @@ def rotary(
     The tables are constants: no gradient reaches them.
     Shapes: qkv (B, T, G, X, K), cos and sin (S, R) float32 (float64 for a float64 qkv), positions (B, T) int64
     → (B, T, G, X, K) of qkv's dtype.
-    Raises ValueError for shapes and dtypes that do not fit together.
+    Raises ValueError for shapes, dtypes and devices that do not fit together.
     """
     if qkv_BTGXK.dim() != 5:
         raise ValueError(f"rotary: got qkv {_text(qkv_BTGXK)}, wanted (B, T, G, X, K)")
@@ -48,38 +48,35 @@ def rotary(
     return torch.cat((torch.cat((y.to(x.dtype), rest), dim=-1), other_heads), dim=-2)
 
 
+def rotary_frequencies(d_rotary: int, base: float = 10000.0) -> Tensor:
+    """base^(-2i / d_rotary): radians a token.
+
+    Shapes: → (d_rotary / 2) float64.
+    Raises ValueError for an odd d_rotary.
+    """
+    if d_rotary % 2:
+        raise ValueError(f"rotary_frequencies: got d_rotary={d_rotary}, wanted an even one")
+    return base ** -(torch.arange(0, d_rotary, 2, dtype=torch.float64) / max(d_rotary, 1))
+
+
 def rotary_tables(
     seq_len: int,
-    d_rotary: int,
+    frequency_R: Tensor,
+    magnitude: float = 1.0,
     *,
-    base: float = 10000.0,
-    scaling: float = 1.0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · base^(-2i / d_rotary), computed in float64.
+    """cos and sin of position · frequency, computed in float64, times magnitude.
 
-    scaling > 1 divides positions, to reach so many times further than was trained (Chen et al. 2023, section 2.3).
-    Shapes: → two of (seq_len, d_rotary / 2), of dtype.
-    Raises ValueError for an odd d_rotary, or scaling <= 0.
+    Shapes: frequency_R float64 → two of (seq_len, R), of dtype.
     """
-    if d_rotary % 2 or not scaling > 0:
-        raise ValueError(f"rotary_tables: got d_rotary={d_rotary}, scaling={scaling}, wanted an even one and one > 0")
-    position_S = torch.arange(seq_len, dtype=torch.float64) / scaling
-    frequency_R = base ** -(torch.arange(0, d_rotary, 2, dtype=torch.float64) / max(d_rotary, 1))
-    angle_SR = torch.outer(position_S, frequency_R)
-    return angle_SR.cos().to(device, dtype), angle_SR.sin().to(device, dtype)
-
-
-def ntk_base(base: float, factor: float, d_rotary: int) -> float:
-    """The base whose longest wavelength is factor times that of `base`, and whose shortest one is the same.
-
-    Source: bloc97 2023, "NTK-aware scaled RoPE"; Peng et al. 2023 (YaRN), section 3.1, equation 16.
-    """
-    return base * factor ** (d_rotary / (d_rotary - 2)) if d_rotary > 2 else base  # a single pair knows no base
+    angle_SR = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency_R)
+    return (angle_SR.cos() * magnitude).to(device, dtype), (angle_SR.sin() * magnitude).to(device, dtype)
 
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_rotated_heads: int) -> None:
+    require_same_device("rotary", qkv, cos=cos, sin=sin, positions=positions)
     if not 0 <= n_rotated_heads <= qkv.shape[3]:
         raise ValueError(
             f"rotary: got qkv {_text(qkv)} of {n_rotated_heads} rotated heads, wanted (B, T, G, X, K), <= X"

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from megagpt.ops.library import call, define, differentiable, runs_kernel
+from megagpt.ops.library import call, define, differentiable, require_same_device, runs_kernel
 
 # Keys behind or ahead of a query: more than any row has.
 UNBOUNDED = 1 << 40
@@ -38,7 +38,7 @@ def attention_softmax(
     Shapes: scores (B, H, T, S), mask bool (B or 1, H or 1, T or 1, S or 1), slopes float32 (H) → (B, H, T, S), of
     scores' dtype.
     Source: Attention Is All You Need (Vaswani et al. 2017), section 3.2.1; ALiBi (Press et al. 2022), section 3.
-    Raises ValueError for shapes, dtypes or a window that do not fit.
+    Raises ValueError for shapes, dtypes, devices or a window that do not fit.
     """
     _check(scores_BHTS, window, mask, slopes_H)
     behind = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
@@ -67,6 +67,7 @@ def alibi_slopes(n_heads: int) -> Tensor:
 
 
 def _check(scores_BHTS: Tensor, window: int | None, mask: Tensor | None, slopes_H: Tensor | None) -> None:
+    require_same_device("attention_softmax", scores_BHTS, mask=mask, slopes=slopes_H)
     shape = tuple(scores_BHTS.shape)
     if len(shape) != 4:
         raise ValueError(f"attention_softmax: got scores of shape {shape}, wanted (B, H, T, S)")

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 
 from megagpt.inventory.parameter import AVERAGE
 from megagpt.optim import OPTIMIZERS
+from megagpt.optim.adafactor import COLUMNS, ROWS
+from megagpt.optim.update import EXP_AVG_SQ
 
 if TYPE_CHECKING:
     from megagpt.config import OptimConfig
     from megagpt.inventory.parameter import Parameter, Shape
     from megagpt.optim.update import Update
+
+SQUARES = frozenset({EXP_AVG_SQ, ROWS, COLUMNS})
+"""Keys of what is never negative: means of squared gradients, of which roots are taken."""
 
 
 @dataclass(frozen=True)

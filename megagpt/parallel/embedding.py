@@ -45,8 +45,8 @@ def vocab_parallel_logits(x_BTD: Tensor, weight: nn.Parameter, axis: Axis) -> Te
 def gather_logits(logits_BTV: Tensor, vocab_size: int, axis: Axis) -> Tensor:
     """All scores, without padding, on every rank: for sampling, not for the loss.
 
-    Shapes: logits_BTV (this rank's columns, padded) → (B, T, vocab_size).  Comm: all-gather over the axis.
+    Shapes: logits_BTV (this rank's columns, padded or not) → (B, T, vocab_size).  Comm: all-gather over the axis.
     """
     chunk = -(-vocab_size // axis.size)
-    whole_BTRV = gather_from(logits_BTV, axis).unflatten(-1, (axis.size, -1))
-    return whole_BTRV[..., :chunk].flatten(-2)[..., :vocab_size]
+    logits_BTV = F.pad(logits_BTV, (0, chunk - logits_BTV.shape[-1]))  # below 0 it cuts: ranks send equally much
+    return gather_from(logits_BTV, axis)[..., :vocab_size]

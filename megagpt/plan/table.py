@@ -1,9 +1,10 @@
-"""What a run shows before it starts: its configuration and its plan, as rich renderables for 100 columns."""
+"""What a run shows before it starts: its configuration and its plan, as rich renderables for 80 columns and more."""
 
 from __future__ import annotations
 
 from rich.box import SIMPLE, SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -36,7 +37,7 @@ def plan_table(config: RunConfig, plan: Plan) -> RenderableType:
     facts.add_column()
     for name, text in _facts(config, plan):
         facts.add_row(name, text)
-    return Group(facts, "", _stages(config, plan))
+    return Group(facts, "", _Stages(config, plan))
 
 
 def _settings(section: object, default: object) -> Text:
@@ -90,27 +91,50 @@ def _bubble(plan: Plan) -> str:
     return text
 
 
-def _stages(config: RunConfig, plan: Plan) -> Table:
+class _Stages:
+    """The table of stages, as wide as there is room for."""
+
+    def __init__(self, config: RunConfig, plan: Plan) -> None:
+        self._config, self._plan = config, plan
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = _stages(self._config, self._plan, wide=True)
+        fits = Measurement.get(console, options.update(width=_WIDEST), wide).maximum <= options.max_width
+        yield wide if fits else _stages(self._config, self._plan, wide=False)
+
+
+_WIDEST = 1000  # columns
+
+
+def _stages(config: RunConfig, plan: Plan, wide: bool) -> Table:
+    """wide: also with the parameters of a stage as logical tensors, and larger memories in MiB too."""
     title = f"estimated memory of one rank in MiB ({config.train.precision}"
     title += ", optimizer in host memory)" if config.parallel.offload_optimizer else ")"
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", padding=(0, int(wide), 0, 0))
     for heading in ("stage", "ranks", "layers"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("params", "local", "weights", "grads", "optim", "activ", "logits", "total"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, no_wrap=wide, overflow="fold")
+    counted = ("params", "local") if wide else ("local",)
+    for heading in (*counted, "weights", "grads", "optim", "activ", "logits", "total"):
+        table.add_column(heading, justify="right", no_wrap=wide, overflow="fold")
     for number, stage in enumerate(plan.stages):
-        table.add_row(*_stage_row(number, stage, plan))
+        table.add_row(*_stage_row(number, stage, plan, wide))
     return table
 
 
-def _stage_row(number: int, stage: Stage, plan: Plan) -> list[str]:
+def _stage_row(number: int, stage: Stage, plan: Plan, wide: bool) -> list[str]:
     per_stage = plan.dp * plan.tp  # rank = (pipe * dp + data) * tp + model
     ranks = _span(number * per_stage, (number + 1) * per_stage - 1)
     memory = stage.memory
     optimizer = memory.optimizer + memory.host
     sizes = (memory.weights, memory.gradients, optimizer, memory.activations, memory.logits, memory.total)
-    counts = [_count(stage.params), _count(stage.params_local)]
-    return [str(number), ranks, _layers(stage, plan), *counts, *(f"{size / 2**20:,.0f}" for size in sizes)]
+    counts = [_count(stage.params)] * wide + [_count(stage.params_local)]
+    layers = _layers(stage, plan) if wide else _layers(stage, plan).replace(" + ", " ")
+    return [str(number), ranks, layers, *counts, *(_mib(size, wide) for size in sizes)]
+
+
+def _mib(size: int, wide: bool) -> str:
+    """Bytes in MiB; where there is no room, from 10,000 on in GiB, with a G."""
+    return f"{size / 2**20:,.0f}" if wide or size < 10_000 * 2**20 else f"{size / 2**30:,.0f}G"
 
 
 def _layers(stage: Stage, plan: Plan) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 
-from megagpt.errors import UserError
+from megagpt.errors import UserError, nearest
 
 _FOLDER = Path(__file__).parent
 
@@ -20,6 +19,6 @@ def preset_path(name: str) -> Path:
     names = preset_names()
     if name in names:
         return _FOLDER / f"{name}.yaml"
-    near = get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else "use one of these"
+    near = nearest(name, names)
+    hint = f"did you mean {near}?" if near else "use one of these"
     raise UserError(f"--preset {name} is not known; {hint} (there are {', '.join(names)})")

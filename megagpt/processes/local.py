@@ -105,7 +105,7 @@ def _rank_main(
     args: tuple[Any, ...],
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     torch.set_num_threads(n_threads)
     gc.freeze()  # DeepSpeed collects garbage at each start in 16 bits: a second or two, if it goes through all imports
     try:

@@ -15,14 +15,20 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from megagpt.errors import EXIT_PEER_LOST
+from megagpt.files import os_reason
 from megagpt.processes.agree import RankError
 
 MAX_NAMED = 8
-MEETING, ARRIVED, OPEN = "megagpt/meeting", "arrived/{}", "open"  # keys of the store
+MEETING, ARRIVED, LOOKED, OPEN = "megagpt/meeting", "arrived/{}", "looked/{}", "open"  # keys of the store
+NOTE_S = 30.0  # when those who wait say so
+GONE_S = 20.0  # who has come looks at least every LAST_PAUSE_S whether all have; if not for so long, it has ended
+PAUSE_S = 0.25  # between two of rank 0's looks at who has come
+RESOLVE_S = 10.0  # for which an unknown name may become known, as those of containers do
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.01, 0.5  # between two looks at it
 
 
@@ -44,7 +50,7 @@ def meet(
     try:
         while time.monotonic() < deadline:
             meeting = dist.PrefixStore(store.get(MEETING).decode(), store)
-            present = _attend(meeting, rank, n_ranks, timeout_s, me)
+            present = _attend(meeting, rank, n_ranks, timeout_s, name, me)
             if me in present:
                 return dist.PrefixStore("default_pg", meeting), [there for _, there in present]
             time.sleep(pause_s)
@@ -54,46 +60,70 @@ def meet(
     raise _who_is_missing(meeting, n_ranks, timeout_s, name)
 
 
-def _attend(meeting: dist.Store, rank: int, n_ranks: int, timeout_s: float, me: list[str]) -> list[list[str]]:
+def _attend(
+    meeting: dist.Store, rank: int, n_ranks: int, timeout_s: float, name: Callable[[int], str], me: list[str]
+) -> list[list[str]]:
     """Come to a meeting, which rank 0 opens when all have; who is there, by rank: nobody while it is not open."""
+    meeting.add(LOOKED.format(rank), 1)
     meeting.set(ARRIVED.format(rank), json.dumps(me))
     if rank == 0:
-        keys = [ARRIVED.format(r) for r in range(n_ranks)]
-        _wait_for_all(meeting, keys, timeout_s)
-        meeting.set(OPEN, json.dumps([json.loads(text) for text in meeting.multi_get(keys)]))
+        _wait_for_all(meeting, n_ranks, timeout_s, name)
+        there = meeting.multi_get([ARRIVED.format(r) for r in range(n_ranks)])
+        meeting.set(OPEN, json.dumps([json.loads(text) for text in there]))
     return json.loads(meeting.get(OPEN)) if meeting.check([OPEN]) else []
 
 
-def _wait_for_all(store: dist.Store, keys: list[str], timeout_s: float) -> None:
-    """Until all keys are there. `Store.wait` with a timeout would also print lines of C++ when that is over."""
-    end_s = time.monotonic() + timeout_s
-    while not store.check(keys):
-        if time.monotonic() > end_s:
+def _wait_for_all(meeting: dist.Store, n_ranks: int, timeout_s: float, name: Callable[[int], str]) -> None:
+    """Until all ranks have come.  Raises TimeoutError, or RankError for one that has come and gone again.
+
+    `Store.wait` with a timeout would also print lines of C++ when that is over.
+    """
+    began_s, told = time.monotonic(), False
+    looks, still_s = {}, dict.fromkeys(range(1, n_ranks), 0.0)
+    while not meeting.check([ARRIVED.format(r) for r in range(n_ranks)]):
+        waited_s = time.monotonic() - began_s
+        if waited_s > timeout_s:
             raise TimeoutError
-        time.sleep(0.1)
+        missing = _missing(meeting, n_ranks)
+        if waited_s > NOTE_S and not told:
+            told = True
+            print(f"still waiting, for {timeout_s:g} s in all, for {_named(missing, name)}", flush=True)
+        for rank in still_s.keys() - set(missing):
+            n_looks = meeting.add(LOOKED.format(rank), 0)
+            still_s[rank] = still_s[rank] + PAUSE_S if n_looks == looks.get(rank) else 0.0
+            looks[rank] = n_looks
+            if still_s[rank] > GONE_S:
+                raise RankError(f"{name(rank)} came and ended before all had come; see its output", code=EXIT_PEER_LOST)
+        time.sleep(PAUSE_S)
+
+
+def _missing(meeting: dist.Store, n_ranks: int) -> list[int]:
+    return [rank for rank in range(n_ranks) if not meeting.check([ARRIVED.format(rank)])]
+
+
+def _named(ranks: list[int], name: Callable[[int], str]) -> str:
+    return ", ".join(name(rank) for rank in ranks[:MAX_NAMED]) + ", …" * (len(ranks) > MAX_NAMED)
 
 
 def _who_is_missing(
     meeting: dist.Store | None, n_ranks: int, timeout_s: float, name: Callable[[int], str]
 ) -> RankError:
     try:
-        arrived = [r for r in range(n_ranks) if meeting and meeting.check([ARRIVED.format(r)])]
+        missing = _missing(meeting, n_ranks) if meeting else list(range(n_ranks))
         # Those that came later also give up later: the first one speaks, before a launcher ends it for another's end.
         speaks = bool(meeting) and meeting.add("gave up", 1) == 1
     except RuntimeError:
         return RankError(
             "rank 0 ended before all processes had come; see its output", speaks=False, code=EXIT_PEER_LOST
         )
-    missing = [r for r in range(n_ranks) if r not in arrived]
     if 0 in missing or not missing:  # no meeting, or one of the start before
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"
         return RankError(
             f"{name(0)} did not come within {timeout_s:g} s; see its output", speaks=speaks, code=EXIT_PEER_LOST
         )
-    named = ", ".join(name(r) for r in missing[:MAX_NAMED]) + ", …" * (len(missing) > MAX_NAMED)
     return RankError(
-        f"{len(arrived)} of {n_ranks} processes came within {timeout_s:g} s; missing: {named}; see their output, "
-        "and that every host was started with the same number of processes",
+        f"{n_ranks - len(missing)} of {n_ranks} processes came within {timeout_s:g} s; missing: "
+        f"{_named(missing, name)}; see their output, and that every host was started with the same number of processes",
         speaks=speaks,
         code=EXIT_PEER_LOST,
     )
@@ -109,8 +139,10 @@ def open_store(rank: int, timeout_s: float) -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent keeps it
     is_host = rank == 0 and not has_store
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    addresses = _addresses(host, port, speaks=first_here)
     if not is_host:
-        _wait_for(host, port, timeout_s, speaks=os.environ.get("LOCAL_RANK", "0") == "0" or rank == 1)
+        _wait_for(host, port, timeout_s, speaks=first_here or rank == 1)
     try:
         return dist.TCPStore(
             host,
@@ -119,7 +151,7 @@ def open_store(rank: int, timeout_s: float) -> dist.Store:
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
             multi_tenant=True,
-            master_listen_fd=_listen(host, port) if is_host else None,
+            master_listen_fd=_listen(addresses) if is_host else None,
         )
     except RuntimeError as error:
         raise RankError(
@@ -129,7 +161,7 @@ def open_store(rank: int, timeout_s: float) -> dist.Store:
 
 def _wait_for(host: str, port: int, timeout_s: float, speaks: bool) -> None:
     """Until somebody listens there. TCPStore would wait as well, and fail with some 40 lines of C++."""
-    end_s = time.monotonic() + timeout_s
+    end_s, say_s = time.monotonic() + timeout_s, time.monotonic() + NOTE_S
     while True:
         try:
             socket.create_connection((host, port), timeout=min(timeout_s, 5.0)).close()
@@ -138,21 +170,42 @@ def _wait_for(host: str, port: int, timeout_s: float, speaks: bool) -> None:
             if time.monotonic() > end_s:
                 raise RankError(
                     f"no answer from rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout_s:g} s "
-                    f"({error.strerror or error}); see its output, and that {socket.gethostname()} reaches that "
+                    f"({os_reason(error)}); see its output, and that {socket.gethostname()} reaches that "
                     "address",
+                    speaks=speaks,
+                    code=EXIT_PEER_LOST,
+                ) from None
+        if speaks and time.monotonic() > say_s:
+            say_s = end_s
+            print(f"still waiting for rank 0 at {host}:{port}, for {timeout_s:g} s in all", flush=True)
+        time.sleep(0.2)
+
+
+def _addresses(host: str, port: int, speaks: bool) -> list[tuple[Any, ...]]:
+    """What `getaddrinfo` says of the name, which may take a moment to become known.  Raises RankError."""
+    end_s = time.monotonic() + RESOLVE_S
+    while True:
+        try:
+            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:  # UnicodeError: it cannot be a name
+            if isinstance(error, UnicodeError) or time.monotonic() > end_s:
+                reason = os_reason(error) if isinstance(error, OSError) else error
+                raise RankError(
+                    f"MASTER_ADDR={host} is no host that {socket.gethostname()} knows ({reason}); give the name or "
+                    "address of rank 0's host, as every host knows it",
                     speaks=speaks,
                     code=EXIT_PEER_LOST,
                 ) from None
         time.sleep(0.2)
 
 
-def _listen(host: str, port: int) -> int | None:
-    """A socket that listens on that address.
+def _listen(addresses: list[tuple[Any, ...]]) -> int | None:
+    """A socket that listens on the first of these that is one of this machine.
 
     None, for torch to listen on every interface, where that is no address of this machine, or its port is taken; by
     a store of this process, which torch then shares, or by another one, which it says.
     """
-    for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    for family, kind, _, _, address in addresses:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

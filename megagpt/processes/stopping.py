@@ -9,7 +9,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a scheduler's, a person's, a scheduler's warning
+from megagpt.processes.signals import heard_signals
+
 _TIME_IS_UP, _SAVE_FAILED = 1000, 1001  # above every signal's number: the highest reason of any rank counts
 
 
@@ -17,12 +18,12 @@ class Stopper:
     """Remembers what asks this process to end, and lets the ranks agree on it between two steps."""
 
     def __init__(self, limit_minutes: float | None) -> None:
-        """The time limit counts from here. As a context manager it catches SIGNALS."""
+        """The time limit counts from here. As a context manager it catches `heard_signals()`."""
         self._end_s = None if limit_minutes is None else time.monotonic() + limit_minutes * 60
         self._received = 0
 
     def __enter__(self) -> Stopper:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in heard_signals()}
         return self
 
     def __exit__(self, *exception: object) -> None:

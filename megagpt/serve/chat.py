@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megagpt.errors import UserError
-from megagpt.hf.import_folder import CHAT_TEMPLATE, SETTINGS
+from megagpt.hf.tokenizer_folder import CHAT_TEMPLATE, SETTINGS
 from megagpt.serve.api_error import ApiError
 
 

@@ -65,7 +65,8 @@ def serve(settings: Settings) -> None:
     # A replica with less to do than others is no fault: no rank is called slow.
     with laid_out(pp=settings.pp, dp=settings.dp, limits=WatchLimits(slow_rank_factor=0)) as (mesh, watch):
         door = together(lambda: open_door(settings) if mesh.rank == 0 else None)
-        trained = load_trained(settings.load, mesh, settings.load_fallback, settings.weights, settings.precision)
+        precision, weights = settings.precision, settings.weights
+        trained = load_trained(settings.load, mesh, settings.load_fallback, weights, precision=precision)
         template = together(lambda: template_beside(trained.tokenizer.files) if trained.tokenizer else None)
         with Stopper(None) as stopper:
             answer(settings, trained, template, door, watch, lambda: stopper.asked)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
-import numpy as np
 import torch
 
 from megagpt import metrics
@@ -20,13 +20,16 @@ from megagpt.checkpoint.state import State
 from megagpt.config import RunConfig, plain
 from megagpt.data.indexed.blend import Samples, sources
 from megagpt.data.indexed.index_builder import fallback_note
+from megagpt.data.indexed.text_bytes import text_bytes
 from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.data.opened import OpenedData
-from megagpt.errors import Stopped
+from megagpt.data.tokenizers.tokenizer import Tokenizer
+from megagpt.errors import Stopped, UserError
 from megagpt.model.ops_used import attention_status, check_kernels, kernel_rows, ops_used
 from megagpt.plan.plan import make_plan
 from megagpt.plan.table import config_table, plan_table
 from megagpt.processes.agree import together
+from megagpt.processes.launched import n_processes
 from megagpt.processes.start import distributed
 from megagpt.processes.stopping import Stopper
 from megagpt.processes.watch.judge import Limits
@@ -35,7 +38,7 @@ from megagpt.schedule import Schedule
 from megagpt.train.faults.check_ranks import check_ranks
 from megagpt.train.faults.guard import Guard
 from megagpt.train.faults.notes import FaultNotes
-from megagpt.train.plot import plot_runs
+from megagpt.train.remarks import remarks
 from megagpt.train.report import Reporter, kernel_table
 from megagpt.train.run import Run, find_run
 from megagpt.train.samples import write_samples
@@ -48,12 +51,10 @@ def train(config: RunConfig, data: OpenedData) -> None:
     Raises UserError (a RankError once the ranks are connected, of which one rank speaks), and Stopped where it was
     asked to end early and has saved.
     """
-    plan = make_plan(config, int(os.environ.get("WORLD_SIZE", "1")))
-    faults = config.faults
-    limits = Limits(faults.heartbeat_timeout_s, faults.progress_timeout_s, faults.slow_rank_factor)
+    plan = make_plan(config, n_processes())
     with (
-        distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp, limits=limits) as (mesh, watch),
-        Stopper(faults.exit_after_minutes) as stopper,
+        distributed(pp=plan.pp, dp=plan.dp, tp=plan.tp, limits=_limits(config)) as (mesh, watch),
+        Stopper(config.faults.exit_after_minutes) as stopper,
         ExitStack() as stack,
     ):
         run = find_run(config, data, plan, mesh, stack)
@@ -61,13 +62,31 @@ def train(config: RunConfig, data: OpenedData) -> None:
             return
         watch.write_to(run.folder / "faults")
         engine = _start_engine(run)
-        resumed = engine.load(run.resume_from) if run.resume_from else None
+        say = partial(print, flush=True) if mesh.rank == 0 else lambda _: None
+        resumed = engine.load(run.resume_from, say) if run.resume_from else None
         with _reporter(run, engine, resumed) as report:
             parts = _parts(run, engine, report, resumed)
             stopped = _loop(parts, watch, stopper, resumed.step if resumed else 0)
         _finish(parts)
     if stopped:
         raise Stopped(f"{stopped}; go on with: --load {run.folder}", speaks=mesh.rank == 0)
+
+
+def fail(config: RunConfig, error: UserError) -> NoReturn:
+    """Meet the other ranks, whose first words to each other are whether they can train, and end all with this error."""
+    tp, pp = config.parallel.tp, config.parallel.pp
+
+    def tell() -> NoReturn:
+        raise UserError(f"{socket.gethostname()}: {error}")
+
+    with distributed(pp=pp, dp=n_processes() // (tp * pp), tp=tp, limits=_limits(config)):
+        together(tell)
+    raise AssertionError("one of them cannot")
+
+
+def _limits(config: RunConfig) -> Limits:
+    faults = config.faults
+    return Limits(faults.heartbeat_timeout_s, faults.progress_timeout_s, faults.slow_rank_factor)
 
 
 @dataclass(frozen=True)
@@ -124,8 +143,9 @@ def _parts(run: Run, engine: Engine, report: Reporter, resumed: State | None) ->
     _say_what_runs(run, engine, report)
     if resumed:
         report.message(f"going on from {run.resume_from} after {resumed.step} steps")
-        if resumed.data and resumed.data != run.data_identity:
-            report.message("note: its text was another one, or had another tokenizer: --data-path differs")
+    if run.mesh.rank == 0:
+        for remark in remarks(run, engine.schedule, resumed):
+            report.message(f"note: {remark}")
     notes = FaultNotes(run.folder, run.train_samples, run.tokenizer, writes=run.mesh.rank == 0)
     guard = Guard(engine, notes, report.message, partial(_training_batches, run, engine.schedule))
     if resumed and run.resume_from:
@@ -208,11 +228,21 @@ def _validate(parts: Parts, step: int) -> float | None:
     positions = range(eval_steps * run.config.train.global_batch_size)
     batches = _batches(run, samples, positions, run.config.model.seq_len)
     loss = parts.engine.evaluate(batches, eval_steps * run.plan.micro_batches)
-    if run.tokenizer is not None and run.mesh.rank == 0:
-        labels = np.concatenate([samples[i][1:] for i in positions])
-        bits = metrics.bits_per_byte(loss, len(labels), int(run.tokenizer.token_bytes()[labels].sum()))
+    if run.tokenizer is not None and run.mesh.rank == 0 and (n_bytes := _text_bytes(samples, positions, run.tokenizer)):
+        bits = metrics.bits_per_byte(loss, len(positions) * run.config.model.seq_len, n_bytes)
     parts.report.validation(step, loss, bits)
     return loss if math.isfinite(loss) else None
+
+
+def _text_bytes(samples: Samples, positions: range, tokenizer: Tokenizer) -> float | None:
+    """Bytes of the text that the labels of these samples stand for; None where that cannot be known."""
+    sizes, total = tokenizer.token_bytes(), 0.0
+    for i in positions:
+        found = text_bytes(samples[i][1:], samples.dataset_of(i).meta, tokenizer, sizes)
+        if found is None:
+            return None
+        total += found
+    return total
 
 
 def _write_samples(parts: Parts, step: int) -> None:
@@ -252,6 +282,7 @@ def _finish(parts: Parts) -> None:
     """The loss curve beside the run's files, and the end of the engine."""
     folder = parts.run.folder
     if parts.run.mesh.rank == 0:
-        plot_runs([folder], folder / "loss.png")
-        parts.report.message(f"run folder: {folder} (loss curve: {folder / 'loss.png'})")
+        from megagpt.train.plot import draw_loss_curve  # matplotlib takes a second, and only this rank needs it
+
+        parts.report.message(f"run folder: {folder} ({draw_loss_curve(folder)})")
     parts.engine.close()

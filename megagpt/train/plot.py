@@ -5,6 +5,7 @@ One colour a run: training smoothed over its faint raw values, validation as a d
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,20 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from megagpt.errors import UserError
+from megagpt.files import open_own
 from megagpt.train import metrics_file
 
 XAxis = Literal["step", "tokens"]
+
+
+def draw_loss_curve(run: Path) -> str:
+    """Draw RUN/loss.png, and say so; or why not, since no picture is worth a run's end."""
+    picture = run / "loss.png"
+    try:
+        plot_runs([run], picture)
+    except UserError as error:
+        return f"no loss curve: {error}"
+    return f"loss curve: {picture}"
 
 
 def plot_runs(runs: Sequence[Path], out: Path, *, x_axis: XAxis = "step", log_x: bool = False) -> None:
@@ -41,8 +53,11 @@ def plot_runs(runs: Sequence[Path], out: Path, *, x_axis: XAxis = "step", log_x:
             raise UserError(f"{path} has no training loss in it; wait for the run's first step")
         draw_run(axes, rows, x_axis, colours[index % len(colours)], name if len(runs) > 1 else None)
     dress(axes, x_axis, log_x, title=names[0] if len(runs) == 1 else None)
+    picture = io.BytesIO()
     try:
-        figure.savefig(out)
+        figure.savefig(picture, format=out.suffix[1:])
+        with open_own(out, "wb") as file:
+            file.write(picture.getbuffer())
     except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
         raise UserError(f"cannot write {out}: {error}; name another file ending in .png, .svg or .pdf") from None
 

@@ -5,33 +5,25 @@ Everything before the ranks start needs no torch, so that a wrong flag is answer
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import dataclasses
 import importlib
-import json
 import os
-import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import psutil
-
+from megagpt.checkpoint.folders import require_begun
 from megagpt.cli import parse_run_config
 from megagpt.config import RunConfig
 from megagpt.data.opened import with_text
-from megagpt.errors import EXIT_PEER_LOST, announce, run_cli
+from megagpt.errors import UserError, announce, run_cli
 from megagpt.plan.plan import make_plan
-
-# What would misinform the ranks that this program starts. torchrun's last one is a trap: rank 0 would not open the
-# store that all the ranks then wait for.
-FROM_A_LAUNCHER = (
-    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
-    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE",
-)  # fmt: skip
+from megagpt.processes.forked import run_forked
+from megagpt.processes.launched import launched, n_processes
+from megagpt.processes.signals import follow_launcher
+from megagpt.streams import endure_streams, ready_streams
+from megagpt.train.step.deepspeed.settings import deepspeed_settings, types_not_taken
 
 
 def pretrain(argv: Sequence[str]) -> None:
@@ -41,6 +33,9 @@ def pretrain(argv: Sequence[str]) -> None:
 
 def run_program(main: Callable[[], None]) -> None:
     """Run what each rank of a program runs, and end the process."""
+    follow_launcher()
+    ready_streams()
+    endure_streams()
     try:
         run_cli(main, speaks=os.environ.get("RANK", "0") == "0")
     except SystemExit as stop:
@@ -56,62 +51,56 @@ def ranks_to_start(config: RunConfig) -> int:
 
     Raises UserError where layout and number of processes do not fit.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = n_processes()
     needed = config.parallel.tp * config.parallel.pp
     start_ranks = world_size == 1 and needed > 1 and not has_gpu()
     # The vocabulary is not known yet and plays no part in these checks: any number does.
     guess = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1)
-    make_plan(dataclasses.replace(config, model=guess), needed if start_ranks else world_size)
+    config = dataclasses.replace(config, model=guess)
+    plan = make_plan(config, needed if start_ranks else world_size)
+    deepspeed_settings(config, plan, on_gpu=has_gpu())  # a user's JSON is read, and contradicts nothing
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
     return needed if start_ranks else 0
 
 
+def on_ranks(n_ranks: int, module: str, run: Callable[[Any], None]) -> None:
+    """Run run(module) here, or, unless n_ranks is 0, in that many processes of this machine; these end the program.
+
+    module: the name of what loads torch. It is imported here, once for all ranks, and only now: what can be checked
+    before that has been, and DeepSpeed, once it is loaded, has read DS_ACCELERATOR.
+    """
+    if not n_ranks:
+        if os.environ.get("RANK", "0") == "0":
+            print("loading PyTorch and DeepSpeed", flush=True)
+        return run(importlib.import_module(module))
+    announce(f"no GPU here: starting {n_ranks} processes on the CPU (gloo), as this layout needs")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_ranks)))
+    loaded = importlib.import_module(module)
+    importlib.import_module("megagpt.train.step.deepspeed.preload")  # what each rank would import later
+    sys.exit(run_forked(n_ranks, lambda: run_program(lambda: run(loaded))))
+
+
 def _pretrain(argv: Sequence[str]) -> None:
     config = parse_run_config(argv)
     n_ranks = ranks_to_start(config)
-    config, data = with_text(config)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    require_begun(config.checkpoint)
+    for note in [] if n_ranks else types_not_taken(config):  # the ranks say it
+        announce(note)
+    try:
+        config, data = with_text(config)
+    except UserError as error:
+        place = launched()
+        if place and not place.on_one_machine:  # the others may have what is missing here, and would wait
+            importlib.import_module("megagpt.train.loop").fail(config, error)  # needs torch to tell them
+        raise
+    if n_processes() == 1:
         # Several ranks agree first on who speaks (train/loop.py): each machine may have its own copy.
         _ = data.datasets
-    if n_ranks:
-        sys.exit(start_ranks(n_ranks, argv))
-    # torch and DeepSpeed load only now: the checks above answer at once, and DeepSpeed reads DS_ACCELERATOR.
-    importlib.import_module("megagpt.train.loop").train(config, data)
+    # torch loads only now: the checks above answer at once.
+    on_ranks(n_ranks, "megagpt.train.loop", lambda loop: loop.train(config, data))
 
 
 def has_gpu() -> bool:
     """Whether this machine has an NVIDIA driver; asking torch would cost seconds."""
     return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-
-
-def start_ranks(n_ranks: int, argv: Sequence[str]) -> int:
-    """Start this program n_ranks times by DeepSpeed's launcher of local processes; returns the exit code."""
-    announce(f"no GPU here: starting {n_ranks} processes on the CPU (gloo), as this layout needs")
-    environment = {name: value for name, value in os.environ.items() if name not in FROM_A_LAUNCHER}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_ranks)))
-    ranks = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(n_ranks))}).encode()).decode()
-    command = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=critical", "--no_local_rank"]
-    command += [f"--world_info={ranks}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}"]
-    # In a session of its own, so that a Ctrl-C reaches the ranks once: from here.
-    with subprocess.Popen([*command, sys.argv[0], *argv], env=environment, start_new_session=True) as launcher:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda received, _frame: _tell_ranks(launcher.pid, received))
-        code = launcher.wait()
-    if code > 128:  # the other ranks name the one that was killed; by what, only its parent knows
-        print(f"note: a rank was killed by signal {256 - code} (9: often for lack of memory)", file=sys.stderr)
-        return EXIT_PEER_LOST  # as those others: whichever of them the launcher saw first
-    return code
-
-
-def _tell_ranks(launcher: int, number: int) -> None:
-    """Hand a signal to the ranks themselves: DeepSpeed's launcher would end them, and lose their exit code."""
-    for process in psutil.Process(launcher).children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -11,10 +11,10 @@ import importlib
 import importlib.util
 import json
 import math
-import sys
+import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,19 +23,21 @@ from rich.box import SIMPLE
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
 from megagpt import metrics
+from megagpt.console import console_here, show
 from megagpt.errors import UserError
+from megagpt.files import os_reason, replace_text
 from megagpt.schedule import Schedule
 from megagpt.train import metrics_file
+from megagpt.train.appended import AppendedFile
 
 if TYPE_CHECKING:
+    from megagpt.train.event_file import EventFile
     from megagpt.train.samples import Sample
 
 WINDOW_STEPS = 20
 PLAIN_INTERVAL_S = 2.0
-PLAIN_WIDTH = 100  # of tables, where there is no terminal to ask
 
 
 def kernel_table(rows: Iterable[tuple[str, str, str]]) -> Table:
@@ -74,7 +76,7 @@ class Reporter:
     ) -> None:
         """Opens (and creates) run_dir; drops what its metrics.jsonl says of steps after start_step.
 
-        Raises UserError for a damaged metrics.jsonl, and where wandb is asked for and not installed.
+        Raises UserError where metrics.jsonl cannot be written, and where wandb is asked for and not installed.
         """
         self._enabled = enabled
         if not enabled:
@@ -85,14 +87,19 @@ class Reporter:
         self._measured: deque[tuple[int, float]] = deque(maxlen=WINDOW_STEPS)  # a step, and its time in seconds
         self._skipped = 0
         self._last_line_s = -math.inf
-        self._console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-
-        _make_folder(run_dir)
-        self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
-        self._file = metrics_file.open_from(run_dir / metrics_file.NAME, start_step)
+        self._console = console or console_here()
         self._run_dir = run_dir
-        self._tensorboard = _tensorboard(run_dir, start_step)
-        self._tensorboard.add_text("config", _as_markdown(config), start_step)
+        self._problems: dict[Path, str] = {}  # of files, as the user knows them
+
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._wandb = _start_wandb(wandb_project, run_dir, config, start_step) if wandb_project else None
+            self._file = metrics_file.open_from(run_dir / metrics_file.NAME, start_step, self.message)
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {run_dir}: {os_reason(error)}; name another: --save") from None
+        self._tensorboard = self._open_tensorboard(start_step)
+        if self._tensorboard:
+            self._tensorboard.add_text(start_step, "config", _as_markdown(config))
         self._progress = self._start_progress() if self._console.file.isatty() else None
 
     def step(
@@ -138,29 +145,36 @@ class Reporter:
         """What the model writes after `step` steps."""
         if not self._enabled:
             return
-        self._file.write(metrics_file.to_line({"step": step, "samples": [asdict(sample) for sample in samples]}))
+        self._append({"step": step, "samples": [asdict(sample) for sample in samples]})
         for sample in samples:
             self.message(f"step {step} | {sample.prompt!r} → {sample.text!r}")
-        self._tensorboard.add_text("samples", "\n\n".join(f"**{s.prompt}**{s.text}" for s in samples), step)
+        if self._tensorboard:
+            self._tensorboard.add_text(step, "samples", "\n\n".join(f"**{s.prompt}**{s.text}" for s in samples))
 
     def go_back(self, step: int) -> None:
         """The run goes on from where it was after `step` steps; what was recorded of later ones is dropped."""
         if not self._enabled:
             return
         self._file.close()
-        self._file = metrics_file.open_from(self._run_dir / metrics_file.NAME, step)
-        self._tensorboard.close()
-        self._tensorboard = _tensorboard(self._run_dir, step)
+        try:
+            self._file = metrics_file.open_from(self._file.path, step, self.message)
+        except (OSError, UserError) as error:
+            self.message(f"note: {self._file.path} keeps what it had of the steps after {step} ({error})")
+            self._file = AppendedFile(self._file.path)
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._tensorboard = self._open_tensorboard(step)
 
     def message(self, text: str) -> None:
-        """Print a line that stays, above the live one."""
+        """Print a line that stays, above the live one, with the time."""
         if self._enabled:
-            self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
+            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table, above the live line."""
         if self._enabled:
-            self._console.print(renderable)
+            show(self._console, renderable)
 
     def close(self) -> None:
         """End the live line and finish the files; messages still print."""
@@ -169,9 +183,9 @@ class Reporter:
         if self._progress:
             self._progress.stop()
         self._file.close()
-        self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._to_wandb(lambda run: run.finish())
 
     def __enter__(self) -> Reporter:
         return self
@@ -199,20 +213,55 @@ class Reporter:
         return rates
 
     def _record(self, row: metrics_file.Row, prefix: str) -> None:
-        self._file.write(metrics_file.to_line(row))
+        self._append(row)
         values = {
             prefix + name.removeprefix("validation_"): value
             for name, value in row.items()
             if name not in {"step", "tokens"} and value is not None
         }
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, row["step"])
-        if self._wandb:
-            self._wandb.log(values, step=row["step"])
+        if self._tensorboard:
+            self._tensorboard.add_scalars(row["step"], values)
+            self._tell_problem(self._tensorboard)
+        self._to_wandb(lambda run: run.log({"step": row["step"], **values}))
+
+    def _append(self, row: metrics_file.Row) -> None:
+        self._file.append(metrics_file.to_line({**row, "time": time.time()}).encode())
+        self._tell_problem(self._file)
+
+    def _tell_problem(self, file: AppendedFile) -> None:
+        """Say once that a file cannot be written, and once that it can again."""
+        before = self._problems.pop(file.path, None)
+        if file.problem:
+            self._problems[file.path] = file.problem
+        if file.problem and not before:
+            self.message(f"note: {file.path} cannot be written ({file.problem}): training goes on, its rows wait")
+        if before and not file.problem:
+            self.message(f"note: {file.path} is written again, with what had waited")
+
+    def _open_tensorboard(self, start_step: int) -> EventFile | None:
+        """A writer of what follows start_step done steps; None, and a note, where there can be none."""
+        from megagpt.train.event_file import EventFile  # TensorBoard takes a second, and only this rank needs it
+
+        try:
+            return EventFile(self._run_dir / "tensorboard", start_step)
+        except OSError as error:
+            self.message(
+                f"note: {self._run_dir / 'tensorboard'} cannot be written ({os_reason(error)}): training goes on"
+            )
+            return None
+
+    def _to_wandb(self, call: Callable[[Any], object]) -> None:
+        """Do something with the Weights & Biases run, if there is one; one that fails is given up."""
+        try:
+            if self._wandb:
+                call(self._wandb)
+        except Exception as error:  # whatever it is, it is not the training's
+            self._wandb = None
+            self.message(f"note: Weights & Biases failed, and gets no more: {type(error).__name__}: {error}")
 
     def _start_progress(self) -> Progress:
         progress = Progress(
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=_BAR_WIDTH),
             TextColumn("{task.fields[line]}", markup=False),
             console=self._console,
             auto_refresh=False,  # a step refreshes it: no thread beside the training
@@ -228,7 +277,7 @@ class Reporter:
         if not (first or last or step % self._log_interval == 0):
             return
         if self._progress:
-            line = "  ".join(self._words(row))
+            line = _fitting(self._words(row), self._console.width - _BAR_WIDTH - 1)
             self._progress.update(self._task, completed=step, line=line, refresh=True)
             return
         now_s = time.monotonic()
@@ -257,26 +306,41 @@ class Reporter:
         return words
 
 
-def _tensorboard(run_dir: Path, start_step: int) -> SummaryWriter:
-    """A writer of what follows start_step done steps."""
-    purge_step = start_step + 1 if start_step else None
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=10)
+_BAR_WIDTH = 16  # columns
 
 
-def _make_folder(run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the run folder {run_dir}: {error.strerror}; name another: --save") from None
+def _fitting(words: list[str], width: int) -> str:
+    """As many of the words as have room beside the bar, which a longer line would push out; the first one anyway."""
+    line = words[0]
+    for word in words[1:]:
+        if len(line) + 2 + len(word) > width:
+            break
+        line += f"  {word}"
+    return line
 
 
-def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
-    """A Weights & Biases run that is named after the folder, so that resuming goes on with it."""
+def _start_wandb(project: str, run_dir: Path, config: dict[str, Any], start_step: int) -> Any:
+    """A Weights & Biases run of this folder's: a resumed one goes on with it, one from the start gets another.
+
+    Steps are a figure like others, and the x-axis: Weights & Biases' own count takes no step twice, as a rewind needs.
+    """
     if importlib.util.find_spec("wandb") is None:
         raise UserError(f"log.wandb_project={project} needs wandb; run: pip install 'megagpt[wandb]'")
     wandb = importlib.import_module("wandb")  # an extra: most installations do not have it
-    name = run_dir.resolve().name
-    return wandb.init(project=project, dir=str(run_dir), id=name, name=name, config=config, resume="allow")
+    id_file = run_dir / "wandb-id"
+    if start_step == 0 or not id_file.exists():
+        replace_text(id_file, secrets.token_hex(8))
+    name, run_id = run_dir.resolve().name, id_file.read_text(encoding="utf-8").strip()
+    try:
+        run = wandb.init(project=project, dir=str(run_dir), id=run_id, name=name, config=config, resume="allow")
+    except Exception as error:  # no key, no network: of whatever class
+        raise UserError(
+            f"Weights & Biases does not start ({type(error).__name__}: {error}); run `wandb login`, set "
+            "WANDB_MODE=offline, or leave out --log.wandb-project"
+        ) from error
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def _as_markdown(config: dict[str, Any]) -> str:

@@ -7,22 +7,24 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.load import check_resumable, find_whole
-from megagpt.checkpoint.state import read_state
+from megagpt.checkpoint.state import DataState, read_state
 from megagpt.cli import to_yaml
-from megagpt.config import RunConfig
+from megagpt.config import DataConfig, RunConfig
 from megagpt.data.indexed.blend import Samples, build_splits, sources
 from megagpt.data.indexed.dataset import verify
 from megagpt.data.opened import OpenedData
+from megagpt.data.tokenizers.kept import keep
 from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.files import replace_text
+from megagpt.files import os_reason, replace_text
 from megagpt.parallel.mesh import Mesh
 from megagpt.processes.agree import together
 from megagpt.schedule import Schedule
@@ -42,7 +44,7 @@ class Run:
     train_samples: Samples
     valid_samples: Samples | None
     tokenizer: Tokenizer | None
-    data_identity: dict[str, Any]
+    data_identity: DataState
     resume_from: Path | None
 
 
@@ -64,7 +66,7 @@ def find_run(config: RunConfig, data: OpenedData, plan: Plan, mesh: Mesh, stack:
     together(lambda: _verify_data(config, data))
     tokenizer = together(lambda: _tokenizer(config, data))
     identity = _data_identity(config, train_samples, tokenizer)
-    together(lambda: _write_config(config, folder[0]) if mesh.rank == 0 else None)
+    together(lambda: _write_config(config, folder[0], tokenizer) if mesh.rank == 0 else None)
     return Run(config, plan, mesh, folder[0], train_samples, valid_samples, tokenizer, identity, resume_from)
 
 
@@ -101,7 +103,24 @@ def _find_samples(config: RunConfig, data: OpenedData) -> tuple[Samples, Samples
     if train_samples is None:
         remedy = "give it a first share above 0"
         raise UserError(f"data.split={split}", "leaves nothing to train on", remedy, ["data.split"])
+    if valid_samples is None:
+        _require_no_validation(config, sum(map(len, data.datasets)))
     return train_samples, valid_samples
+
+
+def _require_no_validation(config: RunConfig, n_documents: int) -> None:
+    """Raises UserError where the run was asked for what needs validation, and nothing is held out for it."""
+    split, default = config.data.split, DataConfig().split
+    remedy = "cut the text into more documents, or give validation a larger share"
+    if config.checkpoint.keep_best:
+        got = f"checkpoint.keep_best with split {split} of {n_documents} documents, eval_steps={config.log.eval_steps}"
+        raise UserError(
+            got, "has no validation to go by", f"{remedy}, or drop --checkpoint.keep-best", ["checkpoint.keep_best"]
+        )
+    if config.log.eval_steps and split.shares[1] > 0 and split != default:
+        got = f"data.split={split}"
+        wanted = f"leaves none of {n_documents} documents for validation"
+        raise UserError(got, wanted, f"{remedy}, or --eval-steps 0", ["data.split"])
 
 
 def _tokenizer(config: RunConfig, data: OpenedData) -> Tokenizer | None:
@@ -127,7 +146,7 @@ def _make_run_folder(config: RunConfig, stack: ExitStack) -> Path:
         if not folders.checkpoints_of(folder):
             folders.find(wanted.load)  # raises, before anything is written
     else:
-        folder = Path(wanted.save or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+        folder = Path(wanted.save) if wanted.save else _new_folder()
     goes_on = wanted.load is not None or wanted.auto_resume
     if not goes_on and (folder / "checkpoints").exists():
         raise UserError(f"{folder} holds a run already; go on with it by --load {folder}, or give another --save")
@@ -136,20 +155,37 @@ def _make_run_folder(config: RunConfig, stack: ExitStack) -> Path:
         stack.enter_context(folders.locked(folder))
         folders.mend(folder)
     except OSError as error:
-        raise UserError(f"cannot write the run folder {folder} ({error.strerror}); give another --save") from error
+        raise UserError(f"cannot write the run folder {folder} ({os_reason(error)}); give another --save") from error
     return folder
 
 
-def _write_config(config: RunConfig, folder: Path) -> None:
+def _new_folder() -> Path:
+    """runs/TIME, made; with a number behind where another run has begun in the same second."""
+    name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
+    for folder in map(Path, chain([name], (f"{name}-{number}" for number in count(2)))):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {folder} ({os_reason(error)}); give another --save") from error
+        return folder
+    raise AssertionError("numbers do not end")
+
+
+def _write_config(config: RunConfig, folder: Path, tokenizer: Tokenizer | None) -> None:
+    """The settings beside the run, and its tokenizer, so that it is whole where it is moved to."""
+    if tokenizer is not None:
+        keep(tokenizer, folder)
     try:
         replace_text(folder / "config.yaml", to_yaml(config))
     except OSError as error:
         raise UserError(
-            f"cannot write {folder}/config.yaml ({error.strerror}); make room, or another --save"
+            f"cannot write {folder}/config.yaml ({os_reason(error)}); make room, or another --save"
         ) from error
 
 
-def _data_identity(config: RunConfig, samples: Samples, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _data_identity(config: RunConfig, samples: Samples, tokenizer: Tokenizer | None) -> DataState:
     """Which text this run reads, and by which tokenizer."""
     return {
         "data_path": config.data.data_path.words,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from megagpt.checkpoint import folders
 from megagpt.checkpoint.integrity import damage_of
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
-from megagpt.files import replace_text, sha256_of
+from megagpt.files import os_reason, replace_text, sha256_of
 from tests.checkpoint.written_checkpoint import write_checkpoint
 
 TINY = {"weight": {"x": np.zeros(2, np.float32)}}
@@ -55,7 +56,6 @@ REFUSED = {
     "@" + "9" * 30: "has no checkpoint '9",
     "/elsewhere": "no checkpoint in .*elsewhere: wanted .*latest; check --load",
     "/" + "x" * 300: "cannot be looked for .*too long.*; check --load",
-    "/checkpoints": "no checkpoint in .*checkpoints: wanted ",
 }
 
 
@@ -64,6 +64,15 @@ def test_a_name_that_means_nothing_is_refused(run: Path, name: str):
     with pytest.raises(UserError, match=REFUSED[name]) as caught:
         folders.find(f"{run}{name}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/latest", "checkpoints@20", "checkpoints/"])
+def test_what_lies_in_a_run_means_the_run(run: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    wanted = run / "checkpoints" / ("step-000020" if "@" in name else "step-000030")
+    assert folders.find(f"{run}/{name}") == wanted and folders.run_of(f"{run}/{name}") == run
+    monkeypatch.chdir(run / "checkpoints")
+    for here, step in ((".", "30"), (".@20", "20"), ("step-000010", "10"), ("../checkpoints/step-000010", "10")):
+        assert folders.find(here).samefile(f"step-0000{step}") and folders.run_of(here).samefile(run), here
 
 
 POINTERS = {  # 39, 40, 41 of the list of bad inputs
@@ -284,6 +293,79 @@ def test_a_crash_while_a_checkpoint_is_deleted_leaves_none_that_looks_whole(tmp_
     assert at >= 5
 
 
+def move_and_link_back(folder: Path, elsewhere: Path) -> Path:
+    """What is done where a disk is full; the place where it lies now."""
+    elsewhere.mkdir(exist_ok=True)
+    moved = folder.rename(elsewhere / folder.name)
+    folder.symlink_to(moved)
+    return moved
+
+
+def test_a_checkpoint_that_was_moved_and_linked_back_is_read_and_only_its_link_deleted(tmp_path: Path):
+    run = tmp_path / "run"
+    for step in (10, 20, 30):
+        write_checkpoint(run, step, TINY)
+    moved = move_and_link_back(folders.folder_of(run, 10), tmp_path / "elsewhere")
+    assert folders.find(f"{run}@10") == folders.folder_of(run, 10) and damage_of(folders.find(f"{run}@10")) == []
+    assert folders.drop_old(folders.folder_of(run, 30), CheckpointConfig(keep_last=2)) == [folders.folder_of(run, 10)]
+    assert [folders.step_of(p) for p in folders.checkpoints_of(run)] == [20, 30] and damage_of(moved) == []
+    folders.mend(run)
+    moved = move_and_link_back(folders.folder_of(run, 30), tmp_path / "elsewhere")
+    again = write_checkpoint(tmp_path / "new", 30, TINY).rename(run / "checkpoints" / "step-000030.tmp")
+    folders.commit(again, folders.folder_of(run, 30))
+    assert not folders.folder_of(run, 30).is_symlink() and folders.pointed(run) == folders.folder_of(run, 30)
+    assert damage_of(moved) == []
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-000020", "step-000030"]
+
+
+def test_a_link_that_a_crash_left_bricks_nothing(tmp_path: Path):
+    write_checkpoint(tmp_path / "run", 10, TINY)
+    for name in ("step-000005.deleted.tmp", "step-000020.tmp"):
+        (tmp_path / "run" / "checkpoints" / name).symlink_to(tmp_path)
+    folders.mend(tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-000010"]
+
+
+def test_a_lock_that_is_a_link_is_unlinked_and_a_pipe_refused(tmp_path: Path):
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with folders.locked(tmp_path):
+        assert (tmp_path / "precious").read_text() == "text" and not (tmp_path / "lock").is_symlink()
+    (tmp_path / "lock").unlink()
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(UserError, match=r"lock: cannot be written \(not a regular file\)"):
+        folders.locked(tmp_path).__enter__()
+
+
+def test_no_reason_is_none():
+    assert os_reason(OSError("Cannot call rmtree on a symbolic link")) == "Cannot call rmtree on a symbolic link"
+    assert os_reason(OSError()) == "OSError"
+
+
+FOREIGN: dict[str, str] = {
+    "latest_checkpointed_iteration.txt": "a checkpoint of Megatron-LM",
+    "iter_0000100/mp_rank_00/model_optim_rng.pt": "a checkpoint of Megatron-LM",
+    "iter_0000100/__0_0.distcp": "a distributed checkpoint of Megatron-LM",
+    "global_step10/layer_00-model_00-model_states.pt": "pipelines (GPT-NeoX's)",
+    "global_step10/mp_rank_00_model_states.pt": "a checkpoint of DeepSpeed; the zero_to_fp32.py in it",
+    "mp_rank_00_model_states.pt": "one step of a checkpoint of DeepSpeed",
+    "ckpt.pt": "a checkpoint of nanoGPT",
+    "consolidated.00.pth": "its maker's own files",
+    "model-q4.gguf": "llama.cpp",
+    "adapter_config.json": "an adapter (LoRA)",
+    "config.json": "a folder of Hugging Face transformers; import it",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_others_wrote_is_called_by_its_name(tmp_path: Path, name: str):
+    (tmp_path / "other" / name).parent.mkdir(parents=True)
+    (tmp_path / "other" / name).write_bytes(b"\x80\x02.")
+    with pytest.raises(UserError, match=re.escape(FOREIGN[name])) as refused:
+        folders.find(tmp_path / "other")
+    assert str(refused.value).startswith(f"{tmp_path}/other is ") and "\n" not in str(refused.value)
+
+
 def test_a_text_is_the_old_one_or_the_new_one(tmp_path: Path):
     path = tmp_path / "text"
     for at in range(5):
@@ -302,3 +384,26 @@ def test_a_text_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, mon
     with pytest.raises(OSError, match="No space left"):
         replace_text(tmp_path / "text", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["text"] and (tmp_path / "text").read_text() == "old"
+
+
+def test_a_run_loaded_from_itself_on_its_first_start_is_told_of_auto_resume(tmp_path):
+    save = str(tmp_path / "ck")
+    for load in (save, f"{save}@latest", f"{save}/"):
+        with pytest.raises(UserError, match=f"--load {load} has no checkpoint yet; --save {save} --auto-resume"):
+            folders.require_begun(CheckpointConfig(save=save, load=load))
+    folders.require_begun(CheckpointConfig(save=save, load=str(tmp_path / "other")))
+    folders.folder_of(tmp_path / "ck", 3).mkdir(parents=True)
+    folders.require_begun(CheckpointConfig(save=save, load=save))
+
+
+def test_a_name_that_no_folder_has_is_told(monkeypatch: pytest.MonkeyPatch):
+    """From Python 3.13 on, looking into a folder with a NUL in its name raises ValueError."""
+
+    def glob(path: Path, pattern: str) -> list[Path]:
+        raise ValueError("embedded null byte")
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert folders.checkpoints_of(Path("a\0b")) == []
+    for name in ("a\0b", "a\0b@latest", "a\0b@best", "a\0b@3"):
+        with pytest.raises(UserError, match="no checkpoint"):
+            folders.find(name)

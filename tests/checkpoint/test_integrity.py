@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from megagpt.checkpoint import integrity, pieces, state
 from megagpt.checkpoint.integrity import damage_of, read_tables, write_tables
@@ -78,6 +80,15 @@ def pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+def poison(folder: Path, key: str, name: str, value: float) -> None:
+    """A number that nothing can be computed with, and the right hash of it."""
+    path = folder / f"{key}-00001-of-00002.safetensors"
+    tensors = load_file(path)
+    tensors[name].flat[-1] = value
+    save_file(tensors, path)
+    seal(folder)
+
+
 WEIGHTS = "weight-00000-of-00002.safetensors"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "42 shard missing": (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS}: missing"),
@@ -98,6 +109,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "sums without end of line": (lambda f: cut(f / "SHA256SUMS", 1), "SHA256SUMS: cut short"),
     "a pipe": (lambda f: pipe(f / WEIGHTS), f"{WEIGHTS}: cannot be read .not a regular file"),
     "a pipe as sums": (lambda f: pipe(f / "SHA256SUMS"), "SHA256SUMS: cannot be read .*not a regular file"),
+    "a sealed NaN": (
+        lambda f: poison(f, "weight", "head.norm.bias", float("nan")),
+        "weight-00001-of-00002.safetensors: weight of head.norm.bias holds 1 NaN or Inf",
+    ),
+    "a sealed Inf": (
+        lambda f: poison(f, "exp_avg", "blocks.1.mlp.up.weight", np.float32("inf")),
+        "exp_avg-00001-of-00002.safetensors: exp_avg of blocks.1.mlp.up.weight holds 1 NaN or Inf",
+    ),
+    "a sealed negative square": (
+        lambda f: poison(f, "exp_avg_sq", "head.norm.bias", -1e-20),
+        "exp_avg_sq-00001-of-00002.safetensors: exp_avg_sq of head.norm.bias holds 1 negative squares",
+    ),
     "sealed without a shard": (
         lambda f: ((f / WEIGHTS).unlink(), seal(f)),
         f"SHA256SUMS: has no {WEIGHTS}; the checkpoint is damaged, load another",
@@ -182,12 +205,40 @@ def test_an_index_with_anything_in_a_place_is_read_or_refused(place: str, value:
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.floats(0, 1e3), st.lists(st.integers(0, 2**60)))
 def test_a_state_comes_back_bit_for_bit(lr: float, loss: float, skipped: list[int]):
-    at = state_of(7, lr=lr, validation_loss=loss, counters={"loss_scale": 2.0**40}, skipped_steps=skipped)
+    at = state_of(
+        7, lr=lr, validation_loss=loss, counters={"skipped_steps": 0, "cur_scale": 2.0**40}, skipped_steps=skipped
+    )
     with TemporaryDirectory() as name:
         (Path(name) / "state.json").write_text(state_json(at))
         back = read_state(Path(name))
     assert (back.lr.hex(), back.skipped_steps) == (lr.hex(), skipped)
     assert state_json(back) == state_json(at)
+
+
+WRONG: list[tuple[str, object, str]] = [
+    ("counters", {"skipped_steps": "0"}, "counters.skipped_steps: Input should be a valid number"),
+    ("counters", {"skipped_steps": -1}, "a counter is not what a run counts"),
+    ("counters", {"skipped_steps": 0.5}, "a counter is not what a run counts"),
+    ("counters", {"skipped_steps": 9}, "a counter is not what a run counts"),
+    ("counters", {"skipped_steps": 0, "cur_scale": 0.0}, "a counter is not what a run counts"),
+    ("counters", {"cur_scale": 1.0}, "a counter is not what a run counts"),
+    ("guard", {"history": {"losses": ["1"]}}, "guard.history.losses.0: Input should be a valid number"),
+    ("guard", {"history": [1]}, "guard.history: Input should be an object"),
+    ("guard", {"n_bad": 1.5}, "guard.n_bad: Input should be a valid integer"),
+    ("noise_scale", {"signal": None}, "noise_scale.signal: Input should be a valid number"),
+    ("noise_scale", {"other": 1.0}, "noise_scale.other: Extra inputs"),
+    ("config", {"model": []}, "config.model: Input should be an object"),
+    ("data", {"tokenizer_sha256": 3}, "data.tokenizer_sha256: Input should be a valid string"),
+    ("lr", 1e400, "it holds Infinity|lr: "),
+    ("step", True, "step: Input should be a valid integer"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "words"), WRONG, ids=[f"{field} {value}" for field, value, _ in WRONG])
+def test_wrong_types_are_found_when_it_is_read(tmp_path: Path, field: str, value: object, words: str):
+    (tmp_path / "state.json").write_text(json.dumps(VALID | {field: value}))
+    with pytest.raises(UserError, match=words):
+        read_state(tmp_path)
 
 
 def test_numbers_that_are_none_are_not_written():
@@ -219,6 +270,8 @@ def test_what_a_run_that_goes_on_must_keep():
         train = TrainConfig(global_batch_size=12, **settings)
         with pytest.raises(UserError, match=r"read 56 samples, .* would have read \d+ samples.*batch-steps 8@1,12@8"):
             check_resumable(replace(config, train=train), at, folder)
+    with pytest.raises(UserError, match=r"keep train\.global_batch_size, its ramp and that of seq_len$"):
+        check_resumable(replace(config, train=TrainConfig(global_batch_size=4)), at, folder)  # no batch_steps shrink
     shorter = TrainConfig(seq_len_start=4, seq_len_warmup_steps=3)
     with pytest.raises(UserError, match=r"read 56 samples, .* tokens .* would have read 56 samples"):
         check_resumable(replace(config, train=shorter), at, folder)

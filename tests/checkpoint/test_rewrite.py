@@ -20,7 +20,7 @@ from megagpt.checkpoint.integrity import damage_of
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import read_state
 from megagpt.errors import UserError
-from tests.checkpoint.written_checkpoint import KEYS, gpt2_tensors, write_checkpoint
+from tests.checkpoint.written_checkpoint import weights_and_moments, write_checkpoint
 
 
 def merged(folder: Path) -> dict[str, np.ndarray]:
@@ -165,5 +165,5 @@ def test_memory_is_bounded(tmp_path: Path, operation: str):
 
 def test_a_small_gpt_is_what_the_tests_say(tmp_path: Path):
     source = write_checkpoint(tmp_path / "run")
-    expected = {f"{key}/{n}": v for i, key in enumerate(KEYS) for n, v in gpt2_tensors(seed=3 + i).items()}
+    expected = {f"{key}/{n}": v for key, named in weights_and_moments(seed=3).items() for n, v in named.items()}
     assert_same(merged(source), expected)

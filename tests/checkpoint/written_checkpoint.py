@@ -40,6 +40,13 @@ def gpt2_tensors(config: ModelConfig = MODEL, seed: int = 0) -> dict[str, np.nda
     return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+def weights_and_moments(seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
+    """Of a small GPT-2, by key."""
+    tensors = {key: gpt2_tensors(seed=seed + i) for i, key in enumerate(KEYS)}
+    tensors["exp_avg_sq"] = {name: values**2 for name, values in tensors["exp_avg_sq"].items()}
+    return tensors
+
+
 def write_checkpoint(
     run: Path,
     step: int = 1,
@@ -55,7 +62,7 @@ def write_checkpoint(
     key; matrices are cut by rows or, every second one, by columns.
     """
     if tensors is None:
-        tensors = {key: gpt2_tensors(seed=3 * step + i) for i, key in enumerate(KEYS)}
+        tensors = weights_and_moments(seed=3 * step)
     folder = run / "checkpoints" / f"step-{step:06d}"
     folder.mkdir(parents=True)
     index: dict[str, Any] = {}

@@ -40,7 +40,7 @@ def test_what_the_text_means():
 
 
 REFUSED = [
-    *((DataPath, text) for text in ["A B", "0.7 A 0.3", "-1 A 2 B", "nan A 1 B", "inf A 1 B", "0 A 1 B", "1 A 1 A"]),
+    *((DataPath, text) for text in ["0.7 A B", "0.7 A 0.3", "-1 A 2 B", "nan A 1 B", "inf A 1 B", "0 A 0 B"]),
     *((Split, text) for text in ["", "a", "1,2,3,4", "-1,2,3", "1,,2", "nan", "inf,1", "0,0,0", "1e3,1", "1;2"]),
     (Split, "9" * 400),
     *((BatchSteps, text) for text in ["4", "4@", "@1", "4@0", "0@1", "4@1,", "4@2", "4@1,4@2", "x@1", "-4@1"]),

@@ -65,6 +65,63 @@ def test_ids_of_a_vocabulary(change, words, source: Path, tmp_path: Path, prepro
         preprocess(source, tokenizer=("hf", "--tokenizer-model", model)).refused(str(model), *words)
 
 
+def _change(key: str, value: object) -> Callable[[dict], None]:
+    return lambda values: values.update({key: value})
+
+
+def _replace(content: str, **pattern: str) -> dict:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+HOSTILE = {
+    "doubling": ("normalizer", [_replace("aa", String="a")] * 1000, "times as long"),
+    "doubling when decoded": ("decoder", [_replace("a" * 9999, String="a")], "times as long"),
+    "between all characters": ("normalizer", [_replace("a" * 9999, Regex="")], "times as long"),
+    "before all texts": ("normalizer", [{"type": "Prepend", "prepend": "a" * 9999}], "times as long"),
+    "an index of 4 GB": ("normalizer", [{"type": "Precompiled", "precompiled_charsmap": "/////wAA"}], "announces"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_files_that_ask_for_much_memory(case: str, source: Path, tmp_path: Path, preprocess, hf_file) -> None:
+    key, parts, words = HOSTILE[case]
+    inner = {"normalizer": "normalizers", "decoder": "decoders"}[key]
+    model = _with(hf_file, _change(key, {"type": "Sequence", inner: parts}), tmp_path / "tokenizer.json")
+    preprocess(source, tokenizer=("hf", "--tokenizer-model", model)).refused(str(model), words)
+
+
+@pytest.mark.bad_input(18, 20)
+def test_ids_far_beyond_all_vocabularies(source: Path, tmp_path: Path, preprocess, gpt2_files, hf_file) -> None:
+    """A table of all ids would have gigabytes."""
+    vocab = _with(gpt2_files[0], _change("a", 2**31 - 2), tmp_path / "vocab.json")
+    preprocess(source, tokenizer=_gpt2(vocab, gpt2_files[1])).refused(str(vocab), "2147483646")
+    added = [{"id": 2**31 - 2, "content": "x", "special": True}]
+    model = _with(hf_file, _change("added_tokens", added), tmp_path / "tokenizer.json")
+    preprocess(source, tokenizer=("hf", "--tokenizer-model", model)).refused(str(model), "2147483646")
+
+
+def test_text_that_a_tokenizer_cannot_encode(source: Path, tmp_path: Path, preprocess, hf_file) -> None:
+    words = {"type": "WordLevel", "vocab": {"b": 7}, "unk_token": "?"}
+    model = _with(hf_file, _change("model", words), tmp_path / "tokenizer.json")
+    preprocess(source, tokenizer=("hf", "--tokenizer-model", model)).refused(str(model), "cannot encode a text")
+
+
+@pytest.mark.bad_input(16, 17)
+def test_files_of_another_kind(source: Path, tmp_path: Path, preprocess, hf_file, sentencepiece_file) -> None:
+    other = tmp_path / "tokenizer.model"
+    for kind, data, words in (
+        ("sentencepiece", b"", "empty"),
+        ("sentencepiece", b"IQ== 33\nIg== 34\n", "tiktoken"),
+        ("sentencepiece", hf_file.read_bytes(), "--tokenizer hf"),
+        ("hf", b"IQ== 33\n", "tiktoken"),
+        ("hf", sentencepiece_file.read_bytes(), "--tokenizer sentencepiece"),
+        ("hf", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        ("hf", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    ):
+        other.write_bytes(data)
+        preprocess(source, tokenizer=(kind, "--tokenizer-model", other)).refused(str(other), words)
+
+
 @pytest.mark.bad_input(18)
 def test_a_token_that_is_written_twice(source: Path, tmp_path: Path, preprocess, gpt2_files) -> None:
     vocab = tmp_path / "vocab.json"

@@ -55,6 +55,59 @@ def corpora(tmp_path_factory):
     return [write(folder / name, n, seed) for seed, (name, n) in enumerate([("A", 90), ("B", 40), ("C", 150)])]
 
 
+@pytest.mark.parametrize("num_samples", [(60, 20, 7), (383, 60, 19)])
+@pytest.mark.parametrize("n_datasets", [2, 3])
+def test_datasets_without_weights_are_blended_by_size_as_in_megatron(corpora, tmp_path, n_datasets, num_samples):
+    args = (corpora[:n_datasets], "80,15,5", 11, 4321, num_samples)
+    for got, want, asked in zip(splits(*args), megatron_splits(*args, tmp_path), num_samples, strict=True):
+        assert len(got) == len(want) == asked  # all are less than an epoch
+        for name in ("dataset_index", "dataset_sample_index"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+        for i in range(len(got)):
+            np.testing.assert_array_equal(got[i][:-1], want[i]["tokens"].numpy())
+
+
+def test_datasets_without_weights_go_on_beyond_an_epoch(corpora):
+    """Where Megatron ends: with the same proportions."""
+    train, _, _ = splits(corpora, "1", 11, 0, (4000, 0, 0))
+    n_tokens = [IndexedDataset(prefix).n_tokens for prefix in corpora]
+    assert len(train) >= 4000
+    np.testing.assert_allclose(
+        np.bincount(train.dataset_index) / len(train), np.divide(n_tokens, sum(n_tokens)), atol=0.002
+    )
+
+
+def test_a_dataset_shorter_than_a_sample_repeats_as_in_megatron(corpora, tmp_path):
+    """Two documents of 12 tokens in all, for samples of 24."""
+    with IndexedWriter(tmp_path / "short", np.uint16) as writer:
+        for length in (5, 7):
+            writer.add_document(np.arange(length))
+    data_path = ["0.2", str(tmp_path / "short"), "0.8", corpora[0]]
+    args = (data_path, "1", 23, 1, (50, 0, 0))
+    got, want = splits(*args)[0], megatron_splits(*args, tmp_path)[0]
+    for i in range(50):
+        np.testing.assert_array_equal(got[i][:-1], want[i]["tokens"].numpy())
+    with pytest.raises(UserError, match="short: documents"):
+        splits(data_path[1:2], "1", 23, 1, (50, 0, 0))
+    left, _, _ = splits(data_path[1::2], "1", 23, 1, (50, 0, 0))  # by size it has none
+    assert [str(part.dataset.prefix) for part in left.datasets] == corpora[:1]
+
+
+def test_what_megatron_takes_for_a_blend():
+    for words, prefixes, weights in (
+        ("A B C", "A B C", ""),
+        ("A A B", "A B", ""),
+        ("0 A 1 B", "B", "1"),
+        ("0.3 A 0.2 B 0.30 A", "A B", "0.60 0.2"),
+    ):
+        path = DataPath.parse(words)
+        assert " ".join(path.prefixes) == prefixes and " ".join(map(str, path.weights)) == weights
+        assert DataPath.parse(path.words) == path
+    for words, wrong in (("0 A 0 B", "above 0"), ("0.7 A B", "pairs"), ("A 0.3", 'weight "A"'), ("-1 A 2 B", '"-1"')):
+        with pytest.raises(UserError, match=wrong):
+            DataPath.parse(words)
+
+
 @pytest.mark.parametrize("weights", [None, "1", "0.7 0.3", "3 1 2", "0.01 0.98 0.01", "0.3 0.2 0.2"])
 @pytest.mark.parametrize("num_samples", [(60, 20, 7), (700, 3, 150), (1234, 100, 1)])
 def test_same_splits_as_megatron(corpora, tmp_path, weights, num_samples):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -100,3 +101,19 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache_dir() == Path("/somewhere/megagpt")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_dir() == Path.home() / ".cache" / "megagpt"
+
+
+def test_who_has_no_home_has_a_cache_of_his_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = default_cache_dir()
+    assert folder == tmp_path / f"megagpt-{os.getuid()}" == default_cache_dir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    folder.symlink_to(tmp_path)  # as somebody else might have made it
+    with pytest.raises(UserError, match="belongs to another user; set HOME, or "):
+        default_cache_dir()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megagpt.data.indexed.dataset import IndexedDataset, verify
-from megagpt.data.indexed.meta import read_meta
+from megagpt.data.indexed.meta import losses, read_meta
 from megagpt.data.text import prepare as prepare_module
 from megagpt.data.text.documents import BLOCK_BYTES
 from megagpt.data.text.prepare import Progress, TokenizerFiles, prepare
@@ -71,7 +71,7 @@ def test_an_error_in_a_worker_is_the_first_in_the_input(source: Path, tmp_path: 
 
 
 def test_several_keys_make_several_datasets(source: Path, tmp_path: Path) -> None:
-    metas = prepare([str(source)], str(tmp_path / "a"), BYTES, keys=["text", "title"], workers=1)
+    metas = prepare([str(source)], str(tmp_path / "a"), BYTES, keys=["text", "title"], workers=1).metas
     prepare([str(source)], str(tmp_path / "b"), BYTES, workers=1)
     assert _bytes(tmp_path / "a") == _bytes(tmp_path / "b")
     titles = IndexedDataset(tmp_path / "a_title_document")
@@ -89,7 +89,7 @@ def test_one_key_without_text_writes_nothing(tmp_path: Path) -> None:
 def test_what_is_recorded(source: Path, tmp_path: Path, sentencepiece_file: Path) -> None:
     files = TokenizerFiles(kind="sentencepiece", model=str(sentencepiece_file))
     prefix = tmp_path / "a_text_document"
-    (meta,) = prepare([str(source)], str(tmp_path / "a"), files, append_eod=True, workers=1)
+    (meta,) = prepare([str(source)], str(tmp_path / "a"), files, append_eod=True, workers=1).metas
     recorded = read_meta(prefix)
     dataset, tokenizer = IndexedDataset(prefix), build_tokenizer("sentencepiece", model=str(sentencepiece_file))
     texts = [json.loads(line)["text"] for line in source.read_text().splitlines()]
@@ -100,7 +100,8 @@ def test_what_is_recorded(source: Path, tmp_path: Path, sentencepiece_file: Path
     assert (recorded.documents, recorded.tokens) == (len(dataset), dataset.n_tokens)
     assert recorded.text_bytes == sum(len(text.encode()) for text in texts)
     tokens = np.concatenate([part for _, part in dataset.chunks()])
-    assert int(tokenizer.token_bytes()[tokens].sum()) == recorded.text_bytes
+    assert int(tokenizer.token_bytes()[tokens].sum()) == recorded.text_bytes == recorded.token_text_bytes
+    assert (recorded.unknown_tokens, recorded.lost_share, losses(recorded)) == (0, 0.0, [])
     assert recorded.bin_sha256 == hashlib.sha256(_bytes(tmp_path / "a")[0]).hexdigest()
     assert recorded.idx_sha256 == hashlib.sha256(_bytes(tmp_path / "a")[1]).hexdigest()
     verify(IndexedDataset(prefix))

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-NAMES = ("index", "side_file", "jsonl", "yaml", "argv")
+NAMES = ("index", "side_file", "jsonl", "yaml", "argv", "stranger")
 
 
 def main() -> None:

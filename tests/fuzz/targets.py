@@ -1,4 +1,4 @@
-"""What a fuzzer feeds: readers of files and of the command line, each with a folder of its own to write into.
+"""What a fuzzer feeds: readers of files, of the command line and of a port, each with a folder to write into.
 
 A target returns, or raises UserError inside and swallows it; any other exception is a finding, and so is a result that
 another reader of the same bytes does not give. test_fuzz.py feeds them with Hypothesis, `make fuzz` guided by coverage.
@@ -11,6 +11,7 @@ import gzip
 import io
 import itertools
 import json
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +22,15 @@ from megagpt.cli import parse_run_config, read_config, to_yaml
 from megagpt.cli.yaml_file import read_yaml
 from megagpt.data.indexed.dataset import IndexedDataset, verify
 from megagpt.data.text.documents import find_inputs, read_blocks, texts
+from megagpt.data.text.packed import packing
 from megagpt.errors import UserError
+from megagpt.processes.watch.door import Door
+from megagpt.processes.watch.judge import Wire
 
 Target = Callable[[bytes, Path], None]
 MAX_DOCUMENT_BYTES = 1 << 20
+TOKEN = "secret"
+HELLO = b'{"token": "secret", "rank": 1, "host": "a", "machine": "b", "pid": 3}\n'
 NAMES = ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.txt.gz", "packed.jsonl.gz")
 
 
@@ -70,6 +76,8 @@ def fuzz_jsonl(data: bytes, folder: Path) -> None:
     except UserError as error:
         _is_good_message(error, folder)
         return
+    if name in ("a.jsonl", "a.txt") and packing(content):
+        return  # told by its first bytes, not by its name
     if name in ("a.jsonl", "packed.jsonl.gz"):
         with contextlib.suppress(RecursionError):  # Python's parser nests less deep
             assert found == _texts_by_json(content)
@@ -105,6 +113,33 @@ def fuzz_argv(data: bytes, folder: Path) -> None:
     assert read_config(read_yaml(_written(config, folder)), "run.yaml") == config
 
 
+def fuzz_stranger(data: bytes, folder: Path) -> None:
+    """What comes to the judge's port: as a stranger's, in pieces of a size that the first byte says; then as a rank's.
+
+    Only who knows the token gets in, no stranger keeps a rank out, and lines of a rank are objects or its end.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        door, size = Door(listener, TOKEN, 2), 1 + 4 * (data[0] if data else 0)
+        admitted = []
+        with socket.create_connection(listener.getsockname()) as stranger:
+            for start in range(1, len(data), size):
+                with contextlib.suppress(OSError):  # hung up on
+                    stranger.sendall(data[start : start + size])
+                admitted += door.admit(0.0)
+        for connection, _, _ in admitted:
+            assert json.loads(data[1:].split(b"\n")[0])["token"] == TOKEN
+            connection.close()
+        with socket.create_connection(listener.getsockname()) as rank:
+            rank.sendall(HELLO + data)
+            ((connection, hello, rest),) = [*door.admit(0.0)]
+            assert hello.rank == 1
+        door.close()
+    wire = Wire(connection, rest)
+    while not wire.ended:
+        assert all(isinstance(message, dict) for message in wire.receive())
+    wire.close()
+
+
 # What a fuzzer would not come upon by itself.
 WORDS: dict[str, tuple[bytes, ...]] = {
     "index": (b"MMIDIDX\0\0",),
@@ -118,6 +153,15 @@ WORDS: dict[str, tuple[bytes, ...]] = {
         *(b"2020-01-01", b'"\\0"', b'"\\ud800"', b"? ", b"- ", b"{", b"}", b"---", b"%YAML 1.1", b"n_layers", b"lr"),
     ),
     "argv": (b"--config", b"--preset", b"--tp", b"--n-layers=", b"--lr", b"--data-path", b"--help", b"None", b"nan"),
+    "stranger": (
+        b'{"token": "secret", ',
+        b'"rank": 0',
+        b'"host": ""',
+        b'"machine": ""',
+        b'"pid": 0}',
+        b"[[[[",
+        b"\\ud800",
+    ),
 }
 
 
@@ -127,6 +171,7 @@ TARGETS: dict[str, Target] = {
     "jsonl": fuzz_jsonl,
     "yaml": fuzz_yaml,
     "argv": fuzz_argv,
+    "stranger": fuzz_stranger,
 }
 
 
@@ -158,7 +203,7 @@ def _check_index(dataset: IndexedDataset, idx: bytes, bin_size: int) -> None:
 def _texts_by_json(content: bytes) -> list[str]:
     """The documents as Python's own parser reads them."""
     found = []
-    for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+    for line in (line.removeprefix(b"\xef\xbb\xbf") for line in content.split(b"\n")):
         if line and not line.isspace():
             values = [value for key, value in _pairs(line) if key == "text"]
             assert len(values) == 1, values
@@ -194,6 +239,14 @@ def seeds(name: str) -> list[bytes]:
             b'optim: {lr: .nan}\ntrain: {seed: 0x10, precision: "bf16"}\n# c\n',
             to_yaml(parse_run_config([])).encode(),
         ]
+    if name == "stranger":
+        strange = [
+            b'{"token": "\xc3\xa9", "rank": 0}\n',
+            b"[" * 3000,
+            b"GET / HTTP/1.1\r\n\r\n",
+            b'{"token": "\\ud800"}\n',
+        ]
+        return [b"\x00" + HELLO[:40], *(b"\xff" + line for line in [*strange, HELLO, HELLO + b'{"bye": true}\n'])]
     words = ["--tp", "2", "--model.n-layers=3", "--lr", "1e-3", "--data-path", "0.7", "A", "--recompute"]
     return ["\n".join(part).encode() for part in itertools.accumulate([word] for word in words)]
 

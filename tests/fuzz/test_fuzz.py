@@ -11,7 +11,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megagpt.cli.yaml_file import dotted_keys
-from tests.fuzz.targets import TARGETS, fuzz_argv, fuzz_index, fuzz_jsonl, fuzz_side_file, fuzz_yaml, seeds
+from tests.fuzz.targets import (
+    TARGETS,
+    fuzz_argv,
+    fuzz_index,
+    fuzz_jsonl,
+    fuzz_side_file,
+    fuzz_stranger,
+    fuzz_yaml,
+    seeds,
+)  # fmt: skip
 
 # The folder is the test's, not the example's: a target writes its files anew each time.
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -178,6 +187,12 @@ words = st.sampled_from(
 @given(argv=st.lists(words | st.text(max_size=6), max_size=5))
 def test_argv(argv: list[str], tmp_path: Path) -> None:
     fuzz_argv("\n".join(argv).encode("utf-8", errors="surrogatepass"), tmp_path)
+
+
+@FAST
+@given(data=st.binary(max_size=300) | mutated("stranger"))
+def test_stranger(data: bytes, tmp_path: Path) -> None:
+    fuzz_stranger(data, tmp_path)
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -20,6 +20,7 @@ from megagpt.hf.architecture import share
 from megagpt.hf.architectures import ARCHITECTURES
 from megagpt.model.gpt import GPT
 from megagpt.model.position import POSITIONS
+from megagpt.model.position.scaling import SCALINGS
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.parameter import part_of
 from tests.hf.hf_cases import CASES, Case, state_of, theirs
@@ -69,6 +70,15 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
         exponent = config.rotary_width / (config.rotary_width - 2)
         named["rotary_base"] *= named["rotary_factor"] ** exponent
         named |= {"rotary_factor": 1.0, "rotary_scaling": "linear"}
+    used = {"yarn": ("beta_fast", "beta_slow"), "llama3": ("low_freq_factor", "high_freq_factor")}
+    for name in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
+        if name not in used.get(config.rotary_scaling, ()):
+            del named[f"rotary_{name}"]
+    scaled = config.rotary_scaling in ("dynamic", "yarn", "llama3")
+    reach = config.rotary_original_len or round(config.seq_len / config.rotary_factor)
+    named["rotary_original_len"] = reach if scaled else None
+    grown = config.rotary_attention_factor or 0.1 * math.log(config.rotary_factor) + 1
+    named["rotary_attention_factor"] = grown if config.rotary_scaling == "yarn" else None
     return named
 
 
@@ -76,20 +86,32 @@ OTHERS: dict[str, object] = {
     "n_layers": 3, "d_model": 48, "n_heads": 2, "n_kv_heads": 2, "d_head": 4, "d_ff": 24, "seq_len": 8,
     "vocab_size": 17, "rotary_base": 100.0, "rotary_factor": 3.0, "attention": ("dense", "window:4"), "norm_eps": 1e-3,
     "rotary_fraction": 0.75, "mlp": "low_rank", "logit_scale": 0.5, "activation": "relu2", "mlp_rank": 4,
-    "mlp_blocks": 4, "rotary_scaling": "ntk", "t5_buckets": 8, "t5_max_distance": 9,
+    "mlp_blocks": 4, "t5_buckets": 8, "t5_max_distance": 9,
+    "rotary_original_len": 5, "rotary_beta_fast": 3.0, "rotary_beta_slow": 0.25, "rotary_attention_factor": 1.5,
+    "rotary_low_freq_factor": 0.5, "rotary_high_freq_factor": 3.0,
 }  # fmt: skip
-UNUSED = {"rotary_scaling", "t5_buckets", "t5_max_distance", "mlp_rank", "mlp_blocks"}  # but for what we set beside
+UNUSED = {"t5_buckets", "t5_max_distance", "mlp_rank", "mlp_blocks"}  # but for what we set beside
 CHOICES = {
     "block": ("sequential", "parallel", "parallel_two_norms"),
     "position": tuple(POSITIONS),
     "norm": ("layernorm", "rmsnorm"),
     "norm_position": ("pre", "post"),
     "activation": ("gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu"),
+    "rotary_scaling": tuple(SCALINGS),
 }
 # What must change with a value, for there to be such a model.
 BESIDE: dict[tuple[str, object], dict[str, Any]] = {
     ("mlp", "low_rank"): {"mlp_rank": 4},
     ("norm_position", "post"): {"block": "sequential"},
+    ("rotary_original_len", 5): {"rotary_scaling": "yarn", "rotary_factor": 2.0},
+    ("rotary_beta_fast", 3.0): {"rotary_scaling": "yarn", "rotary_factor": 2.0},
+    ("rotary_beta_slow", 0.25): {"rotary_scaling": "yarn", "rotary_factor": 2.0},
+    ("rotary_attention_factor", 1.5): {"rotary_scaling": "yarn", "rotary_factor": 2.0},
+    ("rotary_low_freq_factor", 0.5): {"rotary_scaling": "llama3", "rotary_factor": 2.0},
+    ("rotary_high_freq_factor", 3.0): {"rotary_scaling": "llama3", "rotary_factor": 2.0},
+    ("rotary_scaling", "yarn"): {"rotary_factor": 2.0},
+    ("rotary_scaling", "llama3"): {"rotary_factor": 2.0},
+    ("rotary_scaling", "dynamic"): {"rotary_factor": 2.0},
     ("block", "parallel"): {"norm_position": "pre"},
     ("block", "parallel_two_norms"): {"norm_position": "pre"},
 }
@@ -246,7 +268,10 @@ NOT_COMPUTED = [
     ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}, wanted None"),
     ("gpt2", {"pruned_heads": {"0": [1]}}, "pruned_heads="),
     ("gpt1", {"afn": "silu"}, "afn='silu', wanted one of gelu, relu"),
-    ("neox", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic', wanted 'default' or 'linear'"),
+    ("neox", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type='longrope', wanted 'default' or"),
+    ("neox", {"head_dim": 4}, "head_dim=4, wanted None or 8"),
+    ("falcon new", {"head_dim": 4}, "head_dim=4, wanted None or 8"),
+    ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact=True, wanted False"),
     ("gptj", {"rotary_dim": None}, "rotary_dim=None, wanted a number"),
     ("gptj", {"rotary_dim": 3}, "turn pairs of numbers"),
     ("gpt2", {"n_layer": "2"}, "a value of another type than it should be"),
@@ -264,8 +289,10 @@ NOT_COMPUTED = [
     ("mpt", {"no_bias": False}, "no_bias=False, wanted True"),
     ("mpt", {"logit_scale": "inv_sqrt_d_model"}, "logit_scale='inv_sqrt_d_model', wanted None"),
     ("mpt", {"expansion_ratio": 2}, "expansion_ratio=2, wanted 4"),
-    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3', wanted 'default'"),
-    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rope_type='yarn', wanted 'default'"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor=None, wanted a number"),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 8, "truncate": False}}, "truncate=False, wanted True"),
+    ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor=None, wanted a number"),
+    ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}, "rope_scaling": None}, "partial_rotary_factor=0.5"),
     ("llama", {"rope_scaling": "linear"}, "rotary parameters 'linear', wanted one set"),
     ("llama", {"hidden_act": "gelu_new"}, "hidden_act='gelu_new', wanted one of silu"),
     ("llama", {"head_dim": 5}, "heads of width 5"),

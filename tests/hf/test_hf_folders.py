@@ -16,16 +16,16 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from sentencepiece import SentencePieceTrainer
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from megagpt.checkpoint.folders import find
 from megagpt.checkpoint.integrity import damage_of
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import read_state
+from megagpt.checkpoint.strict import Allowed
 from megagpt.cli import read_config
 from megagpt.config import DataConfig, ParallelConfig, RunConfig, TrainConfig, plain
-from megagpt.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megagpt.data.tokenizers.tokenizer import tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.generate import Sampling, generate
@@ -71,7 +71,7 @@ def test_a_folder_comes_back_and_writes_the_same_text(name: str, tmp_path: Path)
     assert folder == tmp_path / "run" / "checkpoints" / "step-000000" and damage_of(folder) == []
     done = export(folder, tmp_path / "back", case.architecture)
     assert done.architecture == case.architecture and done.worst < 1e-4
-    assert done.note == "without a tokenizer: the run's has no files"
+    assert done.note == "without a tokenizer: the run has none"
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
     assert expected.keys() == found.keys()
     for tensor, values in expected.items():
@@ -153,8 +153,19 @@ def spoil(folder: Path, case: str) -> None:
         case "truncated":
             (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
         case "map":
+            (folder / "model.safetensors").unlink()
             places = dict.fromkeys(tensors, "../model.safetensors")
             (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        case "stale map":
+            (folder / "model.safetensors").rename(folder / "all.safetensors")
+            places = dict.fromkeys(list(tensors)[1:], "all.safetensors")
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        case "unknown":
+            save_file(
+                {**tensors, "transformer.h.0.gate": tensors["transformer.ln_f.bias"]}, folder / "model.safetensors"
+            )
+        case "elsewhere":
+            (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
 
 
 REFUSED = {
@@ -167,6 +178,9 @@ REFUSED = {
     "nan": ("model.safetensors: transformer.ln_f.bias holds a NaN or Inf",),
     "shape": ("transformer.wpe.weight has shape (9, 16), wanted (8, 16)",),
     "truncated": ("model.safetensors: cannot be read",),
+    "stale map": ("all.safetensors: the file says that it has ", "model.safetensors.index.json does not"),
+    "unknown": ("the weights hold transformer.h.0.gate, not in a gpt2 of 2 layers", "--allow-unused"),
+    "elsewhere": ("transformers_weights='other.safetensors', wanted None",),
     "map": ("lies in '../model.safetensors', wanted a .safetensors file beside it",),
 }
 
@@ -246,8 +260,10 @@ def test_the_tokenizer_travels_with_the_weights(tmp_path: Path, gpt2_tokenizer: 
     again = tokenizer_of_run(read_config(at.config, "state").data)
     assert again is not None and again.sha256 == ours.sha256 and again.files[0].is_relative_to(tmp_path / "back")
     (files / "vocab.json").unlink()
-    done = export(find(tmp_path / "run"), tmp_path / "hf-2")
-    assert done.note and done.note.startswith("without a tokenizer: ") and "vocab.json: cannot be read" in done.note
+    with pytest.raises(UserError, match=r"vocab.json: cannot be read .*; or export the weights alone: --without-token"):
+        export(find(tmp_path / "run"), tmp_path / "hf-2")
+    assert export(find(tmp_path / "run"), tmp_path / "hf-2", without_tokenizer=True).note is None
+    assert sorted(path.name for path in (tmp_path / "hf-2").iterdir()) == ["config.json", "model.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -293,16 +309,92 @@ def test_tokenizers_of_other_architectures(
         assert export(find(tmp_path / f"run-{number}"), tmp_path / f"hf-{number}").note is None
 
 
-def test_a_tokenizer_that_transformers_reads_otherwise_is_left_out(
-    tmp_path: Path, sentencepiece_data: DataConfig, monkeypatch
-):
-    monkeypatch.setattr(SentencePieceTokenizer, "transformers_settings", {"tokenizer_class": "LlamaTokenizer"})
-    model = replace(MODEL, vocab_size=600)
-    config = plain(RunConfig(model=model, data=sentencepiece_data))
-    write_checkpoint(tmp_path / "run", 0, {"weight": gpt2_tensors(model)}, config=config)
-    done = export(find(tmp_path / "run"), tmp_path / "hf")
-    assert done.note == "without a tokenizer: transformers reads its files as another one"
-    assert {path.name for path in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors"}
+def test_a_chat_model_comes_back_with_its_added_tokens_and_its_ends(tmp_path: Path, gpt2_tokenizer: Path):
+    """Beside vocab.json and merges.txt, which know nothing of them."""
+    source = shutil.copytree(gpt2_tokenizer, tmp_path / "hf")
+    tokenizer = Tokenizer(models.BPE.from_file(str(source / "vocab.json"), str(source / "merges.txt")))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "[PAD]"])
+    tokenizer.save(str(source / "tokenizer.json"))
+    named = {"eos_token": "<|im_end|>", "pad_token": "[PAD]", "chat_template": "{{ messages }}"}
+    (source / "tokenizer_config.json").write_text(json.dumps(named))
+    config = transformers.GPT2Config(
+        n_layer=1, n_embd=16, n_head=2, n_positions=8, vocab_size=296, bos_token_id=0, eos_token_id=[294, 0]
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(source)
+    folder = import_model(source, tmp_path / "run")
+    assert export(folder, tmp_path / "back").note is None
+    theirs, back = (transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("hf", "back"))
+    text = "<|im_start|>user\n  37.8<|im_end|>[PAD]<|endoftext|>"
+    assert theirs(text)["input_ids"] == back(text)["input_ids"] == tokenizer.encode(text).ids
+    assert (back.eos_token_id, back.pad_token_id, back.chat_template) == (294, 295, "{{ messages }}")
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (0, [294, 0])
+
+
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def shards_alone(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (adapter, "an adapter (LoRA), which is a change of another model"),
+        (shards_alone, "has 1 shards (model-00001-of-00002.safetensors …) and no model.safetensors.index.json"),
+        (pointer, "model.safetensors: a pointer of Git LFS in place of the file"),
+        (shutil.rmtree, "is no folder"),
+    ],
+)
+def test_other_folders_are_called_what_they_are(tmp_path: Path, spoil: Callable[[Path], object], words: str):
+    hf_folder(tmp_path / "hf")
+    spoil(tmp_path / "hf")
+    with pytest.raises(UserError) as refused:
+        import_model(tmp_path / "hf", tmp_path / "run")
+    assert words in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def test_two_sets_of_weights_are_told_apart_as_transformers_does(tmp_path: Path):
+    """save_pretrained of a small model into the folder of a large one leaves the index of that."""
+    hf_folder(tmp_path / "hf", max_shard_size="5KB")
+    model = hf_folder(tmp_path / "hf-2")
+    shutil.copy(tmp_path / "hf-2" / "model.safetensors", tmp_path / "hf")
+    said: list[str] = []
+    folder = import_model(tmp_path / "hf", tmp_path / "run", said.append)
+    taken = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
+    assert torch.equal(taken.transformer.wte.weight, model.transformer.wte.weight)
+    with Reader(folder) as reader:
+        np.testing.assert_array_equal(
+            reader.read("weight", "embedding.tokens.weight"), model.transformer.wte.weight.detach().numpy()
+        )
+    assert len(said) == 1 and "as transformers does, and not the weights that model.safetensors.index.json" in said[0]
+
+
+def test_tensors_that_are_not_taken_are_named(tmp_path: Path):
+    hf_folder(tmp_path / "hf")
+    spoil(tmp_path / "hf", "unknown")
+    said: list[str] = []
+    folder = import_model(tmp_path / "hf", tmp_path / "run", said.append, allow_unused=True)
+    assert damage_of(folder) == [] and len(said) == 1 and "transformer.h.0.gate left" in said[0]
+
+
+def test_an_export_drops_no_tensor_without_a_word(tmp_path: Path):
+    tensors = gpt2_tensors()
+    tensors["blocks.0.gate"] = np.ones(3, np.float32)
+    source = write_checkpoint(tmp_path / "run", 1, {"weight": tensors})
+    with pytest.raises(
+        UserError, match=r"holds, and this model has no place for, weight of blocks.0.gate: .*--allow-un"
+    ):
+        export(source, tmp_path / "hf")
+    assert export(source, tmp_path / "hf", allowed=Allowed(unused=True)).worst < 1e-5
 
 
 def start_from(config: RunConfig, run: Path) -> tuple[Parts, bool]:

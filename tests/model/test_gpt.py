@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt.config import ModelConfig
@@ -15,6 +16,7 @@ from megagpt.config.kernels import AUTO, Kernels
 from megagpt.inventory.parameter import Init
 from megagpt.model.dropout import Dropout
 from megagpt.model.gpt import GPT
+from megagpt.model.loss import LossTerms
 from megagpt.ops.dropout import dropout
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.embedding import gather_logits
@@ -211,6 +213,23 @@ def test_model_without_memory():
     with torch.device("meta"):
         model = GPT(replace(PLAIN, d_model=4096, n_heads=32), SINGLE)
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_logits_are_what_torch_takes(label_smoothing: float):
+    """Without the rows that pad the vocabulary, which would be further classes of logit 0."""
+    tokens_BT, _, labels_BT = batch()
+    model = GPT(PLAIN, SINGLE)
+    logits_BTV = model(tokens_BT)
+    assert logits_BTV.shape[-1] == PLAIN.vocab < model.head.tokens.weight.shape[0]
+    theirs = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), label_smoothing=label_smoothing)
+    terms = LossTerms(label_smoothing=label_smoothing)
+    ours = model(tokens_BT, labels_BT=labels_BT, terms=terms)
+    if not label_smoothing:  # which moves the gradient, and not the loss that is shown
+        assert_close(ours, theirs)
+    expected, found = (torch.autograd.grad(loss, list(model.parameters())) for loss in (theirs, ours))
+    for a, b in zip(expected, found, strict=True):
+        assert_close(a, b)
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():

@@ -5,16 +5,24 @@ One file of tests/ops/cases per op holds a `SPEC`; tests and benchmarks find it 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from megagpt.cli import parse_run_config
+from megagpt.config import ModelConfig
+from megagpt.errors import divisors
+from megagpt.presets import preset_names
+
 Arguments = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,12 +96,24 @@ class Spec:
     call: Callable[..., Tensor | tuple[Tensor, ...]]
     cases: Sequence[Case]
     shapes: Sequence[Shape]
+    widths: Sequence[Case] = ()
+    """Of each preset, whole and as tensor parallel ranks have them: proven in values alone."""
     branches: bool = True
     """False for a chain of other ops, which has no source of its own."""
     eager: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
     """What one would write in plain torch; default: the reference."""
     peers: Mapping[str, Callable[[], Callable[..., Tensor | tuple[Tensor, ...]]]] = field(default_factory=dict)
     """Other implementations by package: a function that imports it and returns one with the signature of `call`."""
+
+
+def preset_widths(of: Callable[[ModelConfig, int], T]) -> list[T]:
+    """What `of` makes of each preset and each tensor parallel size that it can be cut by, once each and sorted."""
+    found: set[T] = set()
+    for name in preset_names():
+        model = parse_run_config(["--preset", name]).model
+        sizes = [tp for tp in divisors(math.gcd(model.n_heads, model.ff_width)) if tp <= 64]
+        found |= {of(dataclasses.replace(model, vocab_size=model.vocab_size or 50257), tp) for tp in sizes}
+    return sorted(found)  # type: ignore[type-var] # numbers, or tuples of them
 
 
 def all_specs() -> list[Spec]:

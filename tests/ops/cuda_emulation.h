@@ -2,12 +2,14 @@
 //
 // Blocks run one after another. The threads of a block are fibers on one CPU thread: each runs until it waits at a
 // barrier or a shuffle. Even blocks take their threads in ascending order, odd ones in descending order, so that a
-// missing __syncthreads() shows in one of them. A barrier that not all threads reach ends the process with a message.
+// missing __syncthreads() shows in one of them. A barrier that not all threads reach ends the process with a message, and
+// so does a launch that a GPU would refuse: its limits are those of every architecture from sm_80 on.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -23,7 +25,6 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time
 #define __constant__ static
 
 struct dim3 {
@@ -36,6 +37,10 @@ namespace emulation {
 
 constexpr unsigned kLanes = 32;
 constexpr size_t kStackBytes = 64 * 1024;
+
+// CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+constexpr unsigned kMostThreads = 1024, kMostBlocksX = 0x7FFFFFFF, kMostBlocksYZ = 65535;
+constexpr size_t kMostShared = 99 * 1024;  // bytes of a block that asks for them; sm_86 and sm_89 have the least
 
 struct Fiber {
   dim3 thread{0, 0, 0};
@@ -59,6 +64,7 @@ struct Block {
   std::vector<Barrier> warps;
   std::vector<uint64_t> exchange;  // a word for each lane
   std::vector<unsigned char> shared;
+  size_t dynamic_bytes = 0, allowed_bytes = 0;
   jmp_buf scheduler;
   ucontext_t main;
 };
@@ -155,9 +161,28 @@ inline void run_block() {
   }
 }
 
-inline void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body) {
+inline void require(bool ok, const char* what, size_t got, size_t most) {
+  if (ok) return;
+  std::fprintf(stderr, "emulated CUDA: %s: got %zu, the most is %zu\n", what, got, most);
+  std::abort();
+}
+
+// What a kernel says of the array that it declares itself.
+inline void has_static_shared(size_t bytes) {
+  const Block& b = state();
+  const size_t all = bytes + b.dynamic_bytes;
+  require(all <= b.allowed_bytes, "bytes of shared memory, static and dynamic", all, b.allowed_bytes);
+}
+
+// allowed_bytes: of shared memory, as far as more than the usual 48 KiB was asked for.
+inline void run(dim3 grid, int threads, size_t shared_bytes, size_t allowed_bytes, std::function<void()> body) {
   Block& b = state();
-  if (threads < 1 || threads > 1024) std::fprintf(stderr, "emulated CUDA: %d threads in a block\n", threads), std::abort();
+  require(threads >= 1 && threads <= static_cast<int>(kMostThreads), "threads in a block", threads, kMostThreads);
+  require(grid.x <= kMostBlocksX, "blocks in x", grid.x, kMostBlocksX);
+  require(std::max(grid.y, grid.z) <= kMostBlocksYZ, "blocks in y or z", std::max(grid.y, grid.z), kMostBlocksYZ);
+  require(shared_bytes <= allowed_bytes, "bytes of dynamic shared memory", shared_bytes, allowed_bytes);
+  b.dynamic_bytes = shared_bytes;
+  b.allowed_bytes = allowed_bytes;
   b.fibers.resize(threads);
   for (int t = 0; t < threads; ++t) b.fibers[t].thread = dim3(t, 0, 0);
   b.exchange.assign((threads + kLanes - 1) / kLanes * kLanes, 0);

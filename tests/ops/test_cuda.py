@@ -57,21 +57,46 @@ def test_cuda_kernels_pass_every_case_on_an_emulated_gpu(tmp_path: Path):
 # What the emulation itself must show: a program per fault.
 PROGRAM = """
 #include "cuda_emulation.h"
+constexpr int THREADS = 64, DYNAMIC = 0, YZ = 1;
 __global__ void kernel(float* y) {
-  __shared__ float values[64];
+  static float values[64];
+  emulation::has_static_shared(sizeof(values));
   values[threadIdx.x] = threadIdx.x;
   %s
   y[blockIdx.x * 64 + threadIdx.x] = values[63 - threadIdx.x];
 }
 int main() {
   float y[128];
-  emulation::run(dim3(2), 64, 0, [&] { kernel(y); });
+  emulation::run(dim3(2, YZ), THREADS, DYNAMIC, 48 * 1024, [&] { kernel(y); });
   for (int i = 0; i < 128; ++i) {
     if (y[i] != 63 - i %% 64) return 1;
   }
   return 0;
 }
 """
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        pytest.param("THREADS = 1056", "threads in a block: got 1056, the most is 1024", id="threads"),
+        pytest.param("YZ = 65536", "blocks in y or z: got 65536, the most is 65535", id="grid"),
+        pytest.param(
+            "DYNAMIC = 49152", "static and dynamic: got 49408, the most is 49152", id="shared memory, the sum"
+        ),
+        pytest.param("DYNAMIC = 49156", "dynamic shared memory: got 49156, the most is 49152", id="shared memory"),
+    ],
+)
+def test_the_emulation_refuses_what_a_gpu_would(tmp_path: Path, limit: str, message: str):
+    source, program = tmp_path / "program.cu", tmp_path / "program"
+    name = limit.split()[0]
+    text = re.sub(rf"\b{name} = \d+", limit, PROGRAM % "__syncthreads();")
+    source.write_text(text)
+    compile_emulated([source], program, shared=False)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=30, env=dict(os.environ), check=False)
+    assert done.returncode == -6, done.stderr
+    assert message in done.stderr
 
 
 @needs_compiler

@@ -30,6 +30,13 @@ def test_values_are_those_of_the_reference_in_float64(case: Case, dtype: torch.d
     proof.check_values(case, dtype)
 
 
+@pytest.mark.parametrize("spec", [pytest.param(spec, id=spec.op) for spec in SPECS if spec.widths])
+def test_widths_of_presets_are_those_of_the_reference(spec: Spec):
+    """In 16 bits, where a thread holds most, and shared memory with it."""
+    for case in spec.widths:
+        proof.check_values(case, torch.bfloat16)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_non_contiguous_inputs_give_the_same(case: Case):
     proof.check_non_contiguous(case, torch.float32)

@@ -68,6 +68,8 @@ class Bounds:
     """Allowed differences.
 
     loss, grad_norm: relative, at any step. gradient: of the first step, as a share of the tensor's largest element.
+    The gradient's is one of round-off alone, since all begin with the same weights. The others grow with the steps and
+    the learning rate, as the round-off of a step goes into the weights of the next: they hold for these steps.
     weight: in the end, as a share of the distance that Adam can move a weight (sum of learning rates): Adam divides, so
     that a small gradient's round-off counts as much as a large one's. Where a gradient is nothing but round-off (of
     the key biases: softmax ignores them), eps = 1e-6 keeps Adam from dividing noise by noise.

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from megagpt.cli import parse_run_config
+from megagpt.console import show
 from megagpt.plan.plan import make_plan
 from megagpt.plan.table import config_table, plan_table
 
 
-def shown(*argv: str, world_size: int) -> str:
+def shown(*argv: str, world_size: int, width: int = 100) -> str:
     config = parse_run_config(argv)
-    console = Console(file=io.StringIO(), width=100, color_system=None)
-    console.print(config_table(config))
-    console.print(plan_table(config, make_plan(config, world_size)))
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    show(console, config_table(config))
+    show(console, plan_table(config, make_plan(config, world_size)))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -46,6 +48,25 @@ def test_a_screenful_at_100_columns():
     assert "…" not in text  # nothing cut
     assert len(lines) < 45
     assert "it never fills" in text  # 2 micro-batches for 8 stages
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size"),
+    [
+        ("--vocab-size 1000", 1),
+        ("--preset gpt3-175b --tp 8 --pp 16", 1024),
+        ("--preset palm-540b --tp 12 --zero-stage 3 --recompute", 6144),
+        ("--preset mt-nlg-530b", 1),
+    ],
+)
+def test_80_columns_cut_nothing_and_fill_no_line_up(argv: str, world_size: int):
+    lines = shown(*argv.split(), world_size=world_size, width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+    assert not [line for line in lines if line != line.rstrip()]
+    heading = next(number for number, line in enumerate(lines) if line.split()[:1] == ["stage"])
+    assert " ".join(lines[heading].split()) == "stage ranks layers local weights grads optim activ logits total"
+    assert len([line for line in lines[heading + 2 :] if line]) == (16 if "--pp" in argv else 1)  # a line a stage
 
 
 def test_one_stage_has_no_bubble():

@@ -8,8 +8,10 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from megagpt.errors import EXIT_PEER_LOST
+from megagpt.processes import rendezvous
 from megagpt.processes.agree import RankError
-from megagpt.processes.rendezvous import meet
+from megagpt.processes.rendezvous import ARRIVED, LOOKED, MEETING, meet, open_store
 
 N_RANKS = 3
 
@@ -50,3 +52,36 @@ def test_who_did_not_come_is_named_though_it_came_the_last_time(agent):
             list(pool.map(come, (0, 2), (1, 1), (4.0, 4.0)))
         with pytest.raises(RankError, match=r"rank 0 did not come within 1 s; see its output"):
             list(pool.map(come, (1, 2), (2, 2), (1.0, 1.0)))
+
+
+def test_who_comes_and_ends_is_named_before_the_time_is_up(agent, monkeypatch):
+    monkeypatch.setattr(rendezvous, "GONE_S", 1.0)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(come, 0, 0, 600.0)
+        while not agent.check([MEETING]):
+            pass
+        meeting = dist.PrefixStore(agent.get(MEETING).decode(), agent)
+        meeting.add(LOOKED.format(2), 1)  # rank 2 comes, and looks no second time; rank 1 never comes
+        meeting.set(ARRIVED.format(2), "[]")
+        with pytest.raises(RankError, match=r"rank 2 came and ended before all had come; see its output") as told:
+            first.result(60.0)
+    assert told.value.code == EXIT_PEER_LOST
+
+
+def test_a_long_wait_is_said_once(agent, monkeypatch, capsys):
+    monkeypatch.setattr(rendezvous, "NOTE_S", 0.3)
+    with ThreadPoolExecutor(2) as pool, pytest.raises(RankError):
+        list(pool.map(come, (0, 1), (0, 0), (1.5, 1.5)))
+    assert capsys.readouterr().out == "still waiting, for 1.5 s in all, for rank 2\n"
+
+
+@pytest.mark.parametrize("name", ["no.such.host.invalid", "a" * 70 + ".invalid"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_host_that_nobody_knows_is_told(name, rank, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", name)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(rendezvous, "RESOLVE_S", 0.0)
+    with pytest.raises(RankError, match=rf"MASTER_ADDR={name} is no host that .* knows \(.+\); give the name") as told:
+        open_store(rank, 600.0)
+    assert told.value.code == EXIT_PEER_LOST

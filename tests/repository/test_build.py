@@ -256,3 +256,22 @@ def library(tree: Path) -> ctypes.CDLL:
 
 def log(tree: Path) -> str:
     return (tree / "build" / "build.log").read_text()
+
+
+def test_make_runs_where_the_path_has_a_space(tmp_path):
+    """The Makefile's own paths; .venv holds stand-ins that say what they were asked to do."""
+    checkout = tmp_path / "a b" / "main"
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", checkout)
+    for name in ("python", "deepspeed", "ruff"):
+        program = checkout / ".venv" / "bin" / name
+        program.write_text(f'#!/bin/sh\necho {name} "$@"\necho "$PATH:$TORCH_EXTENSIONS_DIR"\n')
+        program.chmod(0o755)
+    (checkout / ".venv" / ".ready").touch()
+    for target, wanted in (("plan", "python tools/plan.py"), ("train", "deepspeed --quiet"), ("format", "ruff check")):
+        done = subprocess.run(
+            ["make", "-o", ".venv/.ready", target, "ARGS=--tp 2"], cwd=checkout, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert wanted in done.stdout
+        assert f"{checkout}/.venv/bin:" in done.stdout and f":{checkout}/.venv/torch_extensions" in done.stdout

@@ -1,4 +1,5 @@
-"""The commands of README, CONTRIBUTING and docs do what they say: cheap ones are run, the others' arguments parsed.
+"""The commands of README, CONTRIBUTING, docs and of each --help do what they say: cheap ones are run, a training's are
+planned on as many processes as they start, the others' arguments parsed.
 
 Found by themselves: what stands in a code block and begins with a program, and spans like `make test`. Where a command
 is not run, one of the tables below says why; a program that is in none of them fails the test.
@@ -7,7 +8,9 @@ is not run, one of the tables below says why; a program that is in none of them 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -18,7 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +32,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import megagpt.cli
 from megagpt.errors import UserError
+from megagpt.plan.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+PROGRAMS = [*ROOT.glob("tools/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py"),
+            *ROOT.glob("*/*/__main__.py"), ROOT / "megagpt/cli/flags.py"]  # fmt: skip
 STARTS = (
     "python ",
     "deepspeed ",
@@ -50,7 +56,7 @@ RUN = {
     "tools/preprocess_data.py", "tools/inspect_data.py", "examples/generate.py", "examples/evaluate.py",
 }  # fmt: skip
 PARSED = {  # program or module: why its arguments are parsed only
-    "examples/pretrain_gpt.py": "trains for minutes; a short run of it makes the runs that the others read",
+    "examples/pretrain_gpt.py": "trains for minutes: planned; a short run of it makes the runs that the others read",
     "tools/preflight.py": "measures machines; tests/processes/preflight runs it",
     "tools/parity.py": "walks for minutes; tests/parity runs it",
     "tools/config_reference.py": "writes a page of this checkout; tests/tools compare it",
@@ -111,6 +117,30 @@ def commands_of(page: str) -> Iterator[Command]:
                     yield Command(place, shlex.split(span), block=False)
 
 
+def commands_of_help(file: Path) -> Iterator[Command]:
+    """The commands of a program's first docstring and of its DESCRIPTION, which --help shows."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    texts = [ast.get_docstring(tree) or ""]
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            texts.append(node.value.value)
+    for text in texts:
+        for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+            words = re.split(r" {3,}(?=\S)| +# ", line.strip())[0]
+            if line.strip().startswith(STARTS):
+                yield Command(str(file.relative_to(ROOT)), shlex.split(words), block="tools/plan.py" in words)
+
+
+@pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_commands_of_each_help(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "run.yaml").write_text("optim: {lr: 0.001}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    found = [c for c in commands_of_help(file) if "runs/b/config.yaml" not in c.words]  # what factorize has written
+    failed = [f"{c.place}: {shlex.join(c.words)}\n    {wrong}" for c in found if (wrong := problem(c, tmp_path))]
+    assert not failed, "\n".join(failed)
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page(page: str, sandbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -131,6 +161,9 @@ def test_there_are_commands():
     assert sum(command.block and command.words[0] == "python" for command in found) > 20
     for wrong in ("python tools/plan.py --preset gpt5", "python tools/plot_run.py", "make no-such-target",
                   "deepspeed x.py", "torchrun --procs 2 examples/pretrain_gpt.py",
+                  "deepspeed examples/pretrain_gpt.py --tp 8",
+                  "deepspeed examples/pretrain_gpt.py --preset gpt2-xl --tp 2",
+                  "torchrun --nproc-per-node 3 examples/pretrain_gpt.py --tp 2",
                   "python examples/pretrain_gpt.py --tpp 2", "python tools/parity.py --layout tp=2",
                   "python tools/new_tool.py", "python -m tests.soak --kills 3",
                   'make plan ARGS="--tpp 2"'):  # fmt: skip
@@ -166,23 +199,21 @@ def problem(command: Command, here: Path) -> str | None:
             return made(command, here)
         case "deepspeed":
             parsed = runner.parse_args([word for word in words[1:] if word != "…"])
-            return program([parsed.user_script, *parsed.user_args], run=False)
+            return program([parsed.user_script, *parsed.user_args], run=False)  # on as many as the layout needs
         case "torchrun":
             launcher, script = (
                 torch.distributed.run.get_args_parser(),
                 words.index(next(w for w in words if ".py" in w)),
             )
-            problem = quietly(lambda: launcher.parse_args([w for w in words[1:] if w != "…"]))
-            return problem or program(words[script:], run=False)
+            parsed: list[argparse.Namespace] = []
+            problem = quietly(lambda: parsed.append(launcher.parse_args([w for w in words[1:] if w != "…"])))
+            if problem:
+                return problem
+            hosts, local = parsed[0].nnodes.split(":")[-1], parsed[0].nproc_per_node
+            world_size = int(hosts) * int(local) if "…" not in words[:script] else 0
+            return program(words[script:], run=False, world_size=world_size)
         case _:
             return program(words[1:], run=command.block and not any(part in shlex.join(words) for part in PARSED_HERE))
-
-
-def launched(parse: Callable[[list[str]], argparse.Namespace], words: list[str], script: str, rest: str) -> str | None:
-    """A launcher's own arguments, by its own parser, and those of the program that it starts."""
-    found: list[argparse.Namespace] = []
-    wrong = quietly(lambda: found.append(parse([word for word in words[1:] if word != "…"])))
-    return wrong or program([getattr(found[0], script), *getattr(found[0], rest)], run=False)
 
 
 def made(command: Command, here: Path) -> str | None:
@@ -192,15 +223,22 @@ def made(command: Command, here: Path) -> str | None:
     if done.returncode:
         return done.stderr
     for line in done.stdout.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.replace(f"{ROOT}/.venv/bin/", ""), comments=True)
+        words = shlex.split(line.replace(".venv/bin/", ""), comments=True)
         ours = words and words[0] in ("python", "deepspeed")
         if ours and (wrong := problem(Command(command.place, words, command.block), here)):
             return wrong
     return None
 
 
-def program(words: list[str], run: bool) -> str | None:
-    """Run one of our programs, or parse its arguments."""
+def planned(arguments: list[str], world_size: int) -> None:
+    """A training's command: its plan on so many processes; 0: on the fewest."""
+    config = megagpt.cli.parse_run_config(arguments)
+    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1)
+    make_plan(dataclasses.replace(config, model=model), world_size or config.parallel.tp * config.parallel.pp)
+
+
+def program(words: list[str], run: bool, world_size: int = 0) -> str | None:
+    """Run one of our programs, or parse its arguments. world_size: processes that its launcher starts; 0: unknown."""
     module = words[0] == "-m"
     name, *arguments = words[1:] if module else words
     arguments = [word for word in arguments if word not in ("FLAGS", "…")]
@@ -214,7 +252,7 @@ def program(words: list[str], run: bool) -> str | None:
     if not module and not (ROOT / name).is_file():
         return f"there is no {name}"
     if name == "examples/pretrain_gpt.py":
-        return quietly(lambda: megagpt.cli.parse_run_config(arguments))
+        return quietly(lambda: planned(arguments, world_size))
     target = name if module else str(ROOT / name)
     if name in RUN and run and "--help" not in arguments:
         return quietly(lambda: called(target, module, arguments))

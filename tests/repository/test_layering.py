@@ -39,7 +39,7 @@ ONLY_IN = {
     "megagpt._C": ("megagpt/ops/",),
     "megagpt._index_builder": ("megagpt/data/",),
 }
-STARTED = {"deepspeed.launcher.launch", "tools.new_op"}  # programs in processes of their own, not imported
+STARTED = {"tools.new_op"}  # programs in processes of their own, not imported
 DEEPEST, FROM, TO = 12, "megagpt.train.loop", "megagpt.errors"  # modules one has to know of to know the first
 
 

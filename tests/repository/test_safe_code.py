@@ -40,6 +40,14 @@ def test_the_project_runs_nothing_it_reads():
     assert not findings, "\n" + "\n".join(findings)
 
 
+def test_no_message_says_none():
+    """OSErrors that libraries raise have no strerror; `os_reason` has a word for all."""
+    files = {f for d in ("megagpt", "tools", "examples") for f in (REPOSITORY / d).rglob("*.py")}
+    files.remove(REPOSITORY / "megagpt" / "files.py")
+    found = sorted(str(f) for f in files if ".strerror" in f.read_text(encoding="utf-8"))
+    assert not found, f"use os_reason of megagpt/files.py in {', '.join(found)}"
+
+
 def find_unsafe(source: str, file: Path) -> Iterator[str]:
     """Yield "file:line: what; remedy" for every refused call, argument and `global` statement."""
     tree = ast.parse(source, filename=str(file))

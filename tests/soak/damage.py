@@ -77,7 +77,7 @@ def make_run(folder: Path) -> Path:
     random = np.random.default_rng(0)
     for step in (10, 20):
         tensors = {
-            key: {name: random.standard_normal((40, 8), np.float32) for name in ("blocks.0.mlp.up.weight", "x.weight")}
+            key: {name: random.random((40, 8), np.float32) for name in ("blocks.0.mlp.up.weight", "x.weight")}
             for key in KEYS
         }
         write_checkpoint(folder / "run", step, tensors, validation_loss=3.0)

@@ -105,7 +105,8 @@ class Launched(Job):
             names = [item.removeprefix(b"RANK=") for item in environment if item.startswith(b"RANK=")]
             if names and str(PROGRAM).encode() in _read(pid, "cmdline"):  # else a helper of a rank
                 ranks[int(names[0])] = pid
-        return ranks
+        # Ranks that the program forks have its environment; they are its children, the first rank first.
+        return ranks or dict(enumerate(sorted(pid for pid in self._living() if _parent(pid) == self._process.pid)))
 
     def codes(self) -> list[int] | None:
         code = self._process.poll()
@@ -130,6 +131,13 @@ def _read(pid: int, name: str) -> list[bytes]:
         return Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return []
+
+
+def _parent(pid: int) -> int | None:
+    """The process that started this one; None where it has ended."""
+    (status, *_) = _read(pid, "stat") or [b""]
+    words = status.rpartition(b")")[2].split()
+    return int(words[1]) if words else None
 
 
 def free_port() -> int:

@@ -21,7 +21,7 @@ from megagpt.config import RunConfig
 from megagpt.errors import UserError, run_cli
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
-from tests.checkpoint.written_checkpoint import MODEL, gpt2_tensors, write_checkpoint
+from tests.checkpoint.written_checkpoint import MODEL, gpt2_tensors, weights_and_moments, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_that_a_crash_left_under_another_name_is_looked_at(tool, ru
 def test_diff_is_like_diff(tool, run: Path, tmp_path: Path):
     done = tool("diff", run, f"{run}@30")
     assert (done.code, done.out) == (0, "0 of 84 tensors and 0 fields of the state differ\n")
-    changed = {key: gpt2_tensors(seed=90 + i) for i, key in enumerate(("weight", "exp_avg", "exp_avg_sq"))}
+    changed = weights_and_moments(seed=90)
     changed["exp_avg"]["head.norm.bias"][2] += 0.5
     other = write_checkpoint(tmp_path / "other", 30, changed, validation_loss=2.5, n_files=3, layout={"tp": 3})
     done = tool("diff", run, other)
@@ -207,7 +207,8 @@ def test_export_and_import(tool, run: Path, tmp_path: Path):
     assert [line.split() for line in done.out.splitlines()[1:3]] == [
         ["all", "28", f"({moment})", "only", "in", "the", "first"] for moment in ("exp_avg", "exp_avg_sq")
     ]  # fmt: skip
-    tool("import", tmp_path / "run", "--out", tmp_path / "x").refused("config.json: cannot be read")
+    tool("import", tmp_path / "run", "--out", tmp_path / "x").refused("run is a run of megagpt; give it as --load")
+    tool("import", tmp_path, "--out", tmp_path / "x").refused("config.json: cannot be read")
     tool("export", run, "--out", tmp_path / "hf").refused("hf exists; give another --out")
 
 

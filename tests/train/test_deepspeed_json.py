@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
+from megagpt.cli import parse_run_config
 from megagpt.errors import UserError
-from megagpt.train.step.deepspeed.settings import check_deepspeed_json
+from megagpt.train.pretrain import ranks_to_start
+from megagpt.train.step.deepspeed.settings import check_deepspeed_json, types_not_taken
 
 OWNED = {
     "train_batch_size": 16,
     "train_micro_batch_size_per_gpu": 4,
     "gradient_accumulation_steps": 4,
     "gradient_clipping": 1.0,
-    "zero_optimization": {"stage": 1},
+    "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}},
     "bf16": {"enabled": True},
     "fp16": {"enabled": False},
 }
@@ -28,7 +32,7 @@ def check(tmp_path, given: object) -> dict:
 
 def test_what_we_do_not_own_passes_through(tmp_path):
     given = {"zero_optimization": {"overlap_comm": True}, "comms_logger": {"enabled": True}}
-    expected = {**OWNED, **given, "zero_optimization": {"overlap_comm": True, "stage": 1}}
+    expected = {**OWNED, **given, "zero_optimization": {"overlap_comm": True, **OWNED["zero_optimization"]}}
     assert check(tmp_path, given) == expected
 
 
@@ -39,7 +43,61 @@ def test_equal_and_auto_pass(tmp_path):
     assert check(tmp_path, {"gradient_clipping": 1}) == OWNED
 
 
+# transformers' own example for its Trainer, shortened.
+OF_TRANSFORMERS = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto"}},
+    "zero_optimization": {"stage": "auto", "overlap_comm": True, "reduce_bucket_size": "auto"},
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+}
+
+
+def test_auto_everywhere_passes_and_another_schedule_is_noted(tmp_path):
+    merged = check(tmp_path, OF_TRANSFORMERS)
+    assert merged["fp16"] == {"enabled": False, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16}
+    assert "optimizer" not in merged and "scheduler" not in merged
+    config = parse_run_config(["--deepspeed-config", str(tmp_path / "ds.json")])
+    (note,) = types_not_taken(config)
+    assert "scheduler WarmupLR leaves its values to the run, whose own optim.schedule=cosine" in note
+    assert not list(types_not_taken(parse_run_config([])))
+
+
+def test_all_contradictions_are_told_at_once(tmp_path):
+    with pytest.raises(UserError) as caught:
+        check(tmp_path, {"train_batch_size": 32, "gradient_clipping": 0.5, "scheduler": {"type": "WarmupLR"}})
+    assert len(caught.value.lines) == 2
+
+
+def test_it_is_read_before_torch_is_loaded(tmp_path):
+    """A missing file, and an offload that the run knows nothing of."""
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
+    for name, told in (("none.json", "No such file"), ("ds.json", "contradicts parallel.offload_optimizer")):
+        config = parse_run_config(["--deepspeed-config", str(tmp_path / name)])
+        with pytest.raises(UserError, match=told):
+            ranks_to_start(config)
+    code = "import sys, megagpt.train.pretrain; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
 CONTRADICTIONS = {
+    "offload": (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}},
+        'offload_optimizer.device="cpu" contradicts parallel.offload_optimizer="none"; remove the key or use '
+        "--parallel.offload-optimizer",
+    ),
+    "offload under its older name": (
+        {"zero_optimization": {"cpu_offload": True}},
+        "remove the key or use --parallel.offload-optimizer",
+    ),
+    "offload to a disk": (
+        {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+        'contradicts parallel.offload_optimizer="none"; remove the key',
+    ),
     "stage": (
         {"zero_optimization": {"stage": 2}},
         "zero_optimization.stage=2 contradicts parallel.zero_stage=1; remove the key or use --zero-stage 2",

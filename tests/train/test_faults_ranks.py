@@ -142,6 +142,7 @@ class Case:
 
 
 PATIENT = Limits()
+EACH = -1  # in place of a rank: all of them
 CASES = {
     "killed": Case(steps, (2, 2, 2), (), PATIENT, (5, signal.SIGKILL)),
     "rank 0 killed": Case(steps, (1, 1, 3), (), PATIENT, (0, signal.SIGKILL)),
@@ -151,6 +152,7 @@ CASES = {
     "raise_user_error": Case(steps, (1, 1, 3), (1, "raise_user_error"), PATIENT),
     "stopped": Case(steps, (2, 1, 2), (), QUICK, (3, signal.SIGSTOP)),
     "rank 0 stopped": Case(steps, (1, 1, 3), (), QUICK, (0, signal.SIGSTOP)),
+    "paused": Case(steps, (1, 1, 3), (), QUICK, (EACH, signal.SIGSTOP)),
     "loop": Case(steps, (2, 1, 2), (3, "loop")),
     "hold_the_lock": Case(steps, (2, 1, 2), (3, "hold_the_lock")),
     "different": Case(steps, (2, 1, 2), (3, "join_what_nobody_joins")),
@@ -186,7 +188,9 @@ def running(tmp_path_factory) -> Iterator[dict[str, Running]]:
         for name, case in CASES.items():
             if case.signal:
                 found[name].ranks.wait_for("working")
-                found[name].ranks.signal(*case.signal)
+                rank, number = case.signal
+                for each in range(math.prod(case.shape)) if rank == EACH else [rank]:
+                    found[name].ranks.signal(each, number)
                 found[name] = Running(found[name].ranks, time.monotonic())
         yield found
 
@@ -244,6 +248,20 @@ def test_rank_0_may_be_the_stopped_one(running):
     assert case.end(START_S + TIMEOUT_S + SILENT_S, 0)[1:] == [EXIT_PEER_LOST] * 2
     (error,) = case.ranks.errors
     assert re.match(rf"error: {NAMES[0]} on {HOST} was stopped by a signal", error), error
+
+
+def test_a_job_that_was_paused_goes_on(running):
+    """By a batch system that gives the machines to another one for longer than a rank may be silent."""
+    case = running["paused"]
+    time.sleep(max(0.0, case.began_s + 2 * TIMEOUT_S - time.monotonic()))
+    for rank in range(3):
+        case.ranks.signal(rank, signal.SIGCONT)
+    time.sleep(TIMEOUT_S / 2)
+    assert [process.exitcode for process in case.ranks.processes] == [None] * 3, case.ranks.all_output
+    case.ranks.signal(1, signal.SIGKILL)  # and the watch still watches
+    assert case.ranks.end(20.0) == [EXIT_PEER_LOST, -signal.SIGKILL, EXIT_PEER_LOST]
+    (error,) = case.ranks.errors
+    assert error.startswith("error: rank 1 (pipe 0, data 0, model 1) on "), error
 
 
 def test_ranks_in_different_collectives_are_named_with_both(running):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from megagpt.errors import UserError
-from megagpt.train.plot import draw_run, labels_of, plot_runs, series, smooth
+from megagpt.train.plot import draw_loss_curve, draw_run, labels_of, plot_runs, series, smooth
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -91,7 +91,7 @@ def test_the_tool_writes_into_the_run_or_where_it_is_told(tmp_path):
         (None, "No such file or directory; give the folder of a run"),
         (b"", "has no training loss in it"),
         (b'{"step": 1, "tokens": 1, "loss": 1}\n{"st\n{"step": 2}\n', "line 2: got '{\"st'"),
-        (b"\x89PNG\n", "byte 0 is not UTF-8"),
+        (b"\x89PNG\n", "line 1: got '\ufffdPNG'"),
     ],
 )
 def test_bad_runs_cost_one_line_and_leave_the_picture(tmp_path, content, message):
@@ -110,3 +110,13 @@ def test_bad_runs_cost_one_line_and_leave_the_picture(tmp_path, content, message
 def test_an_out_that_cannot_be_written(tmp_path, out):
     with pytest.raises(UserError, match=r"cannot write .*loss\..*; name another file"):
         plot_runs([make_run(tmp_path / "a")], tmp_path / out)
+
+
+def test_a_picture_that_cannot_be_drawn_is_no_error(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert draw_loss_curve(run) == f"loss curve: {run}/loss.png"
+    (run / "loss.png").unlink()
+    (run / "loss.png").symlink_to("/dev/full")
+    assert draw_loss_curve(run).startswith(f"no loss curve: cannot write {run}/loss.png: [Errno 28] No space left")
+    (run / "metrics.jsonl").write_text("")
+    assert draw_loss_curve(run).startswith(f"no loss curve: {run}/metrics.jsonl has no training loss in it")

@@ -28,6 +28,8 @@ SCHEDULE = "--warmup-steps 1 --optim.decay-steps 6 --lr 0.01 --model.dropout-res
 # What DeepSpeed's and torch's launchers write about themselves, before our program begins and after it ended.
 LAUNCHERS_OWN = re.compile(r"\[20\d\d-.*\] \[(INFO|WARNING)\] \[(runner|launch|real_accelerator)\.py")
 
+TIME = re.compile(r"^20\d\d-\d\d-\d\d \d\d:\d\d:\d\d ")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -39,8 +41,8 @@ class Run:
 
     @property
     def lines(self) -> list[str]:
-        """What our program wrote on stdout."""
-        return [line.rstrip() for line in self.out.splitlines() if not LAUNCHERS_OWN.match(line)]
+        """What our program wrote on stdout, without the times."""
+        return [TIME.sub("", line.rstrip()) for line in self.out.splitlines() if not LAUNCHERS_OWN.match(line)]
 
     def refused(self, *words: str) -> None:
         """Exit code 2 and one line on stderr that holds all the words."""

@@ -16,6 +16,7 @@ from megagpt.config.values import Split
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.indexed.index_builder import build_blending_indices
 from megagpt.data.indexed.samples import GPTSamples, split_bounds
+from megagpt.errors import UserError
 
 _SURPLUS = 0.005  # Megatron's mid_level_dataset_surplus: part of the format, it can add an epoch
 
@@ -34,6 +35,10 @@ class Blend:
         """Tokens of sample i. **Shapes**: int64[seq_len + 1]."""
         dataset, sample = self._locate(i)
         return dataset[sample]
+
+    def dataset_of(self, i: int) -> IndexedDataset:
+        """The dataset that sample i is of."""
+        return self._locate(i)[0].dataset
 
     def sources_of(self, i: int) -> list[tuple[str, int, int, int]]:
         """The pieces of sample i, in order: (dataset prefix, document, first token, number of tokens)."""
@@ -59,7 +64,7 @@ def build_splits(
 ) -> tuple[Samples | None, Samples | None, Samples | None]:
     """Train, validation and test samples; None for a split that is empty or of which 0 samples are asked.
 
-    weights: one a dataset, or none for one dataset that is not blended.
+    weights: one a dataset. Without, one dataset is read as it is, and several by the samples that each has.
     **Raises** `UserError` for unreadable data, or a split too small for one sample.
     """
     bounds = [split_bounds(split, len(dataset)) for dataset in datasets]
@@ -68,16 +73,52 @@ def build_splits(
         parts = [(dataset, bound[which]) for dataset, bound in zip(datasets, bounds, strict=True)]
         if num_samples[which] == 0 or all(start == stop for _, (start, stop) in parts):
             return None
-        if not weights:
-            return _samples(*parts[0], num_samples[which], seq_len, seed)
-        return _blend(parts, [float(weight) for weight in weights], num_samples[which], seq_len, seed)
+        if weights:
+            return _blend(parts, [float(weight) for weight in weights], num_samples[which], seq_len, seed)
+        if len(parts) > 1:
+            return _blend_by_size(parts, num_samples[which], seq_len, seed)
+        (dataset, documents), n = parts[0], num_samples[which]
+        return GPTSamples(dataset, documents=documents, num_samples=n, seq_len=seq_len, seed=seed)
 
     return build(0), build(1), build(2)
 
 
 def sources(samples: Samples) -> list[IndexedDataset]:
     """The datasets that samples come from, in the order of data_path."""
-    return [samples.dataset] if isinstance(samples, GPTSamples) else [part.dataset for part in samples.datasets]
+    return [part.dataset for part in parts_of(samples)]
+
+
+def parts_of(samples: Samples) -> list[GPTSamples]:
+    """The samples of each dataset, in the order of data_path."""
+    return [samples] if isinstance(samples, GPTSamples) else samples.datasets
+
+
+def _blend_by_size(
+    parts: Sequence[tuple[IndexedDataset, tuple[int, int]]], num_samples: int, seq_len: int, seed: int
+) -> Blend:
+    """Each dataset as often as it has samples in an epoch: without weights, Megatron reads no more than one of each.
+
+    What does not fill a sample is left out.
+    """
+    sizes = [_epoch_samples(dataset, documents, seq_len) for dataset, documents in parts]
+    parts, sizes = [part for part, n in zip(parts, sizes, strict=True) if n], [n for n in sizes if n]
+    if not parts:
+        raise UserError(
+            f"no dataset fills a sample of seq_len + 1 = {seq_len + 1} tokens in a split; give it a larger share with "
+            "--split, lower --seq-len, or add data"
+        )
+    if num_samples > sum(sizes):
+        return _blend(parts, sizes, num_samples, seq_len, seed)
+    choice = build_blending_indices(_normalized(sizes), num_samples)
+    taken = np.bincount(choice[0], minlength=len(parts)).tolist()
+    return Blend(
+        [_samples(*part, max(size, n), seq_len, seed) for part, size, n in zip(parts, sizes, taken, strict=True)],
+        choice,
+    )
+
+
+def _epoch_samples(dataset: IndexedDataset, documents: tuple[int, int], seq_len: int) -> int:
+    return max(0, int(dataset.lengths[slice(*documents)].sum(dtype=np.int64)) - 1) // seq_len
 
 
 def _blend(
@@ -105,7 +146,10 @@ def _blend(
 def _samples(
     dataset: IndexedDataset, documents: tuple[int, int], num_samples: int, seq_len: int, seed: int
 ) -> GPTSamples:
-    return GPTSamples(dataset, documents=documents, num_samples=num_samples, seq_len=seq_len, seed=seed)
+    """Of a dataset of a blend, which may be shorter than a sample."""
+    return GPTSamples(
+        dataset, documents=documents, num_samples=num_samples, seq_len=seq_len, seed=seed, may_be_short=True
+    )
 
 
 def _normalized(weights: Sequence[float] | np.ndarray) -> np.ndarray:

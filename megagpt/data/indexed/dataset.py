@@ -13,16 +13,19 @@ import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from io import BufferedRandom
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from megagpt.data.indexed.meta import DatasetMeta, meta_json, meta_path, read_meta
 from megagpt.data.indexed.mmididx import CHUNK, HEADER, REDO, complete_index, open_for_reading, read_index
+from megagpt.data.indexed.prefixes import require_dataset
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 
 
 class IndexedDataset:
@@ -34,6 +37,7 @@ class IndexedDataset:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
         self.bin_path, self.idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+        require_dataset(prefix)
         self._fd = open_for_reading(self.bin_path)
         index = read_index(self.idx_path, self.bin_path, os.fstat(self._fd).st_size)
         self.dtype, self.lengths, self.pointers = index.dtype, index.lengths, index.pointers
@@ -102,22 +106,47 @@ def verify(dataset: IndexedDataset, vocab_size: int | None = None) -> None:
         )
 
 
+class Position(NamedTuple):
+    """How far a writer is."""
+
+    n_sequences: int
+    n_tokens: int
+    n_empty: int
+    digest: Any
+    """Of the .bin up to there."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a writer left its files to a later one. empty_at: the sequences before each empty document."""
+
+    n_sequences: int
+    n_tokens: int
+    empty_at: list[int]
+    bin_sha256: str
+    lengths_sha256: str
+
+
 class IndexedWriter:
     """Write a dataset; nothing of it is visible under its names before all of it is on the disk.
 
     Used as a context manager: leaving without an exception publishes, an exception discards. Memory does not
     grow with the dataset: lengths go straight to their place in the `.idx`.
 
+    after: go on with the `.partial` files that an earlier writer has kept (`keep`).
+
     **Raises** `UserError` when output is there and `overwrite` is not set, when another process writes the
-    same prefix, and when the disk refuses.
+    same prefix, when what was kept has changed, and when the disk refuses.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype | type, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, prefix: str | Path, dtype: np.dtype | type, *, overwrite: bool = False, after: Mark | None = None
+    ) -> None:
         self.prefix, self.dtype = Path(prefix), np.dtype(dtype)
         self.n_sequences = self.n_tokens = 0
         self._empty_at = array("q")  # an empty document is no sequence, only one more boundary
         self._digest = hashlib.sha256()
-        self._finished = False
+        self._finished = self._is_kept = False
         self._final = [Path(f"{prefix}.bin"), meta_path(prefix), Path(f"{prefix}.idx")]
         self._partial = [path.with_name(path.name + ".partial") for path in self._final]
         for path in self._final:
@@ -125,8 +154,12 @@ class IndexedWriter:
         with _reporting(self._partial[0]):
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
             self._idx = _open_locked(self._partial[2])  # renamed last, so that it guards the others
-            self._bin = open(self._partial[0], "wb")  # noqa: SIM115
-            self._idx.write(bytes(HEADER.size))
+            self._bin = open(self._partial[0], "ab+")  # noqa: SIM115
+            if after is None:
+                self._truncate(0, 0)
+                self._idx.write(bytes(HEADER.size))
+            else:
+                self._go_on(after)
 
     def __enter__(self) -> Self:
         return self
@@ -149,6 +182,50 @@ class IndexedWriter:
         self.n_sequences += int((lengths > 0).sum())
         self.n_tokens += len(tokens)
 
+    def position(self) -> Position:
+        """Where it is now, for `keep`."""
+        return Position(self.n_sequences, self.n_tokens, len(self._empty_at), self._digest.copy())
+
+    def keep(self, at: Position) -> Mark:
+        """Leave the `.partial` files as they were at a position, in place of discarding them.  Raises OSError."""
+        self._truncate(*self._sizes(at))
+        self._is_kept = True
+        return Mark(
+            at.n_sequences,
+            at.n_tokens,
+            self._empty_at[: at.n_empty].tolist(),
+            at.digest.hexdigest(),
+            self._lengths_hash(),
+        )
+
+    def _go_on(self, after: Mark) -> None:
+        self._truncate(*self._sizes(after))
+        self._bin.seek(0)
+        self._digest = hashlib.file_digest(self._bin, "sha256")
+        if (self._digest.hexdigest(), self._lengths_hash()) != (after.bin_sha256, after.lengths_sha256):
+            raise UserError(
+                f"{self._partial[0]}: not as an earlier call has left it; delete {self.prefix}.*.partial to begin anew"
+            )
+        self.n_sequences, self.n_tokens = after.n_sequences, after.n_tokens
+        self._empty_at.extend(after.empty_at)
+
+    def _sizes(self, at: Position | Mark) -> tuple[int, int]:
+        """Bytes of the `.bin` and of the `.idx` at a position."""
+        return at.n_tokens * self.dtype.itemsize, HEADER.size + 4 * at.n_sequences
+
+    def _truncate(self, bin_size: int, idx_size: int) -> None:
+        for file, size in ((self._bin, bin_size), (self._idx, idx_size)):
+            file.flush()
+            file.truncate(size)
+            file.seek(0, os.SEEK_END)
+
+    def _lengths_hash(self) -> str:
+        self._idx.flush()
+        self._idx.seek(HEADER.size)
+        digest = hashlib.file_digest(self._idx, "sha256")
+        self._idx.seek(0, os.SEEK_END)
+        return digest.hexdigest()
+
     def finish(self, meta: DatasetMeta | None = None) -> None:
         """Bring all to the disk under temporary names; what can fail, fails here. Renames come at exit."""
         with _reporting(self._partial[0]):
@@ -170,7 +247,9 @@ class IndexedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is not None:
+            if self._is_kept:
+                pass
+            elif kind is not None:
                 self._discard()
             else:
                 self._publish()
@@ -207,8 +286,8 @@ class IndexedWriter:
             path.unlink(missing_ok=True)
 
 
-def _open_locked(path: Path) -> BinaryIO:
-    """Open a temporary file for writing and hold its lock. A leftover of a killed run is simply reused."""
+def _open_locked(path: Path) -> BufferedRandom:
+    """Open a temporary file for writing and hold its lock; what is in it is a leftover of another run."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
@@ -219,7 +298,6 @@ def _open_locked(path: Path) -> BinaryIO:
                 f"{path}: locked, another process is writing it; wait, or choose another --output-prefix"
             ) from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            file.truncate(0)
             return file
         file.close()  # its former owner renamed or removed it between our open and our lock: once more
 
@@ -244,5 +322,6 @@ def _reporting(path: Path, consequence: str = "Nothing that was there before has
     except OSError as error:
         name = error.filename or path
         raise UserError(
-            f"{name}: cannot be written ({error.strerror}); free space or choose another --output-prefix. {consequence}"
+            f"{name}: cannot be written ({os_reason(error)}); free space or choose another --output-prefix. "
+            f"{consequence}"
         ) from None

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megagpt.errors import UserError
+from megagpt.files import os_reason, placeholder
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # 34 bytes
@@ -114,6 +115,8 @@ def _check_header(path: Path, header: bytes, size: int) -> tuple[np.dtype, int, 
     if len(header) < HEADER.size:
         raise UserError(f"{path}: has {size} bytes, an index has at least {HEADER.size}; {REDO}")
     magic, version, code, n_sequences, n_boundaries = HEADER.unpack(header)
+    if pointer := placeholder(header):
+        raise UserError(f"{path}: {pointer}")
     if magic != MAGIC:
         raise UserError(f"{path}: byte 0: begins {magic!r}, wanted {MAGIC!r}; check the path, or {REDO}")
     if version != 1:
@@ -162,9 +165,9 @@ def open_for_reading(path: Path) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not hang the open
     except FileNotFoundError:
-        raise UserError(f"{path}: not there; give the prefix of a dataset, without .bin or .idx") from None
+        raise UserError(f"{path}: not there; check the path") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+        raise UserError(f"{path}: cannot be read ({os_reason(error)}); check the path and its permissions") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise UserError(f"{path}: not a regular file; give the prefix of a dataset")

@@ -26,6 +26,7 @@ _MAX_SAMPLES = 2**40  # 13 TB: beyond it NumPy would stumble over its own sizes
 class GPTSamples:
     """At least num_samples samples from documents [start, stop) of a dataset, shuffled by seed.
 
+    may_be_short: a sample may be filled by several passes, as Megatron does.
     **Raises** `UserError` when one pass over the documents does not fill a sample.
     """
 
@@ -37,17 +38,18 @@ class GPTSamples:
         num_samples: int,
         seq_len: int,
         seed: int,
+        may_be_short: bool = False,
     ) -> None:
         start, stop = documents
         n_tokens = int(dataset.lengths[start:stop].sum(dtype=np.int64))
-        if n_tokens <= seq_len:
+        if n_tokens <= (0 if may_be_short else seq_len):
             raise UserError(
                 f"{dataset.prefix}: documents [{start}, {stop}) hold {n_tokens} tokens, one sample needs "
                 f"seq_len + 1 = {seq_len + 1}; give this split a larger share with --split, lower --seq-len, "
                 "or add data"
             )
         self.dataset = dataset
-        self.seq_len = seq_len
+        self.n_tokens, self.seq_len = n_tokens, seq_len
         self.epochs = plan_epochs(n_tokens, num_samples, seq_len)
         random = RandomState(seed)  # the order of the draws is part of the format: documents first
         try:
@@ -83,6 +85,10 @@ class GPTSamples:
         # The first token of the next sample is the last label of this one.
         pieces.append((int(self.document_index[last]), offset, last_offset + 1 - offset))
         return [piece for piece in pieces if piece[2]]
+
+    def dataset_of(self, i: int) -> IndexedDataset:
+        """The dataset that sample i is of."""
+        return self.dataset
 
     def sources_of(self, i: int) -> list[tuple[str, int, int, int]]:
         """The pieces of sample i, in order: (dataset prefix, document, first token, number of tokens)."""

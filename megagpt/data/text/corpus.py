@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from sentencepiece import SentencePieceTrainer
 
 from megagpt.data.text.prepare import TokenizerFiles, prepare
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings"}  # encodings: tables
 _SEED = 1234
@@ -48,8 +50,20 @@ _TRAINER = {
 
 
 def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/megagpt, or ~/.cache/megagpt."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megagpt"
+    """$XDG_CACHE_HOME/megagpt, or ~/.cache/megagpt; for a user without a home a folder among the temporary ones."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megagpt"
+    except RuntimeError:  # neither HOME nor an entry among the users: as containers start programs
+        return _own_temporary_folder()
+
+
+def _own_temporary_folder() -> Path:
+    """Raises UserError where somebody else has taken its name."""
+    folder = Path(tempfile.gettempdir()) / f"megagpt-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder} belongs to another user; set HOME, or --data.cache-dir")
+    return folder
 
 
 def default_corpus(cache_dir: Path, announce: Callable[[str], None] = print) -> str:
@@ -70,7 +84,7 @@ def default_corpus(cache_dir: Path, announce: Callable[[str], None] = print) -> 
                 if not _is_complete(prefix):
                     _build(files, folder, announce)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be used ({error.strerror}); set --data.cache-dir") from None
+        raise UserError(f"{folder}: cannot be used ({os_reason(error)}); set --data.cache-dir") from None
     return str(prefix)
 
 

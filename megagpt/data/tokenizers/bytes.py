@@ -16,11 +16,15 @@ class ByteTokenizer:
 
     kind: ClassVar[str] = "bytes"
     options: ClassVar[tuple[FileOption, ...]] = ()
-    transformers_settings: ClassVar[dict[str, Any]] = {}
     files: tuple[Path, ...] = ()
     sha256 = files_sha256("bytes", ())
     vocab_size = 257
     eod: int | None = 256
+    unknown: int | None = None
+
+    @property
+    def transformers_settings(self) -> dict[str, Any]:
+        return {}
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

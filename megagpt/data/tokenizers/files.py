@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt.errors import UserError
+from megagpt.files import os_reason, placeholder, require_regular
 
-MAX_ID = 2**31 - 1  # ids are stored as int32 at most
+MAX_ID = 1 << 24  # 60 times the largest published vocabulary; tables of all ids stay below 100 MB
 REDO = "fetch the tokenizer's files again"
+_MAX_BYTES = 256 << 20  # the largest published file has 33 MB
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,28 @@ class FileOption:
 def read_tokenizer_file(path: Path) -> bytes:
     """Contents of a tokenizer's file, or a `UserError` that names it."""
     try:
-        return path.read_bytes()
+        require_regular(path)
+        if (n_bytes := path.stat().st_size) > _MAX_BYTES:
+            raise UserError(f"{path}: {n_bytes:,} bytes, a tokenizer's file has at most {_MAX_BYTES:,}; {REDO}")
+        data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the tokenizer's path") from None
+        raise UserError(f"{path}: cannot be read ({os_reason(error)}); check the tokenizer's path") from None
+    if not data:
+        raise UserError(f"{path}: empty; {REDO}")
+    if pointer := placeholder(data):
+        raise UserError(f"{path}: {pointer}")
+    return data
+
+
+def other_kind(kind: str, data: bytes) -> str | None:
+    """What a file is, and the remedy, where its first bytes are those of another kind of tokenizer."""
+    if _TIKTOKEN_LINE.match(data):
+        return "a tiktoken file; give the tokenizer.json that is published with the same model (--tokenizer hf)"
+    if kind != "sentencepiece" and data.startswith(b"\x0a") and b"\x00" in data:  # protobuf: field 1 holds the pieces
+        return "a SentencePiece model; give it with --tokenizer sentencepiece"
+    if kind != "hf" and data.lstrip().startswith(b"{") and b'"added_tokens"' in data:
+        return "a tokenizer.json; give it with --tokenizer hf"
+    return None
 
 
 def parse_json_object(path: Path, data: bytes) -> dict:

@@ -35,11 +35,11 @@ class Gpt2Tokenizer:
     """GPT-2's tokenizer; `<|endoftext|>` in a text becomes its id, as Hugging Face does."""
 
     kind: ClassVar[str] = "gpt2"
+    unknown: int | None = None
     options: ClassVar[tuple[FileOption, ...]] = (
         FileOption("vocab_file", "--vocab-file", "vocab.json"),
         FileOption("merge_file", "--merge-file", "merges.txt"),
     )
-    transformers_settings: ClassVar[dict[str, Any]] = {"tokenizer_class": "GPT2Tokenizer"}
 
     def __init__(self, vocab_file: Path, merge_file: Path) -> None:
         self.files: tuple[Path, ...] = (vocab_file, merge_file)
@@ -51,6 +51,10 @@ class Gpt2Tokenizer:
         self._vocab = vocab
         self._definition = _definition(vocab, _merges(vocab_file, vocab, merge_file, merge_data))
         self._renew()
+
+    @property
+    def transformers_settings(self) -> dict[str, Any]:
+        return {"tokenizer_class": "GPT2Tokenizer"}
 
     def encode(self, text: str) -> list[int]:
         return self._encode(text).tolist()
@@ -78,11 +82,18 @@ class Gpt2Tokenizer:
         self._chars_seen = 0
 
 
+def missing_byte(vocab: dict[str, int]) -> str | None:
+    """A character of byte-level BPE that a vocabulary lacks; None for one of GPT-2's kind. GPT-1's is of another."""
+    return next((character for character in byte_alphabet() if character not in vocab), None)
+
+
 def _merges(vocab_file: Path, vocab: dict[str, int], path: Path, data: bytes) -> list[tuple[str, str]]:
     """The merge rules, each checked against the vocabulary."""
-    missing = [character for character in byte_alphabet() if character not in vocab]
-    if missing:
-        raise UserError(f"{vocab_file}: has no token for the byte character {missing[0]!r}; {REDO}")
+    if missing := missing_byte(vocab):
+        raise UserError(
+            f"{vocab_file}: has no token for the byte character {missing!r}, so it is not of GPT-2's kind; give the "
+            "model's tokenizer.json with --tokenizer hf"
+        )
     try:
         lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:

@@ -6,7 +6,9 @@ this library for the GPT-NeoX tokenizer. The ids of a `tokenizer.json` are what 
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +21,13 @@ from megagpt.data.tokenizers.files import (
     byte_alphabet,
     check_ids,
     files_sha256,
+    other_kind,
     parse_json_object,
     read_tokenizer_file,
 )
 from megagpt.errors import UserError
 
+_MOST_GROWTH = 1024  # times the characters of a text, by what its normalizer and decoder put in place of others
 _EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 
 
@@ -32,30 +36,41 @@ class HfTokenizer:
 
     kind: ClassVar[str] = "hf"
     options: ClassVar[tuple[FileOption, ...]] = (FileOption("model", "--tokenizer-model", "tokenizer.json"),)
-    transformers_settings: ClassVar[dict[str, Any]] = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
     def __init__(self, path: Path) -> None:
         folder = path if path.is_dir() else None
         path = folder / "tokenizer.json" if folder else path
         data = read_tokenizer_file(path)
+        if what := other_kind(self.kind, data):
+            raise UserError(f"{path}: {what}")
         definition = parse_json_object(path, data)
-        config = _config(path.parent / "tokenizer_config.json")
+        config = _config(path.parent / "special_tokens_map.json") | _config(path.parent / "tokenizer_config.json")
         _refuse_remote_code(path, definition)
+        _refuse_growth(path, definition)
         if folder:
             _refuse_remote_code(folder / "tokenizer_config.json", config)
         self.files: tuple[Path, ...] = (path,)
         self.sha256 = files_sha256(self.kind, (data,))
         self.vocab_size = check_ids(path, _entries(path, definition))
-        try:
+        with _refusing(f"{path}: not a tokenizer"):
             self._tokenizer = Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises the bare class
-            raise UserError(f"{path}: not a tokenizer ({error}); {REDO}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.eod = self._find_eod(config)
+        self.unknown = self._find_unknown(definition["model"])
+        self._config = config
+
+    @property
+    def transformers_settings(self) -> dict[str, Any]:
+        return self._config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name; None where there is none."""
+        return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids  # no offsets
+        with _refusing(f"{self.files[0]}: cannot encode a text"):
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids  # no offsets
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # One by one: the library would start a thread per core, and that in every worker process.
@@ -80,12 +95,30 @@ class HfTokenizer:
 
     def _find_eod(self, config: dict) -> int | None:
         """The end-of-sequence token that tokenizer_config.json names, else the first usual one there is."""
-        named = config.get("eos_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        for name in (named, *_EOD_NAMES):
-            if isinstance(name, str) and (i := self._tokenizer.token_to_id(name)) is not None:
-                return i
-        return None
+        names = (token_name(config.get("eos_token")), *_EOD_NAMES)
+        return next((i for name in names if name and (i := self.id_of(name)) is not None), None)
+
+    def _find_unknown(self, model: dict) -> int | None:
+        """Named by its id in a Unigram model, by itself in the others."""
+        i, token = model.get("unk_id"), model.get("unk_token")
+        return i if isinstance(i, int) else self.id_of(token) if isinstance(token, str) else None
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """The library raises the bare Exception, and for a panic of its Rust code something that is none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what} ({error}); {REDO}") from None
+
+
+def token_name(token: object) -> str | None:
+    """The text of a token as tokenizer_config.json names it: by itself, or with how it is matched."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
 
 
 def piece_bytes(piece: str) -> int:
@@ -119,3 +152,43 @@ def _refuse_remote_code(path: Path, values: dict) -> None:
             f"{path}: key 'auto_map' asks to run code that comes with it, which megagpt never does; "
             "give a tokenizer.json that is complete in itself"
         )
+
+
+def _refuse_growth(path: Path, definition: dict) -> None:
+    """What is replaced again and again may grow without bounds: `a` by `aa` 40 times makes a terabyte of a letter."""
+    growth, parts = 1.0, [definition.get("normalizer"), definition.get("pre_tokenizer"), definition.get("decoder")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            parts.extend(part.values())
+            if part.get("type") == "Replace":
+                growth *= _growth(part.get("pattern"), part.get("content"))
+            elif part.get("type") == "Prepend":
+                growth *= 1 + len(str(part.get("prepend")))
+            elif part.get("type") == "Precompiled":
+                _check_characters(path, part.get("precompiled_charsmap"))
+        elif isinstance(part, list):
+            parts.extend(part)
+    if growth > _MOST_GROWTH:
+        raise UserError(
+            f"{path}: its replacements can make a text {growth:.3g} times as long, at most {_MOST_GROWTH} may; {REDO}"
+        )
+
+
+def _check_characters(path: Path, table: object) -> None:
+    """SentencePiece's table of characters: the size of its index, in bytes, and the index. The library believes it."""
+    try:
+        data = base64.b64decode(str(table), validate=True)
+    except ValueError:
+        data = b""
+    size = int.from_bytes(data[:4], "little")
+    if len(data) < 4 or size == 0 or size % 4 or size > len(data) - 4:
+        raise UserError(f"{path}: its precompiled_charsmap has {len(data)} bytes and announces {size}; {REDO}")
+
+
+def _growth(pattern: object, content: object) -> float:
+    text = pattern.get("String") if isinstance(pattern, dict) else None
+    length = len(content) if isinstance(content, str) else 0
+    if not isinstance(text, str):
+        return 1.0 + length  # a regular expression also finds nothing, before every character
+    return max(1.0, length / max(1, len(text)))

@@ -9,7 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from megagpt.data.tokenizers.files import REDO, FileOption, files_sha256, read_tokenizer_file
+from megagpt.data.tokenizers.files import (
+    MAX_ID,
+    REDO,
+    FileOption,
+    files_sha256,
+    other_kind,
+    read_tokenizer_file,
+)
 from megagpt.data.tokenizers.hf import piece_bytes
 from megagpt.errors import UserError
 
@@ -19,23 +26,32 @@ class SentencePieceTokenizer:
 
     kind: ClassVar[str] = "sentencepiece"
     options: ClassVar[tuple[FileOption, ...]] = (FileOption("model", "--tokenizer-model", "tokenizer.model"),)
-    transformers_settings: ClassVar[dict[str, Any]] = {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": False,
-        "add_prefix_space": False,
-        "add_bos_token": False,
-    }
 
     def __init__(self, path: Path) -> None:
         data = read_tokenizer_file(path)
         self.files: tuple[Path, ...] = (path,)
         self.sha256 = files_sha256(self.kind, (data,))
+        if what := other_kind(self.kind, data):
+            raise UserError(f"{path}: {what}")
         try:
             self._processor = SentencePieceProcessor(model_proto=data)
         except (RuntimeError, OSError):
             raise UserError(f"{path}: not a SentencePiece model; {REDO}") from None
         self.vocab_size: int = self._processor.vocab_size()
+        if not 0 < self.vocab_size < MAX_ID:
+            raise UserError(f"{path}: has {self.vocab_size} pieces, wanted 1 to {MAX_ID - 1}; {REDO}")
         self.eod: int | None = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
+        self.unknown: int | None = self._processor.unk_id()
+
+    @property
+    def transformers_settings(self) -> dict[str, Any]:
+        return {
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": False,
+            "add_prefix_space": False,
+            "add_bos_token": False,
+            "split_special_tokens": True,  # of no text does an end of sentence come
+        }
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)

@@ -32,8 +32,6 @@ class Tokenizer(Protocol):
     kind: ClassVar[str]
     options: ClassVar[tuple[FileOption, ...]]
     """The files it is built from, in the order of its constructor's arguments."""
-    transformers_settings: ClassVar[dict[str, Any]]
-    """The tokenizer_config.json that lets transformers read these files; empty where it cannot."""
     files: tuple[Path, ...]
     """What it was built from."""
     sha256: str
@@ -42,8 +40,15 @@ class Tokenizer(Protocol):
     """One more than the largest id."""
     eod: int | None
     """Id that ends a document, where there is one."""
+    unknown: int | None
+    """Id of text that it does not know, where there is one."""
 
     def __init__(self, *files: Any, **_: Any) -> None: ...  # a path for each of its options
+
+    @property
+    def transformers_settings(self) -> dict[str, Any]:
+        """The tokenizer_config.json that lets transformers read these files; empty where it cannot."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no token is added at its ends."""
@@ -60,8 +65,8 @@ class Tokenizer(Protocol):
     def token_bytes(self) -> np.ndarray:
         """Bytes of UTF-8 text that each id stands for, 0 for special tokens. **Shapes**: int32[vocab_size].
 
-        Bits per byte = nats / ln 2 / bytes. Exact for tokenizers that keep the text as it is (gpt2, bytes,
-        the default corpus's); where one normalises, these are the bytes of the normalised text.
+        Those of the text itself for tokenizers that keep it as it is (gpt2, bytes, the default corpus's); where one
+        normalises, of the normalised text, and none for what it does not know.
         """
         ...
 
@@ -116,7 +121,7 @@ def tokenizers_for(data: DataConfig, prefixes: Sequence[str | Path]) -> list[Tok
 
 def _files(data: DataConfig, kind: str, meta: DatasetMeta | None, folder: Path) -> dict[str, str | None]:
     """By the keys of `FileOption`: the files that data names, else those that meta records."""
-    named = _named(data)
+    named = named_files(data)
     if meta is not None and meta.tokenizer == kind and kind in KINDS:
         for option, path in zip(KINDS[kind].options, meta.tokenizer_files, strict=False):
             named[option.key] = named[option.key] or _recorded(path, folder)
@@ -130,10 +135,10 @@ def tokenizer_of_run(data: DataConfig) -> Tokenizer | None:
     """
     if data.data_path:
         return tokenizer_for(data, data.data_path.prefixes[0])
-    return build_tokenizer(data.tokenizer, **_named(data)) if data.tokenizer else None
+    return build_tokenizer(data.tokenizer, **named_files(data)) if data.tokenizer else None
 
 
-def _named(data: DataConfig) -> dict[str, str | None]:
+def named_files(data: DataConfig) -> dict[str, str | None]:
     """The files that the configuration names, by the keys of `FileOption`."""
     return {"model": data.tokenizer_model, "vocab_file": data.vocab_file, "merge_file": data.merge_file}
 
@@ -152,6 +157,16 @@ def _check_same(tokenizer: Tokenizer, meta: DatasetMeta, prefix: str | Path) -> 
             f"dataset: {meta_path(prefix)} records {meta.tokenizer} with {meta.tokenizer_sha256[:16]}…; "
             "give --tokenizer-model (or --vocab-file and --merge-file) of that one"
         )
+
+
+def other_tokenizer(tokenizer: Tokenizer | None, meta: DatasetMeta | None) -> str | None:
+    """What to say of a model that reads a dataset of another tokenizer than its own; None where it is the same one."""
+    if tokenizer is None or meta is None or meta.tokenizer_sha256 == tokenizer.sha256:
+        return None
+    return (
+        f"the dataset was made by another tokenizer ({meta.tokenizer}, {meta.vocab_size:,} tokens) than the model's "
+        f"({tokenizer.kind}, {tokenizer.vocab_size:,} tokens): unless both give the same ids, its figures mean nothing"
+    )
 
 
 def _needed(value: str | None, kind: str, option: FileOption) -> Path:

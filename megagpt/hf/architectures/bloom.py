@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megagpt.config import ModelConfig
-from megagpt.hf.architecture import Architecture, Keys
+from megagpt.hf.architecture import Architecture, Keys, require_only
 from megagpt.hf.layouts import BY_GROUP
 
 
@@ -43,6 +43,8 @@ def to_keys(config: ModelConfig) -> dict[str, Any]:
 
 def from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for a config.json."""
+    if keys.get("pretraining_tp", 1) > 1:  # then transformers leaves out two biases
+        require_only(keys, {"slow_but_exact": (False,)})
     return ModelConfig(
         n_layers=keys.get("n_layer", 2),
         d_model=keys.get("hidden_size", 64),

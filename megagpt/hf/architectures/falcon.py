@@ -15,6 +15,7 @@ from megagpt.hf.architecture import (
     Keys,
     activation_key,
     activation_of,
+    require_head_dim,
     rotary_keys,
     rotary_of,
 )
@@ -43,7 +44,6 @@ def to_keys(config: ModelConfig) -> dict[str, Any]:
     new = config.block == "parallel_two_norms" or (parallel and not multi_query)
     return {
         "vocab_size": config.vocab,
-        "max_position_embeddings": config.seq_len,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
@@ -69,16 +69,16 @@ def from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for a config.json."""
     n_heads, bias = keys.get("num_attention_heads", 71), keys.get("bias", False)
     block, n_kv_heads = _decoder(keys, n_heads)
+    require_head_dim(keys, keys.get("hidden_size", 4544), n_heads)
     return ModelConfig(
         n_layers=keys.get("num_hidden_layers", 32),
         d_model=keys.get("hidden_size", 4544),
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         d_ff=keys.get("ffn_hidden_size"),
-        seq_len=keys.get("max_position_embeddings", 2048),
         vocab_size=keys.get("vocab_size", 65024),
         block=block,
-        **rotary_of(keys),
+        **rotary_of(keys, 2048),
         activation=activation_of(keys, "activation", "gelu"),
         bias_attention=bias,
         bias_mlp=bias,

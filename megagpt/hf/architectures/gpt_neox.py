@@ -10,6 +10,7 @@ from megagpt.hf.architecture import (
     Keys,
     activation_key,
     activation_of,
+    require_head_dim,
     rotary_keys,
     rotary_of,
 )
@@ -35,7 +36,6 @@ def to_keys(config: ModelConfig) -> dict[str, Any]:
     """config.json for our architecture."""
     return {
         "vocab_size": config.vocab,
-        "max_position_embeddings": config.seq_len,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
@@ -57,15 +57,15 @@ def from_keys(keys: Keys) -> ModelConfig:
     """Our architecture for a config.json."""
     scaled = keys.get("rope_scaling") or keys.get("rope_parameters") or {}
     dropout = keys.get("hidden_dropout", 0.0)
+    require_head_dim(keys, keys.get("hidden_size", 6144), keys.get("num_attention_heads", 64))
     return ModelConfig(
         n_layers=keys.get("num_hidden_layers", 44),
         d_model=keys.get("hidden_size", 6144),
         n_heads=keys.get("num_attention_heads", 64),
         d_ff=keys.get("intermediate_size", 24576),
-        seq_len=keys.get("max_position_embeddings", 2048),
         vocab_size=keys.get("vocab_size", 50432),
         block="parallel_two_norms" if keys.get("use_parallel_residual", True) else "sequential",
-        **rotary_of(keys, "rotary_emb_base"),
+        **rotary_of(keys, 2048, "rotary_emb_base", is_partial=True),
         rotary_fraction=scaled.get("partial_rotary_factor", keys.get("rotary_pct", 0.25)),
         activation=activation_of(keys, "hidden_act", "gelu"),
         bias_attention=keys.get("attention_bias", True),

@@ -63,7 +63,6 @@ def mistral_from_keys(keys: Keys) -> ModelConfig:
 def _shared_keys(config: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab,
-        "max_position_embeddings": config.seq_len,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
@@ -87,9 +86,8 @@ def _shared_fields(keys: Keys, *, d_ff: int, seq_len: int, n_kv_heads: int) -> d
         "n_kv_heads": keys.get("num_key_value_heads", n_kv_heads),
         "d_head": keys.get("head_dim"),
         "d_ff": keys.get("intermediate_size", d_ff),
-        "seq_len": keys.get("max_position_embeddings", seq_len),
         "vocab_size": keys.get("vocab_size", 32000),
-        **rotary_of(keys),
+        **rotary_of(keys, seq_len),
         "norm": "rmsnorm",
         "activation": activation_of(keys, "hidden_act", "silu", gated=True),
         "tied_embeddings": keys.get("tie_word_embeddings", False),

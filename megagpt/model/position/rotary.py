@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megagpt.errors import require
 from megagpt.model.position.kind import Position
+from megagpt.model.position.scaling import scaling_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,7 @@ class Rotary(Position):
     def __init__(self, model: ModelConfig, layer: int = 0) -> None:
         super().__init__(model, layer)
         # Computed from the configuration and never stored: a model in 16 bits would round buffers.
-        self.tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.tables: dict[tuple, tuple[int, Tensor, Tensor]] = {}
 
     def check(self) -> None:
         model, turned = self.model, self.model.rotary_width
@@ -38,11 +39,12 @@ class Rotary(Position):
             "set d_head to an even number, rotary_fraction to at most 1",
             *("model.position", "model.rotary_fraction", "model.d_head"),
         )
+        scaling_of(model).check()
 
     def turn(self, x_BTGXK: Tensor, positions_BT: Tensor | None, n_turned: int | None, kernels: str) -> Tensor:
         from megagpt.ops.rotary import rotary  # computes: what is declared is read without torch
 
-        cos_SR, sin_SR = self._tables_like(x_BTGXK)
+        cos_SR, sin_SR = self._tables_like(x_BTGXK, positions_BT)
         if positions_BT is None:
             cos_SR, sin_SR = cos_SR[: x_BTGXK.shape[1]], sin_SR[: x_BTGXK.shape[1]]
         return rotary(
@@ -55,17 +57,19 @@ class Rotary(Position):
             kernels=kernels,
         )
 
-    def _tables_like(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _tables_like(self, x_BTGXK: Tensor, positions_BT: Tensor | None) -> tuple[Tensor, Tensor]:
         import torch  # likewise
 
-        from megagpt.ops.rotary import ntk_base, rotary_tables  # likewise
+        from megagpt.ops.rotary import rotary_tables  # likewise
 
-        model, dtype = self.model, torch.float64 if x.dtype == torch.float64 else torch.float32
-        if (x.device, dtype) not in self.tables:
-            scaling, base = model.rotary_factor, model.rotary_base
-            if model.rotary_scaling == "ntk":
-                scaling, base = 1.0, ntk_base(base, model.rotary_factor, model.rotary_width)
-            self.tables[x.device, dtype] = rotary_tables(
-                model.seq_len, model.rotary_width, base=base, scaling=scaling, device=x.device, dtype=dtype
-            )
-        return self.tables[x.device, dtype]
+        scaling, n_positions = scaling_of(self.model), x_BTGXK.shape[1]
+        if positions_BT is not None and self.model.rotary_scaling == "dynamic":  # else nobody waits for a GPU's answer
+            n_positions = int(positions_BT.max()) + 1
+        length, dtype = scaling.length(n_positions), torch.float64 if x_BTGXK.dtype == torch.float64 else torch.float32
+        made_for, *tables = self.tables.get((x_BTGXK.device, dtype), (None,))
+        if made_for != length:
+            frequency_R, magnitude = scaling.frequencies(length), scaling.magnitude
+            tables = rotary_tables(self.model.seq_len, frequency_R, magnitude, device=x_BTGXK.device, dtype=dtype)
+            self.tables[x_BTGXK.device, dtype] = (length, *tables)
+        cos_SR, sin_SR = tables
+        return cos_SR, sin_SR

@@ -26,12 +26,12 @@ class Sinusoids:
         """Shapes: → (seq_len, D), with x's dtype and device."""
         import torch  # computes: what is declared is read without it
 
-        from megagpt.ops.rotary import rotary_tables  # likewise
+        from megagpt.ops.rotary import rotary_frequencies, rotary_tables  # likewise
 
         key = (x.device, x.dtype)
         if key not in self.tables:
             seq_len, width = self.shape
-            cos_TR, sin_TR = rotary_tables(seq_len, width + width % 2, dtype=torch.float64)
+            cos_TR, sin_TR = rotary_tables(seq_len, rotary_frequencies(width + width % 2), dtype=torch.float64)
             self.tables[key] = torch.stack((sin_TR, cos_TR), dim=-1).flatten(1)[:, :width].to(*key)
         return self.tables[key]
 

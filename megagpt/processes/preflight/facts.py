@@ -20,6 +20,7 @@ from megagpt.config import RunConfig, plain
 from megagpt.data.indexed.meta import read_meta
 from megagpt.data.opened import OpenedData, with_text
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 from megagpt.plan.plan import make_plan
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "tokenizers", "sentencepiece")
@@ -63,7 +64,7 @@ def collect(config: RunConfig, rank: int, world_size: int, local_size: int, read
     except UserError as error:
         problem = str(error)
     except OSError as error:
-        problem = f"{error.filename}: {error.strerror}; check --data-path"
+        problem = f"{error.filename}: {os_reason(error)}; check --data-path"
     return Facts(
         rank=rank,
         host=socket.gethostname(),

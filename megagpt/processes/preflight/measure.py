@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megagpt.config import RunConfig
+from megagpt.files import os_reason
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.mesh import Mesh
 
@@ -147,7 +148,7 @@ def try_disk(place: Path, rank: int) -> dict:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
         except OSError as error:
-            found["problem"] = f"cannot write there ({error.strerror})"
+            found["problem"] = f"cannot write there ({os_reason(error)})"
     dist.barrier()
     if found["problem"] is None:
         found["problem"] = None if _seen(folder) else "cannot see there what rank 0 has written: it is not shared"
@@ -157,7 +158,7 @@ def try_disk(place: Path, rank: int) -> dict:
             found["free_bytes"] = shutil.disk_usage(folder).free
             found["bytes_per_s"] = _write_bytes_per_s(folder / f"rank-{rank}", found["free_bytes"])
         except OSError as error:
-            found["problem"] = f"cannot write there ({error.strerror})"
+            found["problem"] = f"cannot write there ({os_reason(error)})"
     dist.barrier()
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)

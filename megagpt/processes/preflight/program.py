@@ -6,7 +6,6 @@ So that ranks which differ, or cannot reach each other, get a verdict and not a 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shlex
 import socket
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from megagpt.config import RunConfig
+from megagpt.console import console_here, show
 from megagpt.errors import UserError
+from megagpt.files import json_text, os_reason
 from megagpt.parallel.mesh import Mesh
 from megagpt.processes.agree import RankError
 from megagpt.processes.preflight import facts, findings, measure, reach
@@ -123,7 +123,7 @@ def _show(rows: list[Row]) -> None:
     for row in rows:
         found = row.finding + (f"\n→ {row.remedy}" if row.remedy else "")
         table.add_row(row.check, f"[{COLOURS[row.state]}]{row.state}[/]", found)
-    Console(width=None if sys.stdout.isatty() else 110, highlight=False).print(table)
+    show(console_here(), table)
 
 
 def _write(path: Path, rows: list[Row], known: list[facts.Facts], figures: dict[str, Any]) -> None:
@@ -135,9 +135,9 @@ def _write(path: Path, rows: list[Row], known: list[facts.Facts], figures: dict[
         "measured": figures,
     }
     try:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json_text(result, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); give another --json") from None
+        raise UserError(f"cannot write {path} ({os_reason(error)}); give another --json") from None
 
 
 def _free_port() -> str:

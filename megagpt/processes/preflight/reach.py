@@ -11,8 +11,10 @@ import json
 import os
 import socket
 import struct
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +93,7 @@ def ranks_text(ranks: list[int]) -> str:
 
 
 CONNECT_S = 5.0
+HANG_UP_S = 0.1  # between two looks whether anybody is to be hung up on still
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
@@ -142,14 +145,25 @@ def matching(wanted: str, names: list[str], prefixes: bool) -> list[str]:
 
 
 def listen(ip: str) -> socket.socket:
-    """A socket that others may connect to; close it when all have."""
+    """A socket that others may connect to; close it when all have.
+
+    Whoever connects, a rank or a stranger, is hung up on at once: nobody can fill the queue of connections.
+    """
     listener = socket.socket()
     try:
         listener.bind((ip, 0))
     except OSError:  # not an address of this host after all: the others' attempts will show it
         listener.bind(("", 0))
     listener.listen(1024)
+    listener.settimeout(HANG_UP_S)
+    threading.Thread(target=_hang_up, args=(listener,), daemon=True).start()
     return listener
+
+
+def _hang_up(listener: socket.socket) -> None:
+    while listener.fileno() != -1:  # until it is closed
+        with suppress(OSError):  # nobody came in time, or went again
+            listener.accept()[0].close()
 
 
 def unreachable(rank: int, places: list[dict]) -> list[int]:

@@ -99,11 +99,11 @@ def failed_at(error: BaseException) -> CallSite:
 
 
 def waits_for() -> list[int] | None:
-    """The ranks without which the busy thread's collective does not go on; None outside of one.
+    """The ranks without which the busy thread's collective does not go on; None outside of one, or with no ranks yet.
 
     Not for frequent use: reading the arguments of a running function keeps them alive until it returns.
     """
-    if not any(_is_c10d(line) for line in busy_stack()):
+    if not dist.is_initialized() or not any(_is_c10d(line) for line in busy_stack()):
         return None
     frame: FrameType | None = sys._current_frames()[_busy_thread()]  # it stands still, in C
     while frame and not _is_c10d(Line(frame.f_code.co_filename, 0, frame.f_code.co_name)):

@@ -6,7 +6,6 @@ verdict. What the ranks do with that: watch.py.
 
 from __future__ import annotations
 
-import hmac
 import json
 import os
 import queue
@@ -17,24 +16,29 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megagpt.errors import EXIT_PEER_LOST, SILENT_S
+from megagpt.files import os_reason
+from megagpt.processes.watch.awake import AwakeClock
+from megagpt.processes.watch.door import Door, Hello
 from megagpt.processes.watch.verdict import WINDOW_S, RankView, SlowRanks, Work, describe
 
-MAX_LINE_BYTES = 1 << 20  # more than any message here: who sends more is not one of us
+MAX_LINE_BYTES = 1 << 20  # more than any message here: what is longer is none of ours
 SEND_TIMEOUT_S = 2.0
 
 
 class Wire:
     """One end of a connection. Only one thread may use it."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, unread: bytes = b"") -> None:
+        """unread: what has been taken from the connection already."""
         self.socket = connection
         self.ended = False  # nothing more will come
-        self._unread = b""
+        self._unread = unread
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(SEND_TIMEOUT_S)
 
@@ -58,7 +62,7 @@ class Wire:
         for line in lines:
             try:
                 messages.append(dict(json.loads(line)))
-            except (ValueError, TypeError):  # a stranger
+            except (ValueError, TypeError, RecursionError):  # not one of ours
                 self.ended = True
                 break
         return messages
@@ -80,6 +84,7 @@ class Limits:
 
     heartbeat_timeout_s: without a sign of life. progress_timeout_s: without a move of any thread that waits.
     slow_rank_factor: times the work of its peers in a step; 0: never. window_s: over which that is compared.
+    Times are those of `clock`.
     """
 
     heartbeat_timeout_s: float = 60.0
@@ -87,9 +92,13 @@ class Limits:
     slow_rank_factor: float = 1.5
     window_s: float = WINDOW_S
 
+    def clock(self) -> AwakeClock:
+        """A clock by which a job that was paused as a whole has lost nobody."""
+        return AwakeClock(self.heartbeat_timeout_s / 4)
+
 
 class Judge(threading.Thread):
-    """Owns the listening socket and a connection to every rank, rank 0 included."""
+    """Owns a connection to every rank, rank 0 included, and the door by which they come in."""
 
     def __init__(
         self, listener: socket.socket, token: str, names: Sequence[str], stages: Sequence[Sequence[int]], limits: Limits
@@ -99,17 +108,17 @@ class Judge(threading.Thread):
         self.folder: Path | None = None  # where faults are written down, once it is known
         self.notes: queue.SimpleQueue[str] = queue.SimpleQueue()  # what is worth telling the user meanwhile
         self.limits = limits
-        self._listener, self._token = listener, token
+        self._door: Door | None = Door(listener, token, len(names))  # until all are in
+        self._clock = limits.clock()
         self._views = [RankView(rank, name) for rank, name in enumerate(names)]
         self._machines: dict[int, str] = {}
         self._wires: dict[int, Wire] = {}
-        self._heard_s = dict.fromkeys(range(len(names)), time.monotonic())
+        self._heard_s = dict.fromkeys(range(len(names)), self._clock.now_s())
         self._work: dict[int, Work] = {}
         self._slow = SlowRanks(stages, limits.slow_rank_factor, limits.window_s)
         self._failed: tuple[int, int] | None = None  # rank, exit code for the others
         self._answers: dict[int, dict[str, Any]] = {}
         self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ)
         self._next_pulse_s = 0.0
 
     def run(self) -> None:
@@ -122,7 +131,7 @@ class Judge(threading.Thread):
     def _preside(self) -> None:
         while any(view.state != "left" for view in self._views):
             self._hear(TURN_S)
-            now_s = time.monotonic()
+            now_s = self._clock.now_s()
             self._pulse(now_s)
             if self._failed:
                 return self._end_silently(*self._failed)
@@ -137,7 +146,7 @@ class Judge(threading.Thread):
     def _hangs(self, view: RankView) -> bool:
         """Whether a rank waits for too long: in its place, or at the end (rank 0) for the others to end as well."""
         if view.state == "left":
-            waits_s = time.monotonic() - self._heard_s[0] if view.rank == 0 else 0.0
+            waits_s = self._clock.now_s() - self._heard_s[0] if view.rank == 0 else 0.0
         else:
             waits_s = view.still_s
         return waits_s > self.limits.progress_timeout_s
@@ -151,44 +160,44 @@ class Judge(threading.Thread):
 
     def _hear(self, patience_s: float) -> None:
         """Take in what has come, or comes within that time."""
+        if self._door:
+            for connection, hello, rest in self._door.admit(self._clock.now_s()):
+                self._welcome(Wire(connection, rest), hello)
+            if len(self._wires) == len(self._views):
+                self._open_session()
         for key, _ in self._selector.select(patience_s):
-            if key.fileobj is self._listener:
-                wire = Wire(self._listener.accept()[0])
-                self._selector.register(wire.socket, selectors.EVENT_READ, wire)
-            else:
-                self._read(key.data)
+            self._read(key.data, self._wires[key.data])
 
-    def _read(self, wire: Wire) -> None:
+    def _read(self, rank: int, wire: Wire) -> None:
         for message in wire.receive():
-            rank = next((r for r, known in self._wires.items() if known is wire), None)
-            if rank is not None:
-                self._take(rank, message)
-            elif not self._welcome(wire, message):
-                wire.ended = True
+            self._take(rank, message)
         if wire.ended:
             self._selector.unregister(wire.socket)
             wire.close()
-            for view in self._views:
-                if self._wires.get(view.rank) is wire and view.state in ("runs", "silent"):
-                    view.state = "died"
+            if self._views[rank].state in ("runs", "silent"):
+                self._views[rank].state = "died"
 
-    def _welcome(self, wire: Wire, message: dict[str, Any]) -> bool:
-        """Whether the first message on a connection is one of a rank of this run."""
-        rank = message.get("rank")
-        if not hmac.compare_digest(str(message.get("token")), self._token) or rank not in self._heard_s:
-            return False
-        self._wires[rank], self._machines[rank] = wire, message["machine"]
-        view = self._views[rank]
-        view.host, view.pid = message["host"], message["pid"]
-        if len(self._wires) == len(self._views):
-            peers = [{"rank": v.rank, "pid": v.pid, "machine": self._machines[v.rank]} for v in self._views]
-            self._tell(peers=peers, pulse=asdict(self._views[0]))
-        return True
+    def _welcome(self, wire: Wire, hello: Hello) -> None:
+        """A rank has come; a second one of its number is none."""
+        if hello.rank in self._wires:
+            return wire.close()
+        self._wires[hello.rank], self._machines[hello.rank] = wire, hello.machine
+        self._selector.register(wire.socket, selectors.EVENT_READ, hello.rank)
+        view = self._views[hello.rank]
+        view.host, view.pid = hello.host, hello.pid
+
+    def _open_session(self) -> None:
+        """All are in: close the door, and tell each of all."""
+        assert self._door
+        self._door.close()
+        self._door = None
+        peers = [{"rank": v.rank, "pid": v.pid, "machine": self._machines[v.rank]} for v in self._views]
+        self._tell(peers=peers, pulse=asdict(self._views[0]))
 
     def _take(self, rank: int, message: dict[str, Any]) -> None:
         """A message of a known rank: a beat, an answer, a failure or its farewell."""
         view = self._views[rank]
-        self._heard_s[rank] = time.monotonic()
+        self._heard_s[rank] = self._clock.now_s()
         if "failed" in message:
             self._failed = self._failed or (rank, message["failed"])
         if "bye" in message:
@@ -259,13 +268,14 @@ class Judge(threading.Thread):
     def _close(self) -> None:
         for wire in self._wires.values():
             wire.close()
-        self._listener.close()
+        if self._door:
+            self._door.close()
         self._selector.close()
 
 
 def say(message: str) -> None:
     """Print an error in one piece, past Python's buffers: the main thread may hold them."""
-    os.write(2, f"error: {message}\n".encode())
+    _to_stderr(f"error: {message}\n")
 
 
 def write_down(
@@ -283,7 +293,12 @@ def write_down(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"lost-{time.strftime('%Y%m%d-%H%M%S')}.json").write_text(json.dumps(known, indent=1))
     except OSError as error:
-        os.write(2, f"note: could not write to {folder} ({error.strerror})\n".encode())
+        _to_stderr(f"note: could not write to {folder} ({os_reason(error)})\n")
+
+
+def _to_stderr(line: str) -> None:
+    with suppress(OSError):  # its reader may have gone, and that must not be what ends this process
+        os.write(2, line.encode(errors="backslashreplace"))
 
 
 def end_process(code: int) -> None:

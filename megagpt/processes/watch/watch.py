@@ -86,17 +86,18 @@ class Watch:
             self._thread.fail(exit_code)
 
 
-def start_watch(*, pp: int, dp: int, tp: int, machines: Sequence[str], limits: Limits) -> Watch:
+def start_watch(
+    store: dist.Store, rank: int, *, pp: int, dp: int, tp: int, machines: Sequence[str], limits: Limits
+) -> Watch:
     """Watch over the pp * dp * tp processes of this run.
 
-    machines: `machine_id()` of each rank.
-    Comm: none over a group; rank 0 opens a port (on the machine alone, if all ranks are on it) and names it in the
-    store, the others connect to it.
+    store: of all of them. machines: `machine_id()` of each rank.
+    Comm: none over a group; rank 0 opens a port (on the machine alone, if all ranks are on it; closed again when all
+    have come) and names it in the store, the others connect to it.
     """
-    n_ranks, rank = pp * dp * tp, dist.get_rank()
+    n_ranks = pp * dp * tp
     if n_ranks == 1:
         return Watch()
-    store = dist.distributed_c10d._get_default_store()
     judge = None
     if rank == 0:
         one_machine = len(set(machines)) == 1
@@ -110,7 +111,7 @@ def start_watch(*, pp: int, dp: int, tp: int, machines: Sequence[str], limits: L
         store.set(STORE_KEY, json.dumps({"host": host, "port": listener.getsockname()[1], "token": token}))
     address = json.loads(store.get(STORE_KEY))
     connection = socket.create_connection((address["host"], address["port"]), timeout=limits.heartbeat_timeout_s)
-    thread = WatchThread(rank, Wire(connection), address["token"], limits.heartbeat_timeout_s, judges=judge is not None)
+    thread = WatchThread(rank, Wire(connection), address["token"], limits, judges=judge is not None)
     thread.start()
     return Watch(thread, judge)
 
@@ -128,12 +129,13 @@ def _listen(host: str, n_ranks: int) -> socket.socket:
 class WatchThread(threading.Thread):
     """Looks at the busy thread, tells the judge, and ends the process when it is told to or the judge is lost."""
 
-    def __init__(self, rank: int, wire: Wire, token: str, timeout_s: float, judges: bool) -> None:
+    def __init__(self, rank: int, wire: Wire, token: str, limits: Limits, judges: bool) -> None:
         """judges: whether the judge lives in this process; then it is the judge that ends it."""
         super().__init__(name="watch", daemon=True)
         self.activity = Activity()
         self.folder: Path | None = None
-        self._rank, self._wire, self._timeout_s, self._judges = rank, wire, timeout_s, judges
+        self._rank, self._wire, self._timeout_s, self._judges = rank, wire, limits.heartbeat_timeout_s, judges
+        self._clock = limits.clock()
         self._hello = {"token": token, "rank": rank, "host": socket.gethostname(), "machine": machine_id()}
         self._peers: list[dict[str, Any]] = []
         self._rank_0 = RankView(0, "rank 0 (pipe 0, data 0, model 0)")
@@ -141,7 +143,7 @@ class WatchThread(threading.Thread):
         self._failure: int | None = None  # the main thread wants it to say that this rank failed
         self._condemned = threading.Event()  # this process will be ended
         self._acknowledged = threading.Event()  # this process speaks for all
-        self._heard_s = time.monotonic()
+        self._heard_s = self._clock.now_s()
 
     # Called by the main thread
 
@@ -181,7 +183,7 @@ class WatchThread(threading.Thread):
             while not self._leaves.is_set():
                 for message in self._wire.receive() if selector.select(LOOK_S) else []:
                     self._obey(message)
-                now_s = time.monotonic()
+                now_s = self._clock.now_s()
                 self.activity.look(now_s)
                 if now_s >= next_beat_s:
                     next_beat_s = now_s + BEAT_S
@@ -195,7 +197,7 @@ class WatchThread(threading.Thread):
         self._wire.close()
 
     def _obey(self, message: dict[str, Any]) -> None:
-        self._heard_s = time.monotonic()
+        self._heard_s = self._clock.now_s()
         if "peers" in message:
             self._peers = message["peers"]
             self._rank_0 = RankView(**message["pulse"])
@@ -203,7 +205,7 @@ class WatchThread(threading.Thread):
             self._rank_0 = RankView(**message["pulse"])
         if "where" in message:
             self._condemned.set()
-            self.activity.look(time.monotonic())
+            self.activity.look(self._clock.now_s())
             self._wire.send(beat=self.activity.report(), answer=self._answer(message["where"]))
         if "verdict" in message:
             self._end(**message["verdict"])

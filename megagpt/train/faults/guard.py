@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from megagpt.checkpoint.folders import step_of
-from megagpt.checkpoint.state import State
+from megagpt.checkpoint.state import GuardState, HistoryState, State
 from megagpt.data.loader import MicroBatch
 from megagpt.processes.agree import RankError, together
 from megagpt.train.faults import spikes
@@ -48,7 +48,8 @@ class Guard:
 
         Comm: one all-gather and a broadcast of short objects. Raises a RankError where its list of rewinds is damaged.
         """
-        self._history, self._n_bad = History.from_json(state.guard.get("history", {})), state.guard.get("n_bad", 0)
+        self._history = History.from_json(state.guard.get("history", HistoryState()))
+        self._n_bad = state.guard.get("n_bad", 0)
         rewinds = _rewinds_of(folder.parent.parent)
         self._left_out |= {*state.skipped_steps, *(r.step for r in rewinds)}
 
@@ -58,9 +59,9 @@ class Guard:
         return sorted(self._left_out)
 
     @property
-    def state(self) -> dict[str, Any]:
+    def state(self) -> GuardState:
         """What `State.guard` keeps, so that a run that goes on judges as if it had not ended."""
-        return {"history": self._history.to_json(), "n_bad": self._n_bad}
+        return GuardState(history=self._history.to_json(), n_bad=self._n_bad)
 
     def train_step(self, step: int) -> StepResult:
         """Step `step`, counted from 0; the one that counts, where a machine erred and it was done again.

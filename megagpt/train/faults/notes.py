@@ -17,7 +17,7 @@ from typing import Any
 from megagpt.data.indexed.blend import Samples
 from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.files import replace_text
+from megagpt.files import os_reason, replace_text
 
 REWINDS = "skipped_steps.json"
 MOST_TEXTS = 16  # samples whose text is shown; documents are told of all
@@ -47,7 +47,7 @@ class FaultNotes:
             path.parent.mkdir(exist_ok=True)
             replace_text(path, json.dumps(_strict(note), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         except OSError as error:
-            return f"not in {path}, which cannot be written ({error.strerror})"
+            return f"not in {path}, which cannot be written ({os_reason(error)})"
         return str(path)
 
     def _sample(self, number: int, position: int) -> dict[str, Any]:
@@ -107,5 +107,5 @@ def add_rewind(run: Path, rewind: Rewind) -> None:
         replace_text(run / REWINDS, json.dumps([asdict(r) for r in rewinds], indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(
-            f"cannot write {run / REWINDS} ({error.strerror}); make room, then go on with --load"
+            f"cannot write {run / REWINDS} ({os_reason(error)}); make room, then go on with --load"
         ) from error

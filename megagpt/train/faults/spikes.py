@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
+
+from megagpt.checkpoint.state import HistoryState
 
 WINDOW = 128  # steps: a deviation from so many is known to a tenth
 LEAST = 64  # steps before which nothing is judged: the loss falls fastest then, and the deviation is a guess
@@ -34,14 +35,15 @@ class History:
     log_norms: tuple[float, ...] = ()
     spiking: bool = False
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> HistoryState:
         """As a checkpoint's state.json keeps it: bit for bit."""
-        return asdict(self)
+        return HistoryState(losses=list(self.losses), log_norms=list(self.log_norms), spiking=self.spiking)
 
     @staticmethod
-    def from_json(kept: dict[str, Any]) -> History:
+    def from_json(kept: HistoryState) -> History:
         """What `to_json` gave; an empty one of nothing."""
-        return History(tuple(kept["losses"]), tuple(kept["log_norms"]), kept["spiking"]) if kept else History()
+        losses, log_norms = tuple(kept.get("losses", ())), tuple(kept.get("log_norms", ()))
+        return History(losses, log_norms, kept.get("spiking", False))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Source: McCandlish et al. 2018 (An Empirical Model of Large-Batch Training), sec
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megagpt.checkpoint.state import NoiseState
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.parameter import Named
 from megagpt.train.step.grad_norm import counts
@@ -89,11 +90,11 @@ class NoiseMeter:
             self.scale = self.scale.after(small, grad_norm**2, micro_tokens, batch_tokens)
 
     @property
-    def state(self) -> dict[str, float]:
+    def state(self) -> NoiseState:
         """What a checkpoint keeps of it."""
-        return asdict(self.scale)
+        return NoiseState(signal=self.scale.signal, noise=self.scale.noise)
 
-    def go_on_from(self, state: dict[str, float]) -> None:
+    def go_on_from(self, state: NoiseState) -> None:
         """Take over what a checkpoint kept; one that kept nothing begins anew."""
         self.scale = NoiseScale(**state)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,12 +120,13 @@ class Engine:
         self.backend.write_counters(counters)
         self.masters.set_step(step - int(counters[SKIPPED]))
 
-    def load(self, folder: Path) -> State:
+    def load(self, folder: Path, say: Callable[[str], None] = lambda line: None) -> State:
         """Be as the run was that wrote this checkpoint, whatever its layout.
 
+        say: told of tensors that only one of them has, where the configuration allows that.
         Comm: collective over all ranks.  Raises a RankError where the architectures differ, or a file cannot be read.
         """
-        state = load_masters(self.masters, self.config, folder)
+        state = load_masters(self.masters, self.config, folder, say)
         self.set_counters(state.step, state.counters)
         if self.noise:
             self.noise.go_on_from(state.noise_scale)

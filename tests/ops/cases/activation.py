@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from megagpt.ops.activation import FUNCTIONS, activation
-from tests.ops.case import Arguments, Case, Draw, Shape, Spec
+from tests.ops.case import Arguments, Case, Draw, Shape, Spec, preset_widths
 
 
 def shaped(*shape: int, kind: str, gated: bool = False, bias: bool = True):
@@ -59,6 +59,12 @@ CASES = (
 )
 
 
+WIDTHS = [
+    Case(f"{width}{', gated' if gated else ''}", activation, shaped(2, width * (1 + gated), kind="silu", gated=gated))
+    for width, gated in preset_widths(lambda model, tp: (model.ff_width // tp, model.gated))
+]
+
+
 def nbytes(x: int, y: int):
     """So many passes over x and over y: the bias is nothing beside them."""
 
@@ -77,6 +83,7 @@ SPEC = Spec(
     op="activation",
     call=activation,
     cases=CASES,
+    widths=WIDTHS,
     shapes=(
         shape("bias gelu, 4096 x 3072", shaped(4096, 3072, kind="gelu"), "cpu"),
         shape("bias gelu tanh, 2048 x 3072", shaped(2048, 3072, kind="gelu_tanh"), "cpu"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megagpt.ops.bias_dropout_add import bias_dropout_add
-from tests.ops.case import Arguments, Case, Draw, Shape, Spec
+from tests.ops.case import Arguments, Case, Draw, Shape, Spec, preset_widths
 
 
 def shaped(*shape: int, p: float = 0.3, offset: int = 0, bias: bool = True):
@@ -60,6 +60,11 @@ CASES = tuple(
 )
 
 
+WIDTHS = [
+    Case(f"{width}", bias_dropout_add, shaped(1, 2, width)) for width in preset_widths(lambda model, _: model.d_model)
+]
+
+
 def nbytes(passes: int):
     return lambda arguments: passes * arguments["x_BTD"].numel() * arguments["x_BTD"].element_size()
 
@@ -87,6 +92,7 @@ SPEC = Spec(
     op="bias_dropout_add",
     call=bias_dropout_add,
     cases=CASES,
+    widths=WIDTHS,
     eager=eager,
     shapes=(
         shape("4 x 1024 x 768", 4, 1024, 768, devices=("cpu",)),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt.ops.cross_entropy import Statistics, cross_entropy
-from tests.ops.case import Arguments, Case, Draw, Shape, Spec
+from tests.ops.case import Arguments, Case, Draw, Shape, Spec, preset_widths
 
 
 def tokens(n_tokens: int, n_columns: int, *, scale: float = 2.0, vocab: int | None = None, **settings):
@@ -98,6 +98,12 @@ CASES = (
 )
 
 
+WIDTHS = [
+    Case(f"{width} columns", cross_entropy, tokens(2, width))
+    for width in preset_widths(lambda m, tp: -(-m.vocab // tp))
+]
+
+
 def eager(logits_NV: Tensor, labels_N: Tensor, in_place: bool = False) -> Tensor:
     """Plain torch, which has neither padding nor a way to work in place."""
     return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
@@ -139,6 +145,7 @@ SPEC = Spec(
     op="cross_entropy",
     call=cross_entropy,
     cases=CASES,
+    widths=WIDTHS,
     shapes=(
         shape("GPT-2 vocabulary, 256 tokens", 256, 50304, "cpu"),
         shape("128K vocabulary, 64 tokens", 64, 131072, "cpu"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from tests.ops.case import Arguments, Case, Draw, Shape, Spec
+from tests.ops.case import Arguments, Case, Draw, Shape, Spec, preset_widths
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -173,6 +173,13 @@ CASES = (
 )
 
 
+WIDTHS = tuple(
+    Case(f"{'LayerNorm' if center else 'RMSNorm'} of {width}", norm, sized(2, width, add=True, center=center))
+    for center in (True, False)
+    for width in preset_widths(lambda model, _: model.d_model)
+)
+
+
 def forward_bytes(arguments: Arguments) -> int:
     """Read x (and the residual), write y (and the sum)."""
     x = arguments["x"]
@@ -201,6 +208,7 @@ SPEC = Spec(
     op="norm",
     call=norm,
     cases=CASES,
+    widths=WIDTHS,
     shapes=(
         *shapes(4096, 768, "cpu"),
         *shapes(1024, 4096, "cpu"),

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megagpt.ops.rotary import rotary, rotary_tables
-from tests.ops.case import Arguments, Case, Draw, Shape, Spec
+from megagpt.ops.rotary import rotary, rotary_frequencies, rotary_tables
+from tests.ops.case import Arguments, Case, Draw, Shape, Spec, preset_widths
 
 
 def tables(draw: Draw, seq_len: int, d_rotary: int) -> Arguments:
     dtype = torch.float64 if draw.dtype == torch.float64 else torch.float32
-    cos, sin = rotary_tables(seq_len, d_rotary, device=draw.device, dtype=dtype)
+    cos, sin = rotary_tables(seq_len, rotary_frequencies(d_rotary), device=draw.device, dtype=dtype)
     return {"cos_SR": cos, "sin_SR": sin}
 
 
@@ -77,10 +77,15 @@ def shape(name: str, make: Callable[[Draw], Arguments], *devices: str) -> Shape:
     return Shape(name, make, forward_bytes=nbytes, backward_bytes=nbytes, devices=devices)
 
 
+WIDTHS = [
+    Case(f"heads of {width}", rotary, shaped(1, 3, 2, 3, width)) for width in preset_widths(lambda m, _: m.head_width)
+]
+
 SPEC = Spec(
     op="rotary",
     call=rotary,
     cases=CASES,
+    widths=WIDTHS,
     shapes=(
         shape("GPT-2 small, 2 x 1024", shaped(2, 1024, 12, 3, 64), "cpu"),
         shape("GPT-2 small, interleaved", shaped(2, 1024, 12, 3, 64, interleaved=True), "cpu"),

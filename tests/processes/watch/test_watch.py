@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -204,6 +205,23 @@ def ranks_in(kind: str) -> tuple | None:
 )
 def test_a_collective_and_those_it_waits_for_are_seen(kind, expected):
     assert run_ranks(ranks_in, 3, kind)[0] == expected
+
+
+def test_while_the_ranks_are_connected_none_waits_for_another(tmp_path):
+    """The watch looks already then, and there is no group yet to be asked."""
+    found = []
+
+    def look() -> None:
+        time.sleep(0.5)
+        found.append((call_site().collective, waits_for()))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    store = dist.FileStore(str(tmp_path / "store"), 2)
+    with pytest.raises(RuntimeError):
+        dist.init_process_group("gloo", store=store, rank=0, world_size=2, timeout=timedelta(seconds=1))
+    looking.join()
+    assert found == [("init_process_group", None)]
 
 
 def test_a_thread_that_stays_is_still_and_one_that_goes_on_is_not():

@@ -68,7 +68,7 @@ class _DeepSpeedBackend(ABC):
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=self.optimizer,
-                config=deepspeed_settings(config, plan),
+                config=deepspeed_settings(config, plan, on_gpu=torch.cuda.is_available()),
                 mpu=None if mesh.pipe.size > 1 else _ModelParallelUnit(mesh),  # pipelines bring their own grid
                 dist_init_required=False,
             )

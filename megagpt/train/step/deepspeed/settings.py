@@ -1,4 +1,4 @@
-"""Our configuration as DeepSpeed's dictionary: the only place that knows its keys.
+"""Our configuration as DeepSpeed's dictionary: the only place that knows its keys. No torch: asked before any start.
 
 Of a user's JSON passes through what megagpt does not own; what contradicts it is refused.
 """
@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from megagpt.cli.translate import look_up
 from megagpt.config import RunConfig
 from megagpt.errors import UserError
+from megagpt.files import os_reason
 
 if TYPE_CHECKING:
     from megagpt.plan.plan import Plan
@@ -31,6 +31,7 @@ OWNERS = {
     "zero_optimization.stage": ("parallel.zero_stage", "--zero-stage"),
     "bf16.enabled": ("train.precision bf16", "--precision"),
     "fp16.enabled": ("train.precision fp16", "--precision"),
+    "zero_optimization.offload_optimizer.device": ("parallel.offload_optimizer", "--parallel.offload-optimizer"),
 }
 SECTIONS_OURS = {  # whole sections that megagpt builds itself
     "optimizer": "--lr, --weight-decay and the other flags of the optim section",
@@ -38,15 +39,20 @@ SECTIONS_OURS = {  # whole sections that megagpt builds itself
 }
 
 
-def deepspeed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given: ours, and what a user's JSON adds without contradicting it."""
+def deepspeed_settings(config: RunConfig, plan: Plan, on_gpu: bool) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given: ours, and what a user's JSON adds without contradicting it.
+
+    Raises: UserError where that JSON cannot be read, or contradicts.
+    """
     settings = _owned(config, plan)
     if config.train.deepspeed_config is not None:
         settings = check_deepspeed_json(config.train.deepspeed_config, settings)
     settings.setdefault("steps_per_print", 10**9)
     if config.train.precision == "bf16":  # DeepSpeed would add up gradients in fp32, and then round them to be sent
         settings.setdefault("communication_data_type", "fp32")
-    if not torch.cuda.is_available():
+    if not config.parallel.offload_optimizer:
+        del settings["zero_optimization"]["offload_optimizer"]
+    if not on_gpu:
         largest_stage = max(stage.params_local for stage in plan.stages)
         settings["zero_optimization"].setdefault("reduce_bucket_size", min(CPU_BUCKET, largest_stage))
     settings["zero_optimization"]["stage"] = plan.zero_stage
@@ -58,7 +64,8 @@ def deepspeed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
 
 def _owned(config: RunConfig, plan: Plan) -> dict[str, Any]:
     train, parallel = config.train, config.parallel
-    zero: dict[str, Any] = {"stage": parallel.zero_stage}
+    device = "cpu" if parallel.offload_optimizer else "none"
+    zero: dict[str, Any] = {"stage": parallel.zero_stage, "offload_optimizer": {"device": device}}
     settings: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -70,7 +77,6 @@ def _owned(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "fp16": {"enabled": train.precision == "fp16"},
     }
     if parallel.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
         settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused CPU AdamW: nothing to compile at the start
     if train.precision == "bf16":
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -83,13 +89,47 @@ def check_deepspeed_json(path: str, owned: Mapping[str, Any]) -> dict[str, Any]:
     A value that equals ours, or is "auto", passes; a key that `owned` lacks is passed through.
     Raises: UserError naming both keys where they contradict, or where the file cannot be read.
     """
-    given = _without_auto(_read_object(path))
+    whole = _read_object(path)
+    given = _offload_as_now(_without_auto(whole))
+    wrong = []
     for section, flags in SECTIONS_OURS.items():
-        if section in given and given[section] != owned.get(section):
-            raise UserError(f"{path}: {section} contradicts megagpt's own; remove the key and use {flags}")
-    for key, theirs, ours in _contradictions(given, owned):
-        raise UserError(f"{path}: {_explain(key, theirs, ours)}")
+        if _says_only_its_type(whole.get(section)):
+            given.pop(section, None)
+        elif section in given and given[section] != owned.get(section):
+            wrong.append(f"{section} contradicts megagpt's own; remove the key and use {flags}")
+    wrong += [_explain(key, theirs, ours) for key, theirs, ours in _contradictions(given, owned)]
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]}", lines=[f"  {line}" for line in wrong[1:]])
     return _merge(given, owned)
+
+
+def _says_only_its_type(section: Any) -> bool:
+    """Whether an optimizer or scheduler leaves all its parameters to us: "auto", as files for transformers have it."""
+    parameters = section.get("params") if isinstance(section, dict) else None
+    return bool(parameters) and isinstance(parameters, dict) and set(map(str, parameters.values())) == {"auto"}
+
+
+def types_not_taken(config: RunConfig) -> Iterator[str]:
+    """A note for each optimizer or scheduler of the JSON that the run's own takes the place of, being another one."""
+    path, optim = config.train.deepspeed_config, config.optim
+    whole = {} if path is None else _read_object(path)
+    ours = {"optimizer": ("optim.optimizer", optim.optimizer), "scheduler": ("optim.schedule", optim.schedule)}
+    for section, (key, value) in ours.items():
+        if _says_only_its_type(whole.get(section)):
+            theirs = str(whole[section].get("type"))
+            advice = look_up(f"{section}.type", theirs, {"min-lr": ""})
+            if advice is None or advice.settings != {key: value}:
+                yield f"note: {path}: {section} {theirs} leaves its values to the run, whose own {key}={value} it is"
+
+
+def _offload_as_now(given: dict[str, Any]) -> dict[str, Any]:
+    """With DeepSpeed's older zero_optimization.cpu_offload under its newer name."""
+    zero = given.get("zero_optimization")
+    if not isinstance(zero, dict) or "cpu_offload" not in zero:
+        return given
+    rest = {key: value for key, value in zero.items() if key != "cpu_offload"}
+    device = {"device": "cpu" if zero["cpu_offload"] else "none"}
+    return {**given, "zero_optimization": {"offload_optimizer": device, **rest}}
 
 
 def _explain(key: str, theirs: Any, ours: Any) -> str:
@@ -97,6 +137,8 @@ def _explain(key: str, theirs: Any, ours: Any) -> str:
     remedy = "remove the key"
     if flag == "--precision":
         remedy += ", or use --precision " + (key.split(".")[0] if theirs is True else "fp32")
+    elif flag and theirs in ("cpu", "none"):
+        remedy += f" or use {flag if theirs == 'cpu' else flag.replace('.', '.no-')}"
     elif flag and isinstance(theirs, int | float):
         remedy += f" or use {flag} {theirs}"
     return f"{key}={json.dumps(theirs)} contradicts {name}={json.dumps(ours)}; {remedy}"
@@ -143,7 +185,7 @@ def _read_object(path: str) -> dict[str, Any]:
             parse_constant=_refuse_constant,
         )
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check --deepspeed_config") from None
+        raise UserError(f"{path}: cannot be read ({os_reason(error)}); check --deepspeed_config") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except (json.JSONDecodeError, _BadJsonError) as error:

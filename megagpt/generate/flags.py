@@ -1,0 +1,33 @@
+"""The flags of programs that open a trained model: which checkpoint, what it may lack, and whose tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import AbstractContextManager
+
+from megagpt.checkpoint.strict import Allowed
+from megagpt.data.tokenizers.flags import add_tokenizer_flags, named_tokenizer
+from megagpt.errors import ArgumentParser, home_expanded
+from megagpt.generate.trained import DTYPES, Trained, open_trained
+
+
+def add_load_flags(parser: ArgumentParser) -> None:
+    """Add what `open_from` reads."""
+    add = parser.add_argument_group("the model").add_argument
+    what = "run folder, RUN@best, RUN@STEP, checkpoint, or folder of transformers"
+    add("--load", required=True, type=home_expanded, help=what)
+    add("--load-fallback", action="store_true", help="where it is damaged, take the one before it")
+    add("--weights", choices=("last", "ema"), default="last", help="ema: their moving average")
+    add("--allow-missing", action="store_true", help="first values for tensors that it lacks")
+    add("--allow-unused", action="store_true", help="leave tensors that the model has no place for")
+    add("--precision", choices=tuple(DTYPES), default="fp32", help="of weights and cache (default: fp32)")
+    add("--pp", type=int, default=1, help="pipeline stages (default: 1)")
+    add("--dp", type=int, default=1, help="replicas, which share out the work (default: 1)")
+    add_tokenizer_flags(parser)
+
+
+def open_from(args: argparse.Namespace) -> AbstractContextManager[Trained]:
+    """Load what the flags say: see `open_trained`."""
+    allowed, tokenizer = Allowed(args.allow_missing, args.allow_unused), named_tokenizer(args)
+    layout = {"pp": args.pp, "dp": args.dp, "precision": args.precision}
+    return open_trained(args.load, args.load_fallback, args.weights, allowed, tokenizer, **layout)
