@@ -129,6 +129,13 @@ def test_all_kinds_keep_the_protocol(all_kinds: list[Tokenizer]) -> None:
     assert len({tokenizer.sha256 for tokenizer in all_kinds}) == 4
 
 
+def test_ids_that_only_the_model_has_are_no_text(all_kinds: list[Tokenizer]) -> None:
+    """A vocabulary padded by others is larger than the tokenizer's; such an id may be drawn, or sent by a client."""
+    for tokenizer in all_kinds:
+        ids = tokenizer.encode("abc")
+        assert tokenizer.decode([*ids, tokenizer.vocab_size, tokenizer.vocab_size + 99]) == tokenizer.decode(ids)
+
+
 def test_byte_alphabet_is_that_of_the_library() -> None:
     alphabet = byte_alphabet()
     assert set(alphabet) == set(pre_tokenizers.ByteLevel.alphabet()) and set(alphabet.values()) == set(range(256))

@@ -63,7 +63,8 @@ class Gpt2Tokenizer:
         return [self._encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._encoder.decode(np.fromiter(ids, np.uint32)).decode("utf-8", errors="replace")
+        known = np.fromiter((i for i in ids if i < self.vocab_size), np.uint32)  # another one would end the process
+        return self._encoder.decode(known).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> np.ndarray:
         counts = np.zeros(self.vocab_size, np.int32)

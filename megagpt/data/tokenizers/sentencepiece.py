@@ -60,7 +60,7 @@ class SentencePieceTokenizer:
         return [np.array(ids, np.int32) for ids in self._processor.encode(list(texts), num_threads=1)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode([int(i) for i in ids])
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def token_bytes(self) -> np.ndarray:
         counts = np.zeros(self.vocab_size, np.int32)
