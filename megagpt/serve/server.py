@@ -12,6 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from megagpt.errors import UserError, announce, require
+from megagpt.files import os_reason
 from megagpt.generate.engine import Engine
 from megagpt.generate.limits import ROWS, Limits, described, limits_for
 from megagpt.generate.trained import Trained, Weights, laid_out, load_trained
@@ -131,7 +132,7 @@ def open_door(settings: Settings) -> Door:
         family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except OSError as error:
-        where, why = f"--host {settings.host} --port {settings.port}", str(error.strerror).partition(" (")[0]
+        where, why = f"--host {settings.host} --port {settings.port}", os_reason(error).partition(" (")[0]
         raise UserError(f"cannot listen on {where}: {why}", remedy="name others") from None
     local = listener.getsockname()[0] in ("127.0.0.1", "::1")
     return Door(listener, Rules(key, settings.max_body_kib * 1024, local))

@@ -59,7 +59,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD. An id from vocab_size on, which a model may have, is none."""
+        """Text of ids; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing: a model may have more."""
         ...
 
     def token_bytes(self) -> np.ndarray:
