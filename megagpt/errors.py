@@ -151,6 +151,12 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def announce(text: str) -> None:
+    """Say something once, however many ranks there are: local rank 0 speaks for its machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, flush=True)
+
+
 class Stopped(Exception):  # noqa: N818  # it is no error
     """The run was asked to end early, and saved what it had. The message, told by one rank, says where."""
 

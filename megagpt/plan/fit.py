@@ -24,13 +24,17 @@ def check_world(config: RunConfig, world_size: int) -> int:
 
 
 def check_model(config: RunConfig) -> None:
-    """What tensor parallelism must divide, and whether the vocabulary is known."""
-    model, tp = config.model, config.parallel.tp
-    if model.vocab_size is None:
+    """Whether the vocabulary is known, and tensor parallelism can share the layers out."""
+    if config.model.vocab_size is None:
         raise UserError("model.vocab_size is not known; give --vocab-size, or a tokenizer or dataset that records it")
-    for name, size in (("n_heads", model.n_heads), ("d_ff", model.ff_width)):
-        choices = ", ".join(map(str, divisors(size)))
-        require(size % tp == 0, f"parallel.tp={tp}", f"must divide {name}={size}", f"try {choices}")
+    _check_tp(config.model, config.parallel.tp)
+
+
+def _check_tp(model: ModelConfig, tp: int) -> None:
+    """Whether so many ranks can share the heads, those of keys and values, and the MLP."""
+    choices = ", ".join(map(str, divisors(model.n_heads)))
+    require(model.n_heads % tp == 0, f"parallel.tp={tp}", f"must divide n_heads={model.n_heads}", f"try {choices}")
+    MLPS[model.mlp](model).check_tp(tp)
     choices = ", ".join(str(n) for n in divisors(model.n_heads) if _shares_kv_heads(model, n))
     require(
         _shares_kv_heads(model, tp),
@@ -38,12 +42,19 @@ def check_model(config: RunConfig) -> None:
         "must divide it, or be a multiple of it",
         f"try {choices}",
     )
-    MLPS[model.mlp](model).check_tp(tp)
 
 
 def _shares_kv_heads(model: ModelConfig, tp: int) -> bool:
     """Whether each rank gets whole heads of keys and values, or each such head a whole number of ranks."""
     return model.kv_heads % tp == 0 or tp % model.kv_heads == 0
+
+
+def _fits_tp(model: ModelConfig, tp: int) -> bool:
+    try:
+        _check_tp(model, tp)
+    except UserError:
+        return False
+    return True
 
 
 def check_attention(config: RunConfig) -> None:
@@ -132,8 +143,9 @@ def _other_layouts(config: RunConfig, world_size: int) -> str:
     fitting = [
         (tp, pp)
         for tp in divisors(world_size)
+        if _fits_tp(model, tp)
         for pp in divisors(world_size // tp)
-        if model.n_heads % tp == 0 and model.ff_width % tp == 0 and _shares_kv_heads(model, tp) and pp <= model.n_layers
+        if pp <= model.n_layers
     ]
     near = sorted(fitting, key=lambda layout: abs(layout[0] - parallel.tp) + abs(layout[1] - parallel.pp))
     return "".join(f", or --tp {tp} --pp {pp}" for tp, pp in near[:2])

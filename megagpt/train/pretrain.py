@@ -23,10 +23,8 @@ import psutil
 from megagpt.checkpoint.folders import require_begun
 from megagpt.cli import parse_run_config
 from megagpt.config import RunConfig
-from megagpt.config.values import DataPath
-from megagpt.data.opened import OpenedData
-from megagpt.data.text.corpus import default_cache_dir, default_corpus
-from megagpt.errors import EXIT_PEER_LOST, UserError, require, run_cli
+from megagpt.data.opened import with_text
+from megagpt.errors import EXIT_PEER_LOST, announce, run_cli
 from megagpt.plan.plan import make_plan
 from megagpt.train.step.deepspeed.settings import deepspeed_settings, types_not_taken
 
@@ -92,47 +90,6 @@ def _pretrain(argv: Sequence[str]) -> None:
 def has_gpu() -> bool:
     """Whether this machine has an NVIDIA driver; asking torch would cost seconds."""
     return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-
-
-def with_text(config: RunConfig) -> tuple[RunConfig, OpenedData]:
-    """The configuration with its data path and vocabulary filled in, and that data, its tokenizers opened.
-
-    Makes the default corpus if it has to.
-    """
-    if not config.data.data_path:
-        cache = Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
-        path = DataPath((default_corpus(cache, announce),))
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_path=path))
-    data = OpenedData(config.data)
-    tokenizers = [tokenizer for tokenizer in data.tokenizers if tokenizer is not None]
-    if len({tokenizer.sha256 for tokenizer in tokenizers}) > 1:
-        names = config.data.data_path
-        raise UserError(f"the datasets of {names} were made by different tokenizers; use one for all")
-    return _with_vocabulary(config, max((t.vocab_size for t in tokenizers), default=None)), data
-
-
-def _with_vocabulary(config: RunConfig, size: int | None) -> RunConfig:
-    """The configuration with model.vocab_size filled in. size: the tokenizer's, where there is one."""
-    wanted = config.model.vocab_size
-    if wanted is None and size is None:
-        raise UserError(
-            f"{config.data.data_path.prefixes[-1]}: no tokenizer is recorded beside it and none is named; "
-            "give --tokenizer with its files, or --vocab-size"
-        )
-    require(
-        None in (wanted, size) or size <= wanted,  # pyright: ignore[reportOperatorIssue] # neither is None
-        f"model.vocab_size={wanted}",
-        f"is smaller than the tokenizer's {size}",
-        f"drop --vocab-size, or use at least {size}",
-        "model.vocab_size",
-    )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted or size))
-
-
-def announce(text: str) -> None:
-    """Say something once, however many ranks there are: local rank 0 speaks for its machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, flush=True)
 
 
 def start_ranks(n_ranks: int, argv: Sequence[str]) -> int:

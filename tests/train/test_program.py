@@ -15,8 +15,9 @@ import matplotlib
 import pytest
 
 from megagpt.cli import parse_run_config
+from megagpt.data.opened import with_text
 from megagpt.errors import UserError
-from megagpt.train.pretrain import ranks_to_start, with_text
+from megagpt.train.pretrain import ranks_to_start
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

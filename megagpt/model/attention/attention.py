@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from megagpt.config.kernels import AUTO, Kernels
 from megagpt.inventory.attention import attention_lacks, attention_runs
 from megagpt.model.attention import IMPLEMENTATIONS
+from megagpt.model.attention.grouped import grouped_scores, weighted_values
 from megagpt.model.attention.masks import Masks
-from megagpt.model.attention.steps import grouped_scores, weighted_values
 from megagpt.model.dropout import Dropout, block_site
 from megagpt.model.position import POSITIONS
 from megagpt.model.stream import Stream

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from megagpt.model.attention.grouped import weighted_values
 from megagpt.model.attention.implementation import Implementation
 
 if TYPE_CHECKING:
@@ -49,17 +50,3 @@ class Steps(Implementation):
         if attention.position.adds == "bias":  # scaled here, in the one rounding of the sum
             return torch.add(attention.learned(attention.position.bias, q_BHTK), scores_BHTT, alpha=scale), 1.0
         return scores_BHTT, scale
-
-
-def grouped_scores(q_BHTK: Tensor, k_BGSK: Tensor) -> Tensor:
-    """q · k, each key head for H / G neighbouring query heads.  Shapes: → scores_BHTS."""
-    T = q_BHTK.shape[2]
-    q_BGXK = q_BHTK.unflatten(1, (k_BGSK.shape[1], -1)).flatten(2, 3)  # one matrix for all queries of a key head
-    return (q_BGXK @ k_BGSK.transpose(-2, -1)).unflatten(2, (-1, T)).flatten(1, 2)
-
-
-def weighted_values(p_BHTS: Tensor, v_BGSK: Tensor) -> Tensor:
-    """Sums of values, each value head for H / G neighbouring query heads.  Shapes: → y_BHTK."""
-    T = p_BHTS.shape[2]
-    p_BGXS = p_BHTS.unflatten(1, (v_BGSK.shape[1], -1)).flatten(2, 3)
-    return (p_BGXS @ v_BGSK).unflatten(2, (-1, T)).flatten(1, 2)

@@ -48,6 +48,10 @@ class Dense:
 
     def check_tp(self, tp: int) -> None:
         """Raises UserError where so many ranks cannot share it."""
+        width = self.model.ff_width
+        choices = ", ".join(map(str, divisors(width)))
+        wanted, keys = f"must divide d_ff={width}", ("parallel.tp", "model.d_ff")
+        require(width % tp == 0, f"parallel.tp={tp}", wanted, f"try {choices}", *keys)
 
     def up(self) -> Parameters:
         """Of the matrix from the residual stream to the hidden width (packs of them), and its bias."""
@@ -75,12 +79,6 @@ class Product(Dense, ABC):
     """
 
     is_product = True
-
-    def check_tp(self, tp: int) -> None:
-        width = self.model.ff_width
-        choices = ", ".join(map(str, divisors(width)))
-        wanted, keys = f"must divide d_ff={width}", ("parallel.tp", "model.d_ff")
-        require(width % tp == 0, f"parallel.tp={tp}", wanted, f"try {choices}", *keys)
 
     def up(self) -> Parameters:
         D, F = self.model.d_model, self.model.ff_width

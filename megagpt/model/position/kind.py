@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from megagpt.inventory.parameter import Kept, Parameters
-from megagpt.model.attention.steps import grouped_scores
+from megagpt.model.attention.grouped import grouped_scores
 
 if TYPE_CHECKING:
     import torch
@@ -94,3 +94,16 @@ class Position:
         Shapes: → broadcasts to (B, H, T, S), right where the distance is not negative.
         """
         return q_BHTK.new_zeros(())
+
+
+def shift(x_TT: Tensor) -> Tensor:
+    """From columns that are distances, T - 1 … 0, to columns that are keys; what is ahead of a query is arbitrary.
+
+    Row i must move left by T - 1 - i. With a column more, the rows of the flat array are one longer than those that it
+    is cut into again, and each begins one element later than the last one.
+    Shapes: (…, T, T) → (…, T, T).  Source: Dai et al. 2019, appendix B.
+    """
+    import torch.nn.functional as F  # computes: what is declared is read without torch
+
+    T = x_TT.shape[-1]
+    return F.pad(x_TT, (1, 0)).flatten(-2)[..., T:].unflatten(-1, (T, T))

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from megagpt.errors import require
 from megagpt.inventory.init import matrix_init
 from megagpt.inventory.parameter import Parameter, Parameters
-from megagpt.model.position.kind import Position
-from megagpt.model.position.transformer_xl import shift
+from megagpt.model.position.kind import Position, shift
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from megagpt.inventory.init import matrix_init
 from megagpt.inventory.parameter import Kept, Parameter, Parameters
-from megagpt.model.attention.steps import grouped_scores
-from megagpt.model.position.kind import Position
+from megagpt.model.attention.grouped import grouped_scores
+from megagpt.model.position.kind import Position, shift
 from megagpt.model.position.sinusoidal import Sinusoids
 
 if TYPE_CHECKING:
@@ -69,16 +69,3 @@ class TransformerXL(Position):
         v_HK = weights["position_bias"]
         r_HLK = (r_LD @ weights["weight"].t()).unflatten(-1, v_HK.shape).transpose(0, 1)
         return (q_BHTK + v_HK.unsqueeze(1)) @ r_HLK.transpose(-2, -1)
-
-
-def shift(x_TT: Tensor) -> Tensor:
-    """From columns that are distances, T - 1 … 0, to columns that are keys; what is ahead of a query is arbitrary.
-
-    Row i must move left by T - 1 - i. With a column more, the rows of the flat array are one longer than those that it
-    is cut into again, and each begins one element later than the last one.
-    Shapes: (…, T, T) → (…, T, T).  Source: Dai et al. 2019, appendix B.
-    """
-    import torch.nn.functional as F  # computes: what is declared is read without torch
-
-    T = x_TT.shape[-1]
-    return F.pad(x_TT, (1, 0)).flatten(-2)[..., T:].unflatten(-1, (T, T))

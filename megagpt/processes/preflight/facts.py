@@ -18,10 +18,9 @@ import torch.cuda.nccl
 import megagpt
 from megagpt.config import RunConfig, plain
 from megagpt.data.indexed.meta import read_meta
-from megagpt.data.opened import OpenedData
+from megagpt.data.opened import OpenedData, with_text
 from megagpt.errors import UserError
 from megagpt.plan.plan import make_plan
-from megagpt.train.pretrain import with_text
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "tokenizers", "sentencepiece")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from megagpt.config import ModelConfig
 from megagpt.inventory import layers as inventory
 from megagpt.model.attention.attention import Attention
+from megagpt.model.position.kind import shift
 from megagpt.model.position.t5 import bucket
-from megagpt.model.position.transformer_xl import shift
 from megagpt.model.stream import Stream
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.parameter import Declared

@@ -35,12 +35,8 @@ from megagpt.train.step.grad_norm import clip, global_grad_norm, nan_to_gradient
 if TYPE_CHECKING:
     from megagpt.plan.plan import Plan
 
-SCALER = (
-    "cur_scale",
-    "cur_iter",
-    "last_overflow_iter",
-    "cur_hysteresis",
-)  # its names, which checkpoints keep
+# Its names of what its loss scaler counts, which checkpoints keep.
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def start_deepspeed(config: RunConfig, plan: Plan, mesh: Mesh) -> Backend:
