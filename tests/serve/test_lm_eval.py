@@ -32,7 +32,7 @@ def test_scores_are_those_of_the_engine(tmp_path):
         scores = theirs.loglikelihood(instances("loglikelihood", *PAIRS))
         scored = Sampling(n_tokens=0, logprobs=1, prompt_logprobs=True)
         for (context, continuation), (score, is_greedy) in zip(PAIRS, scores, strict=True):
-            ((text,),) = complete(trained, [context + continuation], scored)
+            ((text,),) = complete(trained.stage, trained.tokenizer, [context + continuation], scored)
             entries = text.prompt_logprobs[len(encode(context)) :]
             assert score == pytest.approx(sum(entry.logprob or 0 for entry in entries), abs=1e-4)
             assert is_greedy == all(entry.token == entry.likeliest[0][0] for entry in entries)
@@ -40,4 +40,7 @@ def test_scores_are_those_of_the_engine(tmp_path):
             instances("generate_until", *((context, {"until": ["q"], "max_gen_toks": 9}) for context, _ in PAIRS))
         )
         greedy = Sampling(n_tokens=9, temperature=0, stop=("q",))
-        assert written == [text.text for (text,) in complete(trained, [context for context, _ in PAIRS], greedy)]
+        assert written == [
+            text.text
+            for (text,) in complete(trained.stage, trained.tokenizer, [context for context, _ in PAIRS], greedy)
+        ]

@@ -141,4 +141,4 @@ def test_every_layout_gives_each_client_what_it_gets_alone(run: str, tp: int, pp
 def _alone(run: str) -> list[list[Completion]]:
     """What `complete` gives to each prompt."""
     trained = load_trained(run, build_mesh("cpu", pp=1, dp=1, tp=1))
-    return complete(trained, PROMPTS, SAMPLING, limits=limits_for(trained.stage, n_rows=1))
+    return complete(trained.stage, trained.tokenizer, PROMPTS, SAMPLING, limits=limits_for(trained.stage, n_rows=1))
