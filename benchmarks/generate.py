@@ -40,6 +40,7 @@ SHAPES = {
     "124M": ModelConfig(n_layers=12, d_model=768, n_heads=12, seq_len=1024, vocab_size=50257),
 }
 BATCHES = (1, 16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N_PROMPT = 64
 ROUNDS = 5  # of ours and theirs in turn; the median counts
 
@@ -77,7 +78,7 @@ def main() -> None:
                 rows += compare(shape, precision, Path(folder), a.batches, a.n_tokens, a.rounds, copied)
                 show(rows)
     if a.json:
-        found = conditions("benchmarks.generate", "cpu")
+        found = conditions("benchmarks.generate", DEVICE)
         found |= {"copy_bytes_s": copied, "rows": [asdict(row) for row in rows]}
         a.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -95,11 +96,11 @@ def compare(
     """Both on the same prompts, in turn."""
     from transformers import AutoModelForCausalLM  # after the flags: seconds
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision]).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision]).to(DEVICE).eval()
     rows = []
     with open_trained(folder, precision=precision) as trained:
         for batch in batches:
-            prompts_BT = torch.randint(0, SHAPES[shape].vocab, (batch, N_PROMPT))
+            prompts_BT = torch.randint(0, SHAPES[shape].vocab, (batch, N_PROMPT), device=DEVICE)
             runs = (partial_run(ours_once, trained, prompts_BT), partial_run(theirs_once, theirs, prompts_BT))
             rows.append(row(shape, precision, batch, timed(*runs, n_tokens, rounds), trained, n_tokens, copied))
     return rows
@@ -122,7 +123,7 @@ def ours_once(trained: Trained, prompts_BT: torch.Tensor, n_tokens: int) -> floa
     for prompt in prompts_BT.tolist():
         engine.add(Request(tuple(prompt), sampling))
     while not engine.idle:
-        engine.step()
+        engine.step()  # the tokens come to the host
     return time.perf_counter() - start
 
 
@@ -130,7 +131,7 @@ def theirs_once(model: Any, prompts_BT: torch.Tensor, n_tokens: int) -> float:
     """By transformers."""
     settings = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": False, "pad_token_id": 0}
     start = time.perf_counter()
-    model.generate(prompts_BT, attention_mask=torch.ones_like(prompts_BT), **settings)
+    model.generate(prompts_BT, attention_mask=torch.ones_like(prompts_BT), **settings).cpu()
     return time.perf_counter() - start
 
 
@@ -174,11 +175,13 @@ def row(
 
 def copy_rate(n_bytes: int = 512 << 20) -> float:
     """Bytes a second that a copy reads and writes, the best of five."""
-    source = torch.ones(n_bytes // 4)
+    source = torch.ones(n_bytes // 4, device=DEVICE)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(6):
         start = time.perf_counter()
         target.copy_(source)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * n_bytes / best
 

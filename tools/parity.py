@@ -54,7 +54,7 @@ def main() -> int:
     print(f"{'of':<48}{'all steps':>9}{'all':>9}{'the first':>10}{'the last':>9}", flush=True)
     position = config.model.position
     if POSITIONS[position].embed is Position.embed:
-        print(f"note: {position} adds nothing to the embeddings: all but the first gradients differ by more and more")
+        print(f"note: {position} adds nothing to the embeddings: all but the gradients differ by more and more")
     rows, start = [], time.perf_counter()
     for layout, difference, seconds in parity.walk(config, layouts):
         rows.append({"layout": str(layout), "seconds": round(seconds, 2), **dataclasses.asdict(difference)})

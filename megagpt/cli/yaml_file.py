@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, get_origin, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError, create_model
@@ -212,7 +212,6 @@ class _Loader(yaml.SafeLoader):
     configuration can go.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
     n_nodes = 0
 
     def compose_node(self, parent, index):
@@ -273,6 +272,7 @@ _PLAIN = {
         "-+.0123456789",
     ),
 }
+_Loader.yaml_implicit_resolvers = {}  # without those of YAML 1.1
 for _kind, (_form, _begins) in _PLAIN.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(

@@ -11,7 +11,7 @@ from megagpt.config.values import Short
 from megagpt.errors import UserError, divisors, require
 from megagpt.model.mlp import MLPS
 from megagpt.model.position import POSITIONS
-from megagpt.model.position.scaling import SCALINGS
+from megagpt.model.position.rotary import SCALINGS
 
 if TYPE_CHECKING:
     PositionName = MLPName = ScalingName = str

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megagpt.generate.batching import Batching, Group, Pass, Sample
 from megagpt.generate.draw import logprobs_of
+from megagpt.generate.graphs import Graphs
 from megagpt.generate.limits import Limits
 from megagpt.generate.request import Piece, Request, TokenLogprobs
 from megagpt.generate.write import Writer
@@ -42,6 +43,9 @@ class Engine:
         n_groups = self.mesh.pipe.size
         n_rows = -(-limits.n_rows // n_groups)
         self.caches = [self._cache(n_rows) for _ in range(n_groups)]
+        # Of one process: what a stage receives, and collectives, are left to the host.
+        graphed = stage.weight.device.type == "cuda" and self.mesh.world_size == 1
+        self.graphs = Graphs(stage, self.caches[0]) if graphed else None
         self.batching = Batching([Group(i, n_rows, limits.chunk, c.move) for i, c in enumerate(self.caches)])
         self.in_flight: deque[Pass | None] = deque([None] * (n_groups - 1))  # by stage, between steps
         self.x_BTD: Tensor | None = None  # what came from the stage before
@@ -122,6 +126,8 @@ class Engine:
             return self.stage(self.x_BTD, view)
         rows = [sample.window(count) for sample, count in zip(mine.samples, counts, strict=True)]
         tokens_BT = torch.tensor([row + [0] * (mine.n_tokens - len(row)) for row in rows], device=device)
+        if self.graphs and mine.n_tokens == 1 and mine.first_row == 0 and view.counts_B is None:
+            return self.graphs.run(tokens_BT, view.positions_BT)
         return self.stage(tokens_BT, view)
 
     def _pieces(self, done: Pass, x_BTD: Tensor) -> list[Piece]:

@@ -128,8 +128,8 @@ class Piece:
 
     request: the number that `Engine.add` gave.  tokens: the new ones; none where the text ends by itself.
     text: what can be shown by now: "" while a character or a stop string may still be on its way, and without a
-    tokenizer.  logprobs: of the new tokens, if asked for, and of an end of text, which is none of them.  prompt: of
-    those of the prompt that the step read, likewise.  finish: where this ends the text.
+    tokenizer.  logprobs: of the new tokens, if asked for, and of an end of text, which is none of them.
+    prompt: of those of the prompt that the step read, likewise.  finish: where this ends the text.
     """
 
     request: int

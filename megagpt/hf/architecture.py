@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megagpt.errors import UserError
 from megagpt.hf.layouts import QKV
-from megagpt.model.position.scaling import NTK, scaling_of, yarn_magnitude
+from megagpt.model.position.rotary import NTK, scaling_of, yarn_magnitude
 
 if TYPE_CHECKING:
     from megagpt.config import ModelConfig

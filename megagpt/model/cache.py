@@ -62,6 +62,10 @@ class Cache:
         positions_BT = (starts_B[:, None] + places_BT).to(self.device)
         return View(self, rows, positions_BT, None if min(counts) == n_tokens else counts_B, end, sees_all)
 
+    def whole_view(self, positions_B1: Tensor) -> View:
+        """For a token of each of the first rows, which looks at every place: the same work wherever they stand."""
+        return View(self, slice(0, len(positions_B1)), positions_B1, None, self.n_places, sees_all=False)
+
 
 @dataclass
 class View:
@@ -126,6 +130,9 @@ class View:
 
     def _places(self, n_places: int, T: int) -> tuple[Tensor, Tensor, Tensor]:
         """Row, time in the pass, and place of each token that is kept."""
+        if T == 1 and self.counts_B is None:  # without a look at the host, as a CUDA graph wants it
+            rows = torch.arange(len(self.positions_BT), device=self.cache.device)
+            return rows, torch.zeros_like(rows), self.positions_BT[:, 0] % n_places
         counts_B1 = torch.full((len(self.positions_BT), 1), T) if self.counts_B is None else self.counts_B[:, None]
         times_T = torch.arange(T)
         rows, times = ((times_T < counts_B1) & (times_T >= counts_B1 - n_places)).nonzero(as_tuple=True)

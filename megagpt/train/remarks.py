@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,7 +22,9 @@ from megagpt.data.tokenizers.same import same_ids
 from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.schedule import Schedule
-from megagpt.train.run import Run
+
+if TYPE_CHECKING:
+    from megagpt.train.run import Run
 
 _WORTH_A_WORD = 1.1  # times, of a learning rate
 _LEAST_SHARE = 0.005  # of the tokens

@@ -18,11 +18,13 @@ from safetensors.numpy import load_file, save_file
 
 from megagpt.checkpoint import integrity, pieces, state
 from megagpt.checkpoint.integrity import damage_of, read_tables, write_tables
-from megagpt.checkpoint.load import check_resumable
+from megagpt.checkpoint.load import check_resumable, find_whole
 from megagpt.checkpoint.state import State, read_state, state_json
 from megagpt.config import ModelConfig, RunConfig, TrainConfig
 from megagpt.errors import UserError
 from megagpt.files import sha256_of
+from megagpt.processes.agree import RankError
+from megagpt.processes.local import run_ranks
 from tests.checkpoint.written_checkpoint import MODEL, seal, state_of, write_checkpoint
 
 
@@ -141,6 +143,23 @@ def test_damage_is_found_and_its_file_named(folder: Path, case: str):
     assert not (folder / "PWNED").exists()
 
 
+def looked_for(run: Path, fallback: bool) -> str:
+    said: list[str] = []
+    try:
+        return f"{find_whole(run, fallback, said.append).name} {said}"
+    except RankError as error:
+        return str(error)
+
+
+def test_numbers_that_are_none_are_damage_to_whoever_loads(folder: Path):
+    """The remedy is another checkpoint, not the same one again."""
+    run = folder.parents[1]
+    poison(write_checkpoint(run, 20), "weight", "head.norm.bias", float("nan"))
+    (refused,), (taken,) = (run_ranks(looked_for, 1, run, fallback) for fallback in (False, True))
+    assert "weight of head.norm.bias holds 1 NaN or Inf" in refused and f"--load {run}@10" in refused
+    assert taken.startswith("step-000010 ['note: ") and "head.norm.bias" in taken
+
+
 def test_all_damaged_files_are_named(folder: Path):
     for name in (WEIGHTS, "state.json"):
         flip(folder / name, 20)
@@ -206,7 +225,7 @@ def test_an_index_with_anything_in_a_place_is_read_or_refused(place: str, value:
 @given(st.floats(allow_nan=False, allow_infinity=False), st.floats(0, 1e3), st.lists(st.integers(0, 2**60)))
 def test_a_state_comes_back_bit_for_bit(lr: float, loss: float, skipped: list[int]):
     at = state_of(
-        7, lr=lr, validation_loss=loss, counters={"skipped_steps": 0, "cur_scale": 2.0**40}, skipped_steps=skipped
+        7, lr=lr, validation_loss=loss, counters={"skipped_steps": 0.0, "cur_scale": 2.0**40}, skipped_steps=skipped
     )
     with TemporaryDirectory() as name:
         (Path(name) / "state.json").write_text(state_json(at))

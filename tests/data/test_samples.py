@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megagpt.config.values import Split
+from megagpt.data.indexed.coverage import times_read
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.indexed.samples import GPTSamples, split_bounds
 from megagpt.errors import UserError
@@ -160,3 +161,19 @@ def test_more_samples_than_memory_holds(tmp_path):
     dataset = IndexedDataset(write(tmp_path / "a", [40, 40]))
     with pytest.raises(UserError, match=r"a: the order of \d+ samples, .* does not fit in memory; lower --train-steps"):
         GPTSamples(dataset, documents=(0, 2), num_samples=2**60, seq_len=8, seed=0)
+
+
+def test_how_often_tokens_are_read_is_what_reading_them_shows(tmp_path):
+    """All of them are looked at where they are few: one order for a while, then another one."""
+    write(tmp_path / "d", [7, 30, 0, 5, 21, 40])
+    dataset = IndexedDataset(tmp_path / "d")
+    orders = [GPTSamples(dataset, documents=(0, len(dataset)), num_samples=n, seq_len=6, seed=3) for n in (12, 30)]
+    parts = [(orders[0], range(9)), (orders[1], range(9, 28))]
+    counts = [np.zeros(length, int) for length in dataset.lengths]
+    for samples, positions in parts:
+        for i in positions:
+            tokens = [(d, t) for d, first, length in samples.documents_of(i) for t in range(first, first + length)]
+            for document, token in tokens[:-1]:  # the last one is only a label
+                counts[document][token] += 1
+    expected = np.bincount(np.concatenate(counts)) / dataset.n_tokens
+    np.testing.assert_allclose(times_read(parts), expected)

@@ -20,7 +20,7 @@ from megagpt.hf.architecture import share
 from megagpt.hf.architectures import ARCHITECTURES
 from megagpt.model.gpt import GPT
 from megagpt.model.position import POSITIONS
-from megagpt.model.position.scaling import SCALINGS
+from megagpt.model.position.rotary import SCALINGS
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.parameter import part_of
 from tests.hf.hf_cases import CASES, Case, state_of, theirs

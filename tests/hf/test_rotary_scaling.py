@@ -12,7 +12,7 @@ from megagpt.config import ModelConfig
 from megagpt.errors import UserError
 from megagpt.hf import config_from_hf, hf_config
 from megagpt.model.gpt import GPT
-from megagpt.model.position.scaling import scaling_of
+from megagpt.model.position.rotary import scaling_of
 from megagpt.parallel.axis import SINGLE
 from tests.hf.hf_cases import CASES, Case, state_of, theirs
 from tests.hf.load import from_hf, load_logical

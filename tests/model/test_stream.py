@@ -89,6 +89,21 @@ def test_rows_of_unequal_length_do_not_see_their_padding(name):
         assert_close(torch.cat(kept)[None], model(tokens_T[None]), name)
 
 
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_a_step_over_all_places_is_the_same_step(name):
+    """What a CUDA graph does, whose work may not depend on where the rows stand."""
+    model, tokens_BT = model_of(CASES[name]), torch.randint(37, (2, 20))
+    cache = cache_of(CASES[name], 2)
+    decode(model, cache, [tokens_BT[0, :9].tolist(), tokens_BT[1, :4].tolist()], [0, 0])
+    positions_B1 = torch.tensor([[9], [4]])
+    for _ in range(2):  # once more changes nothing
+        next_B1 = tokens_BT.gather(1, positions_B1)
+        logits_B1V = model(next_B1, positions_BT=positions_B1, cache=cache.whole_view(positions_B1))
+    whole_BTV = model(tokens_BT)
+    assert_close(logits_B1V[:, 0], torch.stack([whole_BTV[0, 9], whole_BTV[1, 4]]), name)
+
+
 @torch.no_grad()
 def test_the_cache_of_a_window_does_not_grow_beyond_it_and_a_row_can_move():
     config = CASES["window"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from megagpt.data.indexed.meta import DatasetMeta
-from megagpt.data.tokenizers.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from megagpt.data.indexed.meta import DatasetMeta
+    from megagpt.data.tokenizers.tokenizer import Tokenizer
 
 
 def text_bytes(tokens: np.ndarray, meta: DatasetMeta | None, tokenizer: Tokenizer, sizes: np.ndarray) -> float | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megagpt.data.tokenizers.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from megagpt.data.tokenizers.tokenizer import Tokenizer
+
 
 _SAMPLE_CHARS = 4096  # of each batch, which has a MiB
 

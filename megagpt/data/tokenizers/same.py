@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megagpt.data.tokenizers.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from megagpt.data.tokenizers.tokenizer import Tokenizer
+
 
 _AFTER = ("7", "378", "x", "Xx", ".", "'s", "ü", "中", "e\u0301", "ﬁ")
 SAMPLE = "def main(x):\n\treturn {'a': 1}  # two  spaces, 1234567890 == 12 3\r\nDon't SHOUT, they'll hear\u00a0you.\n"

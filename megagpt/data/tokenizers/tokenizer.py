@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from megagpt.config import DataConfig
 from megagpt.data.indexed.meta import DatasetMeta, meta_path, read_meta
 from megagpt.data.tokenizers.bytes import ByteTokenizer
 from megagpt.data.tokenizers.files import FileOption
@@ -24,6 +23,9 @@ from megagpt.data.tokenizers.gpt2 import Gpt2Tokenizer
 from megagpt.data.tokenizers.hf import HfTokenizer
 from megagpt.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megagpt.errors import UserError
+
+if TYPE_CHECKING:
+    from megagpt.config import DataConfig
 
 
 class Tokenizer(Protocol):

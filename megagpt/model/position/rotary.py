@@ -1,16 +1,19 @@
 """Rotary positions: queries and keys turned by angles that grow with the position.
 
+How frequencies are changed to reach further than was trained is a class of Scaling below, and a line of SCALINGS.
+
+Shapes: R pairs that are turned, rotary_width / 2.
 Source: Su et al. 2021 (RoFormer), section 3.4.2; Wang & Komatsuzaki 2021 (a part of the width, GPT-J's pairs of
 neighbours).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, ClassVar
 
 from megagpt.errors import require
 from megagpt.model.position.kind import Position
-from megagpt.model.position.scaling import scaling_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,3 +76,165 @@ class Rotary(Position):
             self.tables[x_BTGXK.device, dtype] = (length, *tables)
         cos_SR, sin_SR = tables
         return cos_SR, sin_SR
+
+
+class Scaling:
+    """Divide positions by the factor.  Source: Chen et al. 2023, section 2.3.
+
+    settings: the fields of the model that it reads, beside base and factor.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.model = model
+
+    def check(self) -> None:
+        """Raises UserError for settings that do not fit together."""
+
+    @property
+    def original_len(self) -> int:
+        """Tokens of context before the frequencies were changed: rotary_original_len, resolved."""
+        return self.model.rotary_original_len or max(1, round(self.model.seq_len / self.model.rotary_factor))
+
+    @property
+    def magnitude(self) -> float:
+        """What queries and keys are multiplied with while they are turned."""
+        return 1.0
+
+    def length(self, n_positions: int) -> int:
+        """The length that the frequencies of so many positions are made for: one for all, for most kinds."""
+        return self.model.seq_len
+
+    def frequencies(self, length: int) -> Tensor:
+        """Radians a token of each pair.  Shapes: → (R) float64."""
+        return self._unscaled() / self.model.rotary_factor
+
+    def _unscaled(self, base: float | None = None) -> Tensor:
+        from megagpt.ops.rotary import rotary_frequencies  # computes: what is declared is read without torch
+
+        return rotary_frequencies(self.model.rotary_width, base or self.model.rotary_base)
+
+
+class NTK(Scaling):
+    """Raise the base, so that the slowest pair is slower by the factor, and the fastest stays.
+
+    Source: bloc97 2023, "NTK-aware scaled RoPE"; Peng et al. 2023 (YaRN), section 3.1, equation 16.
+    """
+
+    def frequencies(self, length: int) -> Tensor:
+        return self._unscaled(self.base)
+
+    @property
+    def base(self) -> float:
+        """The raised base."""
+        return raised_base(self.model.rotary_base, self.model.rotary_factor, self.model.rotary_width)
+
+
+class Dynamic(Scaling):
+    """Raise the base by as much as the sequence at hand is longer than the original context; at most that: unchanged.
+
+    Source: emozilla 2023, "Dynamically scaled RoPE"; transformers' rope_type "dynamic".
+    """
+
+    settings = ("rotary_original_len",)
+
+    def length(self, n_positions: int) -> int:
+        return max(n_positions, self.original_len)
+
+    def frequencies(self, length: int) -> Tensor:
+        factor = self.model.rotary_factor
+        reach = factor * length / self.original_len - (factor - 1)
+        return self._unscaled(raised_base(self.model.rotary_base, reach, self.model.rotary_width))
+
+
+class YaRN(Scaling):
+    """Divide the frequencies of pairs that turn seldom within the original context, leave those that turn often.
+
+    In between, over pairs from rotary_beta_fast to rotary_beta_slow turns, both are mixed. Queries and keys grow by
+    rotary_attention_factor.  Source: Peng et al. 2023 (YaRN), sections 3.2 to 3.4.
+    """
+
+    settings = ("rotary_original_len", "rotary_beta_fast", "rotary_beta_slow", "rotary_attention_factor")
+
+    def check(self) -> None:
+        model = self.model
+        require(
+            model.rotary_beta_fast >= model.rotary_beta_slow and model.rotary_base > 1,
+            f"model.rotary_beta_fast={model.rotary_beta_fast}, rotary_beta_slow={model.rotary_beta_slow} with "
+            f"rotary_base={model.rotary_base}",
+            "must be turns, the fast ones more than the slow ones, and a base above 1",
+            "leave them at 32, 1 and 10000",
+            *("model.rotary_beta_fast", "model.rotary_beta_slow", "model.rotary_base"),
+        )
+
+    @property
+    def magnitude(self) -> float:
+        given = self.model.rotary_attention_factor
+        return yarn_magnitude(self.model.rotary_factor) if given is None else given
+
+    def frequencies(self, length: int) -> Tensor:
+        import torch  # likewise
+
+        last = self.model.rotary_width - 1
+        low = max(math.floor(self._pair(self.model.rotary_beta_fast)), 0)
+        high = min(math.ceil(self._pair(self.model.rotary_beta_slow)), last)
+        width = high - low if high != low else 0.001
+        plain_R = self._unscaled()
+        divided_R = ((torch.arange(len(plain_R), dtype=torch.float64) - low) / width).clamp(0, 1)
+        return plain_R / self.model.rotary_factor * divided_R + plain_R * (1 - divided_R)
+
+    def _pair(self, turns: float) -> float:
+        """The pair that turns so often within the original context, as a fraction of their number."""
+        wavelength = self.original_len / (turns * 2 * math.pi)
+        return self.model.rotary_width * math.log(wavelength) / (2 * math.log(self.model.rotary_base))
+
+
+class Llama3(Scaling):
+    """Divide the frequencies whose wavelength is long beside the original context, leave the short ones, mix between.
+
+    Source: Grattafiori et al. 2024 (Llama 3), section 3.4.1; transformers' rope_type "llama3".
+    """
+
+    settings = ("rotary_original_len", "rotary_low_freq_factor", "rotary_high_freq_factor")
+
+    def check(self) -> None:
+        low, high = self.model.rotary_low_freq_factor, self.model.rotary_high_freq_factor
+        require(
+            low < high,
+            f"model.rotary_low_freq_factor={low} with rotary_high_freq_factor={high}",
+            "must be the smaller of the two",
+            "leave them at 1 and 4",
+            *("model.rotary_low_freq_factor", "model.rotary_high_freq_factor"),
+        )
+
+    def frequencies(self, length: int) -> Tensor:
+        low, high = self.model.rotary_low_freq_factor, self.model.rotary_high_freq_factor
+        plain_R = self._unscaled()
+        waves_R = self.original_len * plain_R / (2 * math.pi)  # within the original context
+        kept_R = ((waves_R - low) / (high - low)).clamp(0, 1)
+        return plain_R / self.model.rotary_factor * (1 - kept_R) + plain_R * kept_R
+
+
+SCALINGS: dict[str, type[Scaling]] = {
+    "linear": Scaling,
+    "ntk": NTK,
+    "dynamic": Dynamic,
+    "yarn": YaRN,
+    "llama3": Llama3,
+}
+
+
+def scaling_of(model: ModelConfig) -> Scaling:
+    """The kind that a model has."""
+    return SCALINGS[model.rotary_scaling](model)
+
+
+def raised_base(base: float, factor: float, d_rotary: int) -> float:
+    """The base whose longest wavelength is factor times that of `base`, and whose shortest one is the same."""
+    return base * factor ** (d_rotary / (d_rotary - 2)) if d_rotary > 2 else base  # a single pair knows no base
+
+
+def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
+    """What YaRN multiplies queries and keys with.  Source: Peng et al. 2023, section 3.4, equation 22."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
