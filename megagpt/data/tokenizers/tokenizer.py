@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids: of bytes that are no UTF-8 U+FFFD, of ids beyond the vocabulary, which models may have, nothing."""
+        """Text of ids. Bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
         ...
 
     def token_bytes(self) -> np.ndarray:
