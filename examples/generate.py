@@ -138,6 +138,8 @@ def typed() -> Iterator[str]:
 def write_one(trained: Trained, prompt: Prompt, sampling: Sampling) -> None:
     """Print a text as it comes."""
     speaks, as_text = trained.mesh.rank == 0, trained.tokenizer is not None
+    limits = limits_for(trained.stage, [request_of(prompt, sampling, trained.tokenizer)])
+    say(trained, described(trained.stage, limits))
 
     def show(text: str) -> None:
         if speaks:
@@ -149,6 +151,7 @@ def write_one(trained: Trained, prompt: Prompt, sampling: Sampling) -> None:
         trained.tokenizer,
         [prompt],
         sampling,
+        limits=limits,
         show=lambda _, piece: show(piece.text if as_text else "".join(f" {token}" for token in piece.tokens)),
     )
     show("\n")
