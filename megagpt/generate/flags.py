@@ -26,8 +26,12 @@ def add_load_flags(parser: ArgumentParser) -> None:
     add_tokenizer_flags(parser)
 
 
+def allowed_by(args: argparse.Namespace) -> Allowed:
+    """Tensors that only one of checkpoint and model may have."""
+    return Allowed(args.allow_missing, args.allow_unused)
+
+
 def open_from(args: argparse.Namespace) -> AbstractContextManager[Trained]:
     """Load what the flags say: see `open_trained`."""
-    allowed, tokenizer = Allowed(args.allow_missing, args.allow_unused), named_tokenizer(args)
     layout = {"pp": args.pp, "dp": args.dp, "precision": args.precision}
-    return open_trained(args.load, args.load_fallback, args.weights, allowed, tokenizer, **layout)
+    return open_trained(args.load, args.load_fallback, args.weights, allowed_by(args), named_tokenizer(args), **layout)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from megagpt.errors import UserError
 from megagpt.generate.batching import Sample
 from megagpt.generate.draw import draw, logprobs_of, uniform_at
 from megagpt.generate.request import Finish, Piece, TokenLogprobs
@@ -26,7 +27,9 @@ class Writer:
         self.texts: dict[Sample, TextStream] = {}
 
     def write(self, samples: list[Sample], logits_NV: Tensor) -> list[Piece]:
-        """The next token of each.  Shapes: logits_NV, N samples."""
+        """The next token of each.  Shapes: logits_NV, N samples.  Raises UserError where the model gives no numbers."""
+        if bool(logits_NV.isnan().any()):
+            raise UserError("the model gives NaN for the next token", remedy="verify its weights: tools/checkpoint.py")
         likeliest = logits_NV.argmax(-1).tolist()
         if not all(sample.sampling.greedy for sample in samples):
             logits_NV = logits_NV.float().cpu()

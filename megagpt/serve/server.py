@@ -6,11 +6,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import uvicorn
 
+from megagpt.checkpoint.strict import STRICT, Allowed
+from megagpt.config import DataConfig
 from megagpt.errors import UserError, announce, require
 from megagpt.files import os_reason
 from megagpt.generate.engine import Engine
@@ -37,6 +39,8 @@ class Settings:
     load: str
     load_fallback: bool = False
     weights: Weights = "last"
+    allowed: Allowed = STRICT
+    tokenizer: DataConfig | None = None
     pp: int = 1
     dp: int = 1
     precision: str = "fp32"
@@ -56,6 +60,10 @@ class Settings:
         require(self.port < 2**16, f"got --port {self.port}", "wanted at most 65535", "change --port")
 
 
+FLAGS = {field.name for field in fields(Settings)} - {"allowed", "tokenizer"}
+"""Settings that are flags by themselves."""
+
+
 def serve(settings: Settings) -> None:
     """Answer clients until a signal asks to stop; then finish what is under way, and return.
 
@@ -66,8 +74,15 @@ def serve(settings: Settings) -> None:
     # A replica with less to do than others is no fault: no rank is called slow.
     with laid_out(pp=settings.pp, dp=settings.dp, limits=WatchLimits(slow_rank_factor=0)) as (mesh, watch):
         door = together(lambda: open_door(settings) if mesh.rank == 0 else None)
-        precision, weights = settings.precision, settings.weights
-        trained = load_trained(settings.load, mesh, settings.load_fallback, weights, precision=precision)
+        trained = load_trained(
+            settings.load,
+            mesh,
+            settings.load_fallback,
+            settings.weights,
+            settings.allowed,
+            settings.tokenizer,
+            precision=settings.precision,
+        )
         template = together(lambda: template_beside(trained.tokenizer.files) if trained.tokenizer else None)
         with Stopper(None) as stopper:
             answer(settings, trained, template, door, watch, lambda: stopper.asked)

@@ -108,6 +108,13 @@ def test_an_end_token_and_a_stop_string_end_the_text_and_are_no_part_of_it(stage
     assert text.finish == "stop" and text.text == shown[: shown.index(stop)]
 
 
+def test_a_model_that_gives_no_numbers_is_told():
+    broken = build_stage(MODEL, single_process_mesh())
+    broken.weight.fill_(1e38)
+    with pytest.raises(UserError, match="the model gives NaN for the next token"):
+        run(engine_of(broken), Request(PROMPTS[0], DRAWN))
+
+
 def test_what_is_given_up_frees_its_row_within_a_step(stage):
     engine = engine_of(stage, n_rows=1)
     first, second = (engine.add(Request(PROMPTS[0], replace(DRAWN, seed=i))) for i in range(2))
