@@ -15,10 +15,9 @@ from megagpt.checkpoint.integrity import bad_numbers_in, damage_to, read_tables
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.state import State, read_state
 from megagpt.checkpoint.strict import STRICT, Allowed, require_same_names
-from megagpt.config import ModelConfig, RunConfig, plain
+from megagpt.config import RunConfig, plain
 from megagpt.config.values import BatchSteps
 from megagpt.errors import UserError
-from megagpt.inventory.layers import canonical
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.optim.segments import place_of
 from megagpt.parallel.parameter import Named, Part
@@ -143,16 +142,16 @@ def load_masters(
 
 
 def load_weights(
-    model: ModelConfig,
     parameters: Sequence[Named],
     folder: Path,
     key: str = WEIGHT,
     allowed: Allowed = STRICT,
     say: Callable[[str], None] = lambda line: None,
+    names: Iterable[str] | None = None,
 ) -> None:
     """Read the weights of a model that no engine holds (evaluation, generation), or their average (key "ema").
 
-    parameters: those of this rank's stage.
+    names: of all parameters of the model, where these are a stage's.
 
     allowed: tensors that only one of them may have. say: told which these are.
     Comm: none.  Raises UserError where the checkpoint has none, or others than the model.
@@ -163,7 +162,8 @@ def load_weights(
                 f"{folder} has no average of the weights: its run had no --optim.ema-decay; use --weights last"
             )
         held = reader.index.get(key, {})
-        require_same_names(folder, key, held, canonical(model), allowed, say)
+        names = (named.name for named in parameters) if names is None else names
+        require_same_names(folder, key, held, names, allowed, say)
         for named in parameters:
             if named.name in held:
                 named.part.unpadded(named.parameter.data).copy_(read_part(reader, key, named.name, named.part))

@@ -23,6 +23,7 @@ from megagpt.errors import UserError
 from megagpt.generate.stage import Stage, build_stage
 from megagpt.hf.import_folder import read_folder
 from megagpt.hf.tokenizer_folder import find_tokenizer
+from megagpt.inventory.layers import canonical
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.parallel.mesh import Mesh
 from megagpt.plan.fit import check_model
@@ -156,7 +157,9 @@ def _ours(
         folder,
         state.step,
         lambda: tokenizer_of_checkpoint(folder.parent.parent, config.data, sha256, tokenizer),
-        lambda stage: load_weights(config.model, stage.canonical_parameters(), folder, key, allowed, say),
+        lambda stage: load_weights(
+            stage.canonical_parameters(), folder, key, allowed, say, names=canonical(config.model)
+        ),
     )
 
 

@@ -15,6 +15,7 @@ from megagpt.config import CheckpointConfig, OptimConfig, ParallelConfig, RunCon
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
+from megagpt.parallel.parameter import named_parameters
 from megagpt.processes.agree import RankError
 from megagpt.processes.local import run_ranks
 from tests.checkpoint.written_checkpoint import MODEL, gpt2_tensors, weights_and_moments, write_checkpoint
@@ -53,13 +54,13 @@ def test_a_model_takes_all_that_there_is_and_wants_no_more(tmp_path: Path):
     model, said = GPT(MODEL, SINGLE), []
     more, less = checkpoint(tmp_path / "more", add=GATE), checkpoint(tmp_path / "less", drop=LAST)
     with pytest.raises(UserError, match=r"this model has no place for, weight of blocks.0.gate: .*--allow-unused"):
-        load_weights(model, more)
+        load_weights(named_parameters(model), more)
     with pytest.raises(UserError, match=r"holds no weight of head.norm.bias: .*--allow-missing"):
-        load_weights(model, less)
-    load_weights(model, more, allowed=Allowed(unused=True), say=said.append)
+        load_weights(named_parameters(model), less)
+    load_weights(named_parameters(model), more, allowed=Allowed(unused=True), say=said.append)
     first = torch.full_like(model.head.get_parameter("norm.bias").data, 0.25)
     model.head.get_parameter("norm.bias").data.copy_(first)
-    load_weights(model, less, allowed=Allowed(missing=True), say=said.append)
+    load_weights(named_parameters(model), less, allowed=Allowed(missing=True), say=said.append)
     assert torch.equal(model.head.get_parameter("norm.bias").data, first) and len(said) == 2
 
 

@@ -110,7 +110,7 @@ def test_an_end_token_and_a_stop_string_end_the_text_and_are_no_part_of_it(stage
 
 def test_a_model_that_gives_no_numbers_is_told():
     broken = build_stage(MODEL, single_process_mesh())
-    broken.weight.fill_(1e38)
+    broken.weight.fill_(torch.inf)
     with pytest.raises(UserError, match="the model gives NaN for the next token"):
         run(engine_of(broken), Request(PROMPTS[0], DRAWN))
 

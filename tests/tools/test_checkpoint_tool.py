@@ -21,6 +21,7 @@ from megagpt.config import RunConfig
 from megagpt.errors import UserError, run_cli
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
+from megagpt.parallel.parameter import named_parameters
 from tests.checkpoint.written_checkpoint import MODEL, gpt2_tensors, weights_and_moments, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +216,7 @@ def test_export_and_import(tool, run: Path, tmp_path: Path):
 def test_a_mean_is_evaluated_but_not_trained_on(tool, run: Path, tmp_path: Path):
     assert tool("average", run, "--last", 2, "--out", tmp_path / "mean").code == 0
     model = GPT(MODEL, SINGLE)
-    load_weights(model, find(tmp_path / "mean"))
+    load_weights(named_parameters(model), find(tmp_path / "mean"))
     ours = model.embedding.positions
     both = [gpt2_tensors(seed=3 * step)["embedding.positions"].astype(np.float64) for step in (20, 30)]
     assert ours is not None
@@ -232,9 +233,9 @@ def test_moving_averages_are_averaged_and_loaded_too(tool, run: Path, tmp_path: 
     assert tool("average", kept, "--last", 2, "--weights", "ema", "--out", tmp_path / "mean").code == 0
     assert read_state(tmp_path / "mean").origin == "mean of 2, ema (kept/step-000001, kept/step-000002)"
     first, second, of_mean = GPT(MODEL, SINGLE), GPT(MODEL, SINGLE), GPT(MODEL, SINGLE)
-    load_weights(first, find(f"{kept}@1"), "ema")
-    load_weights(second, find(f"{kept}@2"), "ema")
-    load_weights(of_mean, find(tmp_path / "mean"))
+    load_weights(named_parameters(first), find(f"{kept}@1"), "ema")
+    load_weights(named_parameters(second), find(f"{kept}@2"), "ema")
+    load_weights(named_parameters(of_mean), find(tmp_path / "mean"))
     for a, b, mean in zip(first.parameters(), second.parameters(), of_mean.parameters(), strict=True):
         np.testing.assert_allclose(mean.detach(), (a.detach() + b.detach()) / 2, atol=1e-7)
     assert first.embedding.positions is not None
@@ -242,7 +243,7 @@ def test_moving_averages_are_averaged_and_loaded_too(tool, run: Path, tmp_path: 
     refused = tool("average", run, "--last", 2, "--weights", "ema", "--out", tmp_path / "x")
     refused.refused("step-000020 holds no ema, only weight, exp_avg, exp_avg_sq; choose among these")
     with pytest.raises(UserError, match=r"step-000030 has no average of the weights: .* use --weights last"):
-        load_weights(first, find(run), "ema")
+        load_weights(named_parameters(first), find(run), "ema")
 
 
 def test_the_last_checkpoints_are_averaged_by_a_command_of_its_own(tool, run: Path, tmp_path: Path):

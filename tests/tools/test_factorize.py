@@ -27,6 +27,7 @@ from megagpt.errors import UserError
 from megagpt.inventory.parameter import WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
+from megagpt.parallel.parameter import named_parameters
 from megagpt.processes.local import warm_up
 from tests.checkpoint.written_checkpoint import MODEL, gpt2_tensors, write_checkpoint
 from tests.model.mlp.plain_factorised import monarch_dense
@@ -59,7 +60,7 @@ def run(tmp_path_factory) -> Path:
 
 def loaded(folder: Path) -> GPT:
     model = GPT(read_config(read_state(folder).config, "state").model, SINGLE)
-    load_weights(model, folder)
+    load_weights(named_parameters(model), folder)
     return model
 
 
