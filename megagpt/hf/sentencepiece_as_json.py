@@ -67,6 +67,9 @@ def _bpe(proto: Any) -> models.BPE:
 
 def _normalizer(spec: Any) -> normalizers.Sequence:
     steps: list[normalizers.Normalizer] = []
+    if spec.name.startswith("nmt_"):
+        # Each is a blank; what follows looks a pair up as one character, and would leave one blank of two.
+        steps.append(normalizers.Replace("\r\n", "\n\r"))
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
