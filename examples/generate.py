@@ -2,7 +2,7 @@
 """Let a trained model write: a run of ours, or a folder of transformers.
 
     python examples/generate.py --load runs/a --prompt "def main():"
-    python examples/generate.py --load runs/a --prompts prompts.txt --json > texts.jsonl
+    python examples/generate.py --load runs/a --prompts prompts.txt --json
     python examples/generate.py --load runs/a --interactive
     torchrun --nproc-per-node 4 examples/generate.py --load runs/a --pp 2
 

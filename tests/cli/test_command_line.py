@@ -308,7 +308,7 @@ def test_every_setting_names_file_and_key(key, tmp_path):
 
 
 ANY_TEXT = {"cache_dir", "tokenizer_model", "vocab_file", "merge_file", "save", "load"}
-ANY_TEXT |= {"deepspeed_config", "wandb_project", "data_path"}
+ANY_TEXT |= {"deepspeed_config", "wandb_project", "data_path", "sample_prompts"}
 
 
 @pytest.mark.parametrize("key", [key for key in dotted_keys() if key.split(".")[1] not in ANY_TEXT])

@@ -64,10 +64,8 @@ def _write(folders: dict[str, Path], tp: int, pp: int, dp: int, n_rows: int) -> 
     """On a rank: the texts of each model."""
     mesh = build_mesh("cpu", pp=pp, dp=dp, tp=tp)
     sampling = Sampling(n_tokens=N_TOKENS, temperature=0, logprobs=EVERYTHING, prompt_logprobs=True)
-    return {
-        name: complete(load_trained(folder, mesh), PROMPTS, sampling, limits=Limits(n_rows, 16))
-        for name, folder in folders.items()
-    }
+    limits = Limits(n_rows, 16)
+    return {name: _texts(load_trained(f, mesh).stage, sampling, limits) for name, f in folders.items()}
 
 
 @pytest.mark.parametrize(

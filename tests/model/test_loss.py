@@ -204,7 +204,7 @@ def test_without_gradients_the_logits_are_left_alone():
     ("labels", "settings", "wanted"),
     [
         (torch.zeros(3, dtype=torch.int64), {}, r"labels \(3,\), wanted \(N, V\) and \(N\)"),
-        (torch.zeros(2, dtype=torch.int32), {}, r"torch.int32 on cpu, wanted torch.int64"),
+        (torch.zeros(2, dtype=torch.int32), {}, r"labels of torch.int32, wanted torch.int64"),
         (torch.zeros(2, dtype=torch.int64), {"n_valid": 6}, "n_valid=6, wanted 0 to 5"),
         (torch.zeros(2, dtype=torch.int64), {"label_smoothing": 1.5}, "label_smoothing=1.5, wanted 0 to 1"),
         (torch.zeros(2, dtype=torch.int64), {"combine": lambda s: s}, "combine without vocab"),

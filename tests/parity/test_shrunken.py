@@ -110,7 +110,7 @@ def test_the_walk_takes_a_preset_by_name(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--preset", "gpt4"], "--preset gpt4 is not known; did you mean gpt"),
+        (["--preset", "gpt4"], "--preset gpt4 is not known; use one of these"),
         (["--seq-len", "19"], "--seq-len belongs to --preset"),
         (["--preset", "tiny"], "no published model"),
         (["--preset", "gpt1", "--seq-len", "0"], "--seq-len 0 is no length"),

@@ -32,6 +32,7 @@ def main():
 BODY
     os._exit(0)
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 BEFORE
 sys.exit(forked.run_forked(2, main))
 """

@@ -116,7 +116,7 @@ def test_a_picture_that_cannot_be_drawn_is_no_error(tmp_path):
     run = make_run(tmp_path / "run")
     assert draw_loss_curve(run) == f"loss curve: {run}/loss.png"
     (run / "loss.png").unlink()
-    (run / "loss.png").symlink_to("/dev/full")
-    assert draw_loss_curve(run).startswith(f"no loss curve: cannot write {run}/loss.png: [Errno 28] No space left")
+    (run / "loss.png").mkdir()
+    assert draw_loss_curve(run).startswith(f"no loss curve: cannot write {run}/loss.png: ")
     (run / "metrics.jsonl").write_text("")
     assert draw_loss_curve(run).startswith(f"no loss curve: {run}/metrics.jsonl has no training loss in it")
