@@ -58,8 +58,11 @@ def call(op: str, *arguments):
     The same as torch.ops.megagpt.op(...), whose gradient torch finds by a longer way: 20 µs a call, which counts where
     tensors are small.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return getattr(torch.ops.megagpt, op)(*arguments)
+    if not torch.is_grad_enabled():
+        with torch._C._AutoDispatchBelowAutograd():  # which would find out in Python that there is nothing to do
+            return getattr(torch.ops.megagpt, op).default(*arguments)
     return FUNCTIONS[op].apply(*arguments)
 
 
