@@ -151,7 +151,7 @@ class Engine:
     def _score(self, sample: Sample, x_ND: Tensor) -> tuple[TokenLogprobs, ...]:
         """Of the prompt's tokens that these places predict, if asked for; nothing predicts the first one."""
         request, first = sample.request, sample.n_dropped + sample.n_done + 1
-        if not request.sampling.prompt_logprobs or first > len(request.prompt):
+        if not request.sampling.prompt_logprobs or sample.n_written or first > len(request.prompt):
             return ()
         tokens = request.prompt[first : first + len(x_ND)]
         scored = [] if first > 1 else [TokenLogprobs(request.prompt[0], None)]

@@ -55,13 +55,14 @@ class Stage(nn.Module):
                 found.setdefault(id(parameter), Named(full_name, parameter, owned=True))
         return list(found.values())
 
-    def forward(self, x: Tensor, view: View) -> Tensor:
-        """Take a pass through this stage.
+    def forward(self, x: Tensor, view: View | None = None) -> Tensor:
+        """Take a pass through this stage; without a view of a cache, by the attention of training.
 
         Shapes: x tokens_BT on the first stage, x_BTD on others → x_BTD.
         Comm: those of the layers over the model axis.
         """
-        stream = Stream(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), view.positions_BT, view)
+        positions_BT = None if view is None else view.positions_BT
+        stream = Stream(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), positions_BT, view)
         for layer in self.layers:
             stream = stream if isinstance(layer, Head) else layer(stream)
         return stream.x
@@ -76,20 +77,14 @@ class Stage(nn.Module):
 
         Comm: activations from stage to stage, and the loss back to all of them.
         """
-        pipe, x = self.mesh.pipe, tokens_BT
-        if pipe.rank > 0:
-            x = torch.empty(*tokens_BT.shape, self.config.d_model, dtype=self.weight.dtype, device=self.weight.device)
-            dist.recv(x, group=pipe.group, group_src=pipe.rank - 1)
-        stream = Stream(x, torch.zeros(len(x), dtype=torch.int64, device=x.device))
-        for layer in self.layers:
-            stream = stream if isinstance(layer, Head) else layer(stream)
+        pipe, (B, T) = self.mesh.pipe, tokens_BT.shape
+        before = self.shift(None, (B, T))
+        x_BTD = self(tokens_BT if before is None else before)
+        self.shift(x_BTD, None)
         loss = torch.zeros((), device=self.weight.device)
-        if pipe.rank < pipe.size - 1:
-            dist.send(stream.x.contiguous(), group=pipe.group, group_dst=pipe.rank + 1)
-        else:
-            head = self.layers[-1]
-            assert isinstance(head, Head)
-            loss = head.loss(head(stream), labels_BT).float()
+        head = self.layers[-1]
+        if isinstance(head, Head):
+            loss = head.loss(head((x_BTD,)), labels_BT).float()
         if pipe.size > 1:
             dist.broadcast(loss, group=pipe.group, group_src=pipe.size - 1)
         return float(loss)

@@ -87,6 +87,8 @@ def test_a_full_context_ends_the_text_or_goes_on_with_its_last_half(stage):
     assert ended.finish == "context" and len(ended.tokens) == 32 - 3 + 1
     ((slid,),) = run(engine_of(stage), Request(PROMPTS[0], replace(wanted, slide=True)))
     assert slid.finish == "length" and len(slid.tokens) == 60 and slid.tokens[:30] == ended.tokens
+    (scored,) = run(engine_of(stage), Request(tuple(range(20)), replace(wanted, slide=True, prompt_logprobs=True)))[0]
+    assert [entry.token for entry in scored.prompt_logprobs] == list(range(20))  # once, though some are read anew
     window = [*PROMPTS[0], *slid.tokens[:30]][-16:]  # by hand
     for token in slid.tokens[30:46]:
         assert token == int(logits_of(stage, window)[-1].argmax())
