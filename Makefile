@@ -38,7 +38,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train quick test soak parity plan bench-data bench-train bench-generate bench-kernels gpu-check fuzz lint format build clean
+.PHONY: help train quick test test-slow soak parity plan bench-data bench-train bench-generate bench-kernels gpu-check fuzz lint format build clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -52,8 +52,11 @@ quick: $(ready) ## What to run at each change: style, layers, settings, plan, op
 	$(bin)/ruff format --check .
 	$(bin)/python -m pytest -n 2 --dist loadfile $(QUICK)
 
-test: $(ready) ## Run all tests
-	$(bin)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(TESTS)
+test: $(ready) ## Run all tests but the slow ones: 12 minutes on two cores
+	$(bin)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not slow" $(TESTS)
+
+test-slow: $(ready) ## Run the slow tests: every CUDA source compiled and emulated, launchers, hosts, benchmarks
+	$(bin)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m slow $(TESTS)
 
 soak: $(ready) ## Kill training runs 200 times and see that each goes on bit for bit; flip and cut what they left
 	$(bin)/python -m tests.soak --json benchmarks/results/soak.json $(ARGS)

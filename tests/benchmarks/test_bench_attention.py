@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 
+import pytest
+
 from benchmarks import attention
 
 
+@pytest.mark.slow
 def test_every_row_is_measured(tmp_path, monkeypatch):
     figures = tmp_path / "figures.json"
     flags = ["--seq-len", "64", "--batch-size", "1", "--rounds", "1", "--json", str(figures)]

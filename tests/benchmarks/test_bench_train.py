@@ -13,6 +13,7 @@ import pytest
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "train.py"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_benchmark_trains_both_and_writes_its_figures(tmp_path):
     figures = tmp_path / "figures.json"

@@ -29,6 +29,7 @@ def check(*flags: str) -> subprocess.CompletedProcess:
 
 
 @needs_kernels
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_part_runs_and_writes_its_figures(tmp_path: Path):
     file = tmp_path / "figures.json"
@@ -170,6 +171,7 @@ def test_goals_are_held():
     assert bound["got"] == pytest.approx(2 / 1.2, abs=1e-3) and not bound["met"]
 
 
+@pytest.mark.slow
 def test_the_loop_without_deepspeed_does_what_the_engine_does(monkeypatch):
     settings = ("tiny", "cpu", 6, 1, 0.0, "auto")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

@@ -42,10 +42,10 @@ class Usage:
 
 
 def nvcc_report(source: Path, folder: Path) -> list[Usage]:
-    """Compile one .cu for every architecture; what its kernels use."""
+    """Compile one .cu for every architecture, its host code only read; what its kernels use."""
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     flags = ["-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xptxas", "-v", *targets, *INCLUDES]
-    done = _run(["nvcc", "-c", *flags, str(source), "-o", str(folder / f"{source.stem}.o")])
+    done = _run(["nvcc", "-fatbin", *flags, str(source), "-o", str(folder / f"{source.stem}.fatbin")])
     return parse_report(done.stderr + done.stdout)
 
 

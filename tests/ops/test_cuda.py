@@ -19,11 +19,17 @@ needs_compiler = pytest.mark.skipif(MISSING_KERNELS is not None, reason=f"no com
 
 # 65,536 registers a multiprocessor: at 64 a thread a block of 1024 fits, at 128 two blocks of 256.
 MOST_REGISTERS = 128
+EXAMPLE = "softcap"
+
+
+def slow_but_for_one(source: Path) -> tuple[pytest.MarkDecorator, ...]:
+    """Ten seconds of a compiler for each of the others."""
+    return () if source.stem == EXAMPLE else (pytest.mark.slow,)
 
 
 @needs_nvcc
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
+@pytest.mark.parametrize("source", [pytest.param(s, id=s.stem, marks=slow_but_for_one(s)) for s in SOURCES])
 def test_nvcc_compiles_for_both_architectures_without_spills(source: Path, tmp_path: Path):
     usages = nvcc_report(source, tmp_path)
     kernels = len(re.findall(r"__global__ ", source.read_text()))
@@ -48,8 +54,11 @@ def test_the_report_is_read_right():
 
 @needs_compiler
 @pytest.mark.timeout(600)
-def test_cuda_kernels_pass_every_case_on_an_emulated_gpu(tmp_path: Path):
-    done = run_emulated(build_emulated(SOURCES, tmp_path / "emulated.so"))
+@pytest.mark.parametrize("which", [EXAMPLE, pytest.param("all", marks=pytest.mark.slow)])
+def test_cuda_kernels_pass_every_case_on_an_emulated_gpu(tmp_path: Path, which: str):
+    sources = [source for source in SOURCES if which in ("all", source.stem)]
+    chosen = [] if which == "all" else ["-k", f"{which}-"]
+    done = run_emulated(build_emulated(sources, tmp_path / "emulated.so"), *chosen)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout), done.stdout[-500:]
 

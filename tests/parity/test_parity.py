@@ -75,7 +75,7 @@ def test_other_architectures_agree_too(name):
         assert difference.ok, (layout, difference)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "layout",
     [

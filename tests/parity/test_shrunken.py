@@ -33,13 +33,13 @@ ALIKE = {
 }
 
 
-def load(name: str) -> RunConfig:
-    return shrunken(parse_run_config(["--preset", name]), seq_len=SEQ_LEN)
+def load(name: str, train_steps: int = 20) -> RunConfig:
+    return shrunken(parse_run_config(["--preset", name]), seq_len=SEQ_LEN, train_steps=train_steps)
 
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_a_preset_trains_in_parallel_as_on_one_process(name):
-    config = load(name)
+    config = load(name, train_steps=12)  # `make parity ARGS="--preset NAME"` goes on to 20
     reference = run_layout(config, REFERENCE)
     require_lively(reference, config)
     difference = compare(run_layout(config, Layout(tp=2, pp=2, zero_stage=1, micro_batch_size=2)), reference, config)

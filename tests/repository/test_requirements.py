@@ -33,12 +33,13 @@ def test_everything_imported_is_required():
     runtime = distributions(project["dependencies"])
     programs = runtime | distributions(extras["wandb"] + extras["hf"] + extras["serve"])
     development = programs | distributions(extras["dev"] + extras["fuzz"])
+    by_import = packages_distributions()
     for folders, allowed in (
         (("megagpt", "tools", "examples"), programs),
         (("tests", "benchmarks"), development),
     ):
         for name, place in imported(folders).items():
-            owners = {normal(d) for d in packages_distributions().get(name, [name])}
+            owners = {normal(d) for d in by_import.get(name, [name])}
             assert owners & allowed, f"{place} imports {name}; add it to pyproject.toml and constraints.txt"
 
 

@@ -1,6 +1,7 @@
 """kill -9 of a rank, and the run goes on as if nothing had been: to the last bit of losses, weights and moments.
 
-12 cycles of kill and restart, through the fork server, our own relaunch and torchrun. `make soak` runs 200.
+12 cycles of kill and restart, through the fork server, our own relaunch and torchrun, whose chains are the slow ones.
+`make soak` runs 200.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from random import SystemRandom
 
@@ -52,23 +54,30 @@ def dataset(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def references(folder: Path, dataset: str) -> dict[Layout, Reference]:
-    """Uninterrupted runs."""
-    layouts = {chain.layout for chain in CHAINS.values()}
-    return {layout: make_reference(layout, dataset, folder / f"reference-{layout}") for layout in layouts}
+def reference(folder: Path, dataset: str) -> Callable[[Layout], Reference]:
+    """An uninterrupted run in a layout."""
+    return cache(lambda layout: make_reference(layout, dataset, folder / f"reference-{layout}"))
 
 
 @pytest.fixture(scope="module")
-def cycles(folder: Path, dataset: str, references: dict[Layout, Reference]) -> Iterator[dict[str, Future[list[Cycle]]]]:
-    """All chains, under way side by side."""
-    seed = SystemRandom().randrange(1 << 30)
+def cycles(
+    request: pytest.FixtureRequest, folder: Path, dataset: str, reference: Callable[[Layout], Reference]
+) -> Iterator[dict[str, Future[list[Cycle]]]]:
+    """All chains that are wanted, under way side by side."""
+    seed, wanted = SystemRandom().randrange(1 << 30), {item.name for item in request.session.items}
+    chains = {name: chain for name, chain in CHAINS.items() if f"{GOES_ON}[{name}]" in wanted}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         yield {
             name: pool.submit(
-                run_chain, dataclasses.replace(chain, seed=seed), references[chain.layout], dataset, folder / name
+                run_chain, dataclasses.replace(chain, seed=seed), reference(chain.layout), dataset, folder / name
             )
-            for name, chain in CHAINS.items()
+            for name, chain in chains.items()
         }
+
+
+def marks_of(chain: Chain) -> tuple[pytest.MarkDecorator, ...]:
+    """A launcher imports torch anew at each start."""
+    return () if chain.way == "fork" else (pytest.mark.slow,)
 
 
 def test_there_are_12_cycles_over_all_axes_and_both_precisions():
@@ -78,11 +87,14 @@ def test_there_are_12_cycles_over_all_axes_and_both_precisions():
     assert {layout.precision for layout in layouts} == {"fp32", "bf16"}
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=marks_of(chain)) for n, chain in CHAINS.items()])
 def test_a_killed_run_goes_on_bit_for_bit(name: str, cycles: dict[str, Future[list[Cycle]]]):
     done = cycles[name].result()
     assert len(done) == CHAINS[name].n_kills, done
     assert not [cycle for cycle in done if cycle.problems], done
+
+
+GOES_ON = test_a_killed_run_goes_on_bit_for_bit.__name__
 
 
 @pytest.fixture(scope="module")
@@ -107,24 +119,25 @@ FOUND_BY = {
 
 
 @pytest.mark.parametrize("plant", FOUND_BY)
-def test_a_planted_defect_of_the_resume_is_found(plant, killed, references, dataset, tmp_path):
+def test_a_planted_defect_of_the_resume_is_found(plant, killed, reference, dataset, tmp_path):
     run = shutil.copytree(killed, tmp_path / "run")
     job = start("fork", 2, command_line(PP2, dataset, run), tmp_path / "again", plant)
     assert job.wait(60.0) == [0, 0], list(tmp_path.glob("*.out"))
-    found = differences(references[PP2].kept, trace_of(run))
-    found += read_differences(references[PP2].reads, reads_of(tmp_path / "again", 2), skipped=6 / 15, all_of_it=True)
+    found = differences(reference(PP2).kept, trace_of(run))
+    found += read_differences(reference(PP2).reads, reads_of(tmp_path / "again", 2), skipped=6 / 15, all_of_it=True)
     for word in FOUND_BY[plant]:
         assert [line for line in found if word in line], (word, found)
     assert bool(found) == (plant is not None), found
 
 
-def test_a_run_killed_when_all_was_saved_has_nothing_to_do_but_to_clear_up(references, folder, dataset, tmp_path):
+def test_a_run_killed_when_all_was_saved_has_nothing_to_do_but_to_clear_up(reference, folder, dataset, tmp_path):
+    kept = reference(PP2).kept
     run = shutil.copytree(folder / f"reference-{PP2}" / "run", tmp_path / "run")  # with all its checkpoints
     (run / "checkpoints" / "step-000003.deleted.tmp").mkdir()
     job = start("fork", 2, command_line(PP2, dataset, run), tmp_path / "again")
     assert job.wait(60.0) == [0, 0]
     assert "nothing to do: " in (tmp_path / "again-rank-0.out").read_text()
-    assert differences(references[PP2].kept, trace_of(run)) == []
+    assert differences(kept, trace_of(run)) == []
 
 
 CHANGES: dict[str, Callable[[Trace], Trace]] = {

@@ -26,6 +26,7 @@ def untouched(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # builds twice; half a minute on an idle machine
 def test_what_is_laid_is_proven_and_what_is_wrong_is_found(tmp_path):
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):

@@ -141,6 +141,7 @@ def train_in_fp16(config: RunConfig, folder: str, plant: Plant | None, with_guar
     return skipped, lines, engine.counters, all_of(engine)
 
 
+@pytest.mark.slow
 def test_fp16_keeps_its_loss_scaling(tmp_path):
     """Doing a step again does not count twice; and an overflow that it takes for one of scaling needs no word."""
     config = config_of(zero(2, LAYOUTS["tp2"]), "fp16")

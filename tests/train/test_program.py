@@ -192,8 +192,8 @@ def test_a_world_that_the_layout_does_not_divide_is_one_line(cache):
     assert 'pretrain_gpt.py", line' not in result.err
 
 
-def test_a_missing_checkpoint_is_one_line_of_four_ranks(first, cache):
-    result = run(cache, "deepspeed", f"--tp 2 --pp 2 --load {cache}/nowhere {SMALL}")
+def test_a_missing_checkpoint_is_one_line_of_two_ranks(first, cache):
+    result = run(cache, "deepspeed", f"--pp 2 --load {cache}/nowhere {SMALL}")
     result.refused(f"no checkpoint in {cache}/nowhere", "check --load")
 
 

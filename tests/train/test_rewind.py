@@ -23,7 +23,7 @@ from tests.soak.ranks import start
 STEPS, BATCH, SEQ_LEN, SAVE_INTERVAL = 115, 8, 32, 20
 REWIND = ("--faults.on-spike", "rewind", "--faults.spike-zscore", "5")  # the window still has the steep beginning
 RUBBISH = 150  # the document that has it
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
