@@ -96,7 +96,7 @@ class Engine:
                 self.writer.forget(sample)
         self.batching.drop_ended()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[Piece]:
         """One pass through each stage; returns what the pass that leaves the last one adds to texts.
 

@@ -86,23 +86,29 @@ class View:
     kept: dict[object, Tensor] = field(default_factory=dict)
     written: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
-    def extend(self, layer: int, kv_BTGXK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add these; returns all keys, values, and their positions: (B, G, S, K) twice, (B or 1, S)."""
-        kv_RGXSK = self.cache.layers[layer]
-        n_places, T = kv_RGXSK.shape[3], kv_BTGXK.shape[1]
-        kv_BGXSK = kv_RGXSK[self.rows]
-        if self.end <= n_places:  # nothing is overwritten
-            self._write(kv_BGXSK, kv_BTGXK)
-            found, keys_BS = kv_BGXSK[:, :, :, : self.end], self._first(self.end)
-        elif T == 1:
-            self._write(kv_BGXSK, kv_BTGXK)
-            found, keys_BS = kv_BGXSK, self._around(self.positions_BT[:, -1:], n_places)
-        else:  # what the first of these tokens see is overwritten by the last ones
-            before_BS = self._around(self.positions_BT[:, :1] - 1, n_places)
+    def extend(self, layer: int, kv_BTGXK: Tensor) -> tuple[Tensor, Tensor]:
+        """Add these; returns all keys and values: (B, G, S, K) twice."""
+        kv_BGXSK, T = self.cache.layers[layer][self.rows], kv_BTGXK.shape[1]
+        n_places = kv_BGXSK.shape[3]
+        if T > 1 and self.end > n_places:  # what the first of these tokens see is overwritten by the last ones
             found = torch.cat((kv_BGXSK, kv_BTGXK.permute(0, 2, 3, 1, 4)), dim=3)
-            keys_BS = torch.cat((before_BS, self._real()), dim=1)
+        else:
+            found = kv_BGXSK[:, :, :, : self.end]
+        if self.sees_all:
+            kv_BGXSK[:, :, :, (self.end - 1) % n_places] = kv_BTGXK[:, 0]
+        else:
             self._write(kv_BGXSK, kv_BTGXK)
-        return found[:, :, 0], found[:, :, 1], keys_BS
+        return found[:, :, 0], found[:, :, 1]
+
+    def key_positions(self, layer: int) -> Tensor:
+        """Those of the keys that `extend` returns.  Shapes: → (B or 1, S)."""
+        n_places = self.cache.layers[layer].shape[3]
+        if self.end <= n_places:  # nothing is overwritten
+            return self._first(self.end)
+        if self.positions_BT.shape[1] == 1:
+            return self._around(self.positions_BT, n_places)
+        before_BS = self._around(self.positions_BT[:, :1] - 1, n_places)
+        return torch.cat((before_BS, self._real()), dim=1)
 
     def _first(self, n: int) -> Tensor:
         """0 … n - 1: places that are positions. Those that a row has not reached are later than its queries."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to, gather_from, reduce_from
+from megagpt.parallel.linear import product
 from megagpt.parallel.parameter import Declared, part_of
 
 
@@ -39,7 +40,7 @@ def vocab_parallel_logits(x_BTD: Tensor, weight: nn.Parameter, axis: Axis) -> Te
     Shapes: x_BTD replicated, weight (V_local, D) → logits_BTV, V = V_local.
     Comm: forward none; backward all-reduce of the input's gradient over the axis.
     """
-    return F.linear(copy_to(x_BTD, axis), weight)
+    return product(copy_to(x_BTD, axis), weight)
 
 
 def gather_logits(logits_BTV: Tensor, vocab_size: int, axis: Axis) -> Tensor:

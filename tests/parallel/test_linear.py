@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megagpt.inventory.parameter import Parameters, column, row
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.collectives import copy_to
-from megagpt.parallel.linear import OPEN, SUMMED, ColumnParallelLinear, HeadsLinear, RowParallelLinear
+from megagpt.parallel.linear import OPEN, SUMMED, ColumnParallelLinear, HeadsLinear, RowParallelLinear, product
 from megagpt.parallel.mesh import build_mesh
 from megagpt.parallel.parameter import Declared
 from megagpt.processes.local import run_ranks
@@ -18,6 +18,19 @@ from tests.tolerances import assert_close, assert_equal
 
 N_INPUTS, N_OUTPUTS, N_ROWS = 12, 8, 6
 KINDS = {"column": (ColumnParallelLinear, column), "row": (RowParallelLinear, row)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1), (4,), (3, 5), (32, 1), (33,), (0, 1)], ids=str)
+def test_few_rows_give_what_many_do(shape: tuple[int, ...], dtype: torch.dtype):
+    x, weight, bias = torch.randn(*shape, 1024), torch.randn(520, 1024), torch.randn(520)
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    with torch.no_grad():
+        for b in (None, bias):
+            y = product(x, weight, b)
+            assert y.is_contiguous() and y.dtype == dtype
+            expected = nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+            assert_close(y, expected, dtype=dtype)
 
 
 def declared(parameters: Parameters) -> Declared:

@@ -26,6 +26,7 @@ from megagpt.parallel.parameter import Declared
 
 if TYPE_CHECKING:
     from megagpt.config import ModelConfig
+    from megagpt.model.cache import View
 
 
 class Attention(nn.Module):
@@ -105,19 +106,19 @@ class Attention(nn.Module):
 
         A key is seen by where it stands: positions that come twice in a row of the batch see each other's keys.
         """
-        queries_BT = keys_BS = stream.positions_BT
-        assert queries_BT is not None and keys_BS is not None
+        queries_BT = stream.positions_BT
+        assert queries_BT is not None
         if self.dropout.active:
             raise ValueError("attention dropout knows tokens by their place in the sample; got other positions")
         view = stream.cache
         if view is not None:
-            k_BGSK, v_BGSK, keys_BS = view.extend(self.layer, kv_BTGXK)
+            k_BGSK, v_BGSK = view.extend(self.layer, kv_BTGXK)
         else:
             k_BGSK, v_BGSK = kv_BTGXK.permute(3, 0, 2, 1, 4)
         if self.position.adds is None and view is not None and view.sees_all and not self.masks.rule.needs_mask:
             mask = None
         else:
-            mask = self._mask(view.kept if view else {}, q_BHTK, k_BGSK, queries_BT, keys_BS)
+            mask = self._mask(view, q_BHTK, k_BGSK, queries_BT)
         G, T = k_BGSK.shape[1], q_BHTK.shape[2]
         if T > 1 or not self.grouped:
             return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, enable_gqa=self.grouped)
@@ -127,16 +128,15 @@ class Attention(nn.Module):
         y_BGXK = F.scaled_dot_product_attention(q_BHTK.reshape(len(q_BHTK), G, -1, self.d_head), k_BGSK, v_BGSK, mask)
         return y_BGXK.view_as(q_BHTK)
 
-    def _mask(
-        self, kept: dict[object, Tensor], q_BHTK: Tensor, k_BGSK: Tensor, queries_BT: Tensor, keys_BS: Tensor
-    ) -> Tensor:
+    def _mask(self, view: View | None, q_BHTK: Tensor, k_BGSK: Tensor, queries_BT: Tensor) -> Tensor:
         """What is added to the scores: -inf where a key is not seen.  Shapes: → (B, H or 1, T, S).
 
-        kept: those of this pass; layers of one pattern share them where positions add nothing that a layer learns.
+        Layers of one pattern share it in a pass where positions add nothing that a layer learns.
         """
-        shared = self.position.adds in (None, "slopes")
-        key = self.masks.pattern, self.layer if self.masks.rule.differs else None, keys_BS.shape[-1]
+        shared, kept = self.position.adds in (None, "slopes"), view.kept if view else {}
+        key = self.masks.pattern, self.layer if self.masks.rule.differs else None, k_BGSK.shape[2]
         if not shared or key not in kept:
+            keys_BS = view.key_positions(self.layer) if view else queries_BT
             distance_BTS = queries_BT.unsqueeze(-1) - keys_BS.unsqueeze(-2)
             added_BHTS = self.learned(self.position.added, q_BHTK, k_BGSK, distance_BTS, self.heads)
             allowed_BTS = self.masks.between(queries_BT, keys_BS)
