@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,7 +27,7 @@ from megagpt.processes.agree import RankError
 
 MAX_NAMED = 8
 MEETING, ARRIVED, LOOKED, OPEN = "megagpt/meeting", "arrived/{}", "looked/{}", "open"  # keys of the store
-NOTE_S = 30.0  # when those who wait say so
+NOTE_S = 30.0  # so often those who wait say for whom
 GONE_S = 20.0  # who has come looks at least every LAST_PAUSE_S whether all have; if not for so long, it has ended
 PAUSE_S = 0.25  # between two of rank 0's looks at who has come
 RESOLVE_S = 10.0  # for which an unknown name may become known, as those of containers do
@@ -78,16 +80,16 @@ def _wait_for_all(meeting: dist.Store, n_ranks: int, timeout_s: float, name: Cal
 
     `Store.wait` with a timeout would also print lines of C++ when that is over.
     """
-    began_s, told = time.monotonic(), False
+    began_s, note_s = time.monotonic(), NOTE_S
     looks, still_s = {}, dict.fromkeys(range(1, n_ranks), 0.0)
     while not meeting.check([ARRIVED.format(r) for r in range(n_ranks)]):
         waited_s = time.monotonic() - began_s
         if waited_s > timeout_s:
             raise TimeoutError
         missing = _missing(meeting, n_ranks)
-        if waited_s > NOTE_S and not told:
-            told = True
-            print(f"still waiting, for {timeout_s:g} s in all, for {_named(missing, name)}", flush=True)
+        if waited_s > note_s:
+            print(f"still waiting for {_named(missing, name)}; {note_s:g} of {timeout_s:g} s are over", flush=True)
+            note_s += NOTE_S
         for rank in still_s.keys() - set(missing):
             n_looks = meeting.add(LOOKED.format(rank), 0)
             still_s[rank] = still_s[rank] + PAUSE_S if n_looks == looks.get(rank) else 0.0
@@ -144,30 +146,64 @@ def open_store(rank: int, timeout_s: float) -> dist.Store:
     if not is_host:
         _wait_for(host, port, timeout_s, speaks=first_here or rank == 1)
     try:
-        return dist.TCPStore(
-            host,
-            port,
-            is_master=is_host,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            multi_tenant=True,
-            master_listen_fd=_listen(addresses) if is_host else None,
+        return _in_time(
+            timeout_s,
+            lambda: dist.TCPStore(
+                host,
+                port,
+                is_master=is_host,
+                timeout=timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+                multi_tenant=True,
+                master_listen_fd=_listen(addresses) if is_host else None,
+            ),
         )
+    except TimeoutError:
+        raise RankError(
+            f"{host}:{port} (MASTER_ADDR, MASTER_PORT) takes connections, and gave no answer as a store within "
+            f"{timeout_s:g} s; give a port that no other program has, and keep strangers from it",
+            speaks=first_here or rank == 1,
+            code=EXIT_PEER_LOST,
+        ) from None
     except RuntimeError as error:
         raise RankError(
             f"cannot open {host}:{port} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
         ) from error
 
 
+def _in_time(timeout_s: float, open_it: Callable[[], dist.Store]) -> dist.Store:
+    """What open_it returns or raises.  Raises TimeoutError: a store's first question waits without end for its answer.
+
+    No answer comes where another program listens, or where thousands of strangers wait before us: torch's store looks up
+    the name of each by DNS, one after the other.
+    """
+    answers: queue.SimpleQueue[dist.Store | RuntimeError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(open_it())
+        except RuntimeError as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=timeout_s)
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(answer, RuntimeError):
+        raise answer
+    return answer
+
+
 def _wait_for(host: str, port: int, timeout_s: float, speaks: bool) -> None:
     """Until somebody listens there. TCPStore would wait as well, and fail with some 40 lines of C++."""
-    end_s, say_s = time.monotonic() + timeout_s, time.monotonic() + NOTE_S
+    began_s, note_s = time.monotonic(), NOTE_S
     while True:
         try:
             socket.create_connection((host, port), timeout=min(timeout_s, 5.0)).close()
             return
         except OSError as error:
-            if time.monotonic() > end_s:
+            if time.monotonic() > began_s + timeout_s:
                 raise RankError(
                     f"no answer from rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout_s:g} s "
                     f"({os_reason(error)}); see its output, and that {socket.gethostname()} reaches that "
@@ -175,9 +211,9 @@ def _wait_for(host: str, port: int, timeout_s: float, speaks: bool) -> None:
                     speaks=speaks,
                     code=EXIT_PEER_LOST,
                 ) from None
-        if speaks and time.monotonic() > say_s:
-            say_s = end_s
-            print(f"still waiting for rank 0 at {host}:{port}, for {timeout_s:g} s in all", flush=True)
+        if speaks and time.monotonic() > began_s + note_s:
+            print(f"still waiting for rank 0 at {host}:{port}; {note_s:g} of {timeout_s:g} s are over", flush=True)
+            note_s += NOTE_S
         time.sleep(0.2)
 
 

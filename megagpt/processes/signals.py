@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 # A scheduler's, a person's, a scheduler's warning, a terminal that was closed.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -24,6 +29,37 @@ def follow_parent() -> None:
 
 
 def follow_launcher() -> None:
-    """Follow a launcher that lives as long as its ranks: torchrun or DeepSpeed's. A shell need not."""
-    if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:  # the second is DeepSpeed's
+    """Follow a launcher that lives as long as its ranks: torchrun or DeepSpeed's. A shell need not.
+
+    DeepSpeed's is, on one machine, itself started by the command `deepspeed`, whose end counts too.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         follow_parent()
+    if "CROSS_RANK" in os.environ:  # DeepSpeed's
+        follow_parent()
+        with suppress(OSError):  # no Linux, or an old one; or the launcher has ended already
+            above = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1])
+            if is_deepspeed(Path(f"/proc/{above}/cmdline").read_text(errors="replace").split("\0")):
+                follow_process(above)
+
+
+def is_deepspeed(words: Sequence[str]) -> bool:
+    """Whether a process of this command line is `deepspeed`, by any of its names, and no shell of another host."""
+    return any(
+        Path(word).name in ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner") for word in words[:3]
+    )
+
+
+def follow_process(pid: int) -> None:
+    """Be sent SIGTERM when that process, which need not be the parent, has ended, however it ended (on Linux).
+
+    Raises OSError where it has ended already.
+    """
+    ended = select.poll()
+    ended.register(os.pidfd_open(pid), select.POLLIN)
+
+    def wait() -> None:
+        ended.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()

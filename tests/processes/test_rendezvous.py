@@ -68,11 +68,12 @@ def test_who_comes_and_ends_is_named_before_the_time_is_up(agent, monkeypatch):
     assert told.value.code == EXIT_PEER_LOST
 
 
-def test_a_long_wait_is_said_once(agent, monkeypatch, capsys):
-    monkeypatch.setattr(rendezvous, "NOTE_S", 0.3)
+def test_a_long_wait_is_said_again_and_again(agent, monkeypatch, capsys):
+    monkeypatch.setattr(rendezvous, "NOTE_S", 0.5)
     with ThreadPoolExecutor(2) as pool, pytest.raises(RankError):
-        list(pool.map(come, (0, 1), (0, 0), (1.5, 1.5)))
-    assert capsys.readouterr().out == "still waiting, for 1.5 s in all, for rank 2\n"
+        list(pool.map(come, (0, 1), (0, 0), (1.6, 1.6)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"still waiting for rank 2; {seconds} of 1.6 s are over" for seconds in (0.5, 1)]
 
 
 @pytest.mark.parametrize("name", ["no.such.host.invalid", "a" * 70 + ".invalid"])

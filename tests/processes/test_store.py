@@ -59,3 +59,17 @@ def test_a_store_that_is_not_there_is_told(port):
     with pytest.raises(RankError, match=rf"no answer from rank 0 at 127.0.0.1:{port} .* within 1 s") as caught:
         open_store(1, 1.0)
     assert caught.value.code == EXIT_PEER_LOST
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_who_listens_and_gives_no_answer_is_told(port, rank, monkeypatch):
+    """Another program; or a store that thousands of strangers keep busy. torch would wait without end."""
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(
+            RankError, match=rf"127.0.0.1:{port} .* takes connections, and gave no answer as a store"
+        ) as told,
+    ):
+        open_store(rank, 0.5)
+    assert told.value.code == EXIT_PEER_LOST and told.value.speaks == (rank == 1)

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 OTHERS = {  # flags of launchers, of Slurm and of our tools
     "--hostfile", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts", "--shutdown-timeout",
-    "--signals-to-handle", "--master_addr", "--signal", "--json", "--config",
+    "--signals-to-handle", "--master_addr", "--signal", "--json", "--config", "--wait-s",
 }  # fmt: skip
 MESSAGES = [
     "gave no sign of life for", "was stopped by a signal", "died", "hangs", "processes came within", "is slow",
     "no answer from rank 0 at", "steps in a row", "holds a NaN or Inf", "and none when it was done again",
-    "robust standard deviations above", "its contents have changed", "is being written by another run", "skipped (",
+    "still waiting for", "gave no answer as a store", "robust standard deviations above", "its contents have changed", "is being written by another run", "skipped (",
 ]  # fmt: skip
 SOURCE = "\n".join(path.read_text() for path in (ROOT / "megagpt").rglob("*.py"))
 
