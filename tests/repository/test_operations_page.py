@@ -18,7 +18,8 @@ OTHERS = {  # flags of launchers, of Slurm and of our tools
 MESSAGES = [
     "gave no sign of life for", "was stopped by a signal", "died", "hangs", "processes came within", "is slow",
     "no answer from rank 0 at", "steps in a row", "holds a NaN or Inf", "and none when it was done again",
-    "still waiting for", "gave no answer as a store", "robust standard deviations above", "its contents have changed", "is being written by another run", "skipped (",
+    "robust standard deviations above", "its contents have changed", "is being written by another run", "skipped (",
+    "still waiting for", "gave no answer as a store",
 ]  # fmt: skip
 SOURCE = "\n".join(path.read_text() for path in (ROOT / "megagpt").rglob("*.py"))
 
