@@ -15,9 +15,6 @@ from typing import Annotated, Any, get_origin, get_type_hints
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError, create_model
 from yaml.composer import Composer
-from yaml.constructor import SafeConstructor
-from yaml.cyaml import CParser
-from yaml.resolver import Resolver
 
 from megagpt.cli.translate import Advice, advise, plain_name
 from megagpt.config import SECTIONS, RunConfig, plain
@@ -209,7 +206,7 @@ _MAX_KEYS = 1000  # of one mapping
 _MAX_NODES = 2 * MAX_DATASETS + _MAX_KEYS  # the longest that a file may hold is a blend, weights and prefixes
 
 
-class _Loader(Composer, CParser, SafeConstructor, Resolver):
+class _Loader(Composer, yaml.CSafeLoader):
     """Plain data only. Keys are words and stand once; no aliases, which a small file can blow up with; no tags.
 
     What a plain word is follows YAML 1.2 (`_PLAIN`), and so `yes` is a word. Files are read no further than a
@@ -218,10 +215,8 @@ class _Loader(Composer, CParser, SafeConstructor, Resolver):
 
     def __init__(self, text: str) -> None:
         self.n_nodes = 0
-        CParser.__init__(self, text)
+        yaml.CSafeLoader.__init__(self, text)
         Composer.__init__(self)
-        SafeConstructor.__init__(self)
-        Resolver.__init__(self)
 
     def compose_node(self, parent, index):
         event = self.peek_event()

@@ -174,8 +174,8 @@ def open_store(rank: int, timeout_s: float) -> dist.Store:
 def _in_time(timeout_s: float, open_it: Callable[[], dist.Store]) -> dist.Store:
     """What open_it returns or raises.  Raises TimeoutError: a store's first question waits without end for its answer.
 
-    No answer comes where another program listens, or where thousands of strangers wait before us: torch's store asks DNS
-    for the name of each, one after the other.
+    No answer comes where another program listens, or where thousands of strangers wait before us: torch's store asks
+    DNS for the name of each, one after the other.
     """
     answers: queue.SimpleQueue[dist.Store | RuntimeError] = queue.SimpleQueue()
 

@@ -45,9 +45,8 @@ def follow_launcher() -> None:
 
 def is_deepspeed(words: Sequence[str]) -> bool:
     """Whether a process of this command line is `deepspeed`, by any of its names, and no shell of another host."""
-    return any(
-        Path(word).name in ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner") for word in words[:3]
-    )
+    names = [Path(word).name.removesuffix(".pt") for word in words[:3]]
+    return "deepspeed" in names or "ds" in names or any(name.endswith(".launcher.runner") for name in names)
 
 
 def follow_process(pid: int) -> None:
