@@ -219,7 +219,7 @@ class _Loader(Composer, yaml.CSafeLoader):
         Composer.__init__(self)
 
     def compose_node(self, parent, index):
-        event = self.peek_event()
+        event: Any = self.peek_event()
         self.n_nodes += 1
         if self.check_event(yaml.AliasEvent):
             raise _refusal("aliases are not supported", event)
