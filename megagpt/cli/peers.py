@@ -29,7 +29,9 @@ SAME = {
     "model.dropout_embedding": "embd-pdrop",
     "model.dropout_residual": "resid-pdrop",
     "parallel.tp": "tensor-model-parallel-size model-parallel-size tensor-parallel-size tensor-parallel mp-size",
-    "parallel.pp": "pipeline-model-parallel-size pipe-parallel-size pipeline-parallel-size pipeline-parallel",
+    "parallel.pp": """
+        pipeline-model-parallel-size pipe-parallel-size pipeline-parallel-size pipeline-parallel
+        transformer-pipeline-model-parallel-size""",
     "parallel.zero_stage": "zero zero-optimization.stage",
     "data.tokenizer_model": "tokenizer-name-or-path tokenizer-name tokenizer-path tokenizer-file",
     "optim.lr": "learning-rate optimizer.params.lr scheduler.params.warmup-max-lr",
@@ -144,7 +146,8 @@ BY_ITSELF = {
     "kernels are fused where they are built; --kernels names others": """
         use-flash-attn use-flash-attn-* flash-attn* use-liger-kernel no-masked-softmax-fusion
         no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion no-persist-layer-norm
-        no-gradient-accumulation-fusion masked-softmax-fusion bias-gelu-fusion bias-dropout-fusion rope-fusion
+        no-gradient-accumulation-fusion gradient-accumulation-fusion masked-softmax-fusion bias-gelu-fusion
+        bias-dropout-fusion rope-fusion
         layernorm-fusion rmsnorm-fusion scaled-upper-triang-masked-softmax-fusion scaled-masked-softmax-fusion
         cross-entropy-loss-fusion cross-entropy-fusion-impl apply-rope-fusion disable-jit-fuser no-fused-kernel
         use-fused-* use-flashattn-swiglu abort-on-unmet-fused-kernel-constraints""",
@@ -152,14 +155,14 @@ BY_ITSELF = {
         attention-softmax-in-fp32 no-attention-softmax-in-fp32 apply-query-key-layer-scaling
         fp16-lm-cross-entropy no-query-key-layer-scaling""",
     "gradients are added up and sent in float32 in bf16": """
-        accumulate-allreduce-grads-in-fp32 grad-reduce-in-fp32 fp32-allreduce data-types*""",
+        accumulate-allreduce-grads-in-fp32 grad-reduce-in-fp32 grad-reduce-in-bf16 fp32-allreduce data-types*""",
     "the vocabulary is padded by itself": "make-vocab-size-divisible-by padded-vocab-size pad-vocab-size*",
     "--n-kv-heads alone says it": "group-query-attention multi-query-attention",
     "the context is --seq-len": "max-position-embeddings",
     "one norm with another way to store its weights": "apply-layernorm-1p layernorm-zero-centered-gamma",
     "datasets are memory-mapped, read in one order, and indexed where that is needed": """
         data-impl mmap-warmup num-workers dataloader-num-workers dataloader-pin-memory dataloader-type
-        no-mmap-bin-files data-cache-path num-dataset-builder-threads dataloader-*
+        no-mmap-bin-files mmap-bin-files data-cache-path num-dataset-builder-threads dataloader-*
         no-create-attention-mask-in-dataloader create-attention-mask-in-dataloader mid-level-dataset-surplus
         use-shared-fs""",
     "a run folder has TensorBoard, metrics.jsonl, and the loss curve": """
@@ -176,14 +179,19 @@ BY_ITSELF = {
         override-opt-param-scheduler use-checkpoint-opt-param-scheduler override-lr-scheduler
         use-checkpoint-lr-scheduler reset-iteration""",
     "a signal ends a run after a save": "exit-signal-handler exit-signal",
-    "a NaN is always looked for": "check-for-nan-in-loss-and-grad check-for-nan-in-loss rerun-mode",
+    "a NaN is always looked for": """
+        check-for-nan-in-loss-and-grad check-for-nan-in-loss no-check-for-nan-in-loss-and-grad rerun-mode""",
     "collectives and layouts are chosen by themselves": """
         distributed-backend ddp-backend backend use-cpu-initialization overlap-grad-reduce overlap-param-gather
         ddp-bucket-size ddp-num-buckets ddp-average-in-collective ddp-bucket-cap-mb ddp-find-unused-parameters
         use-ring-exchange-p2p no-overlap-p2p-communication overlap-p2p-communication*
         no-scatter-gather-tensors-* lazy-mpu-init no-align-param-gather align-param-gather use-tp-pp-dp-mapping
-        disable-gloo-process-groups nccl-communicator-config-path output-layer-parallelism no-pipeline-parallel
-        no-async-tensor-model-parallel-allreduce sync-tp-duplicated-parameters batch-p2p-communication""",
+        disable-gloo-process-groups enable-gloo-process-groups nccl-communicator-config-path
+        output-layer-parallelism no-pipeline-parallel
+        no-async-tensor-model-parallel-allreduce async-tensor-model-parallel-allreduce
+        align-grad-reduce delay-grad-reduce clone-scatter-output-in-embedding torch-fsdp2-reshard-after-forward
+        use-sharp symmetric-ar-type num-distributed-optimizer-instances high-priority-stream-groups
+        sync-tp-duplicated-parameters batch-p2p-communication""",
     "there is one implementation": "use-mcore-models use-legacy-models transformer-impl spec task model-type",
     "the same on every layout anyway": """
         deterministic-mode full-determinism calculate-per-token-loss te-rng-tracker data-parallel-random-init""",
@@ -191,11 +199,13 @@ BY_ITSELF = {
         recompute-method recompute-num-layers checkpoint-num-layers checkpoint-method activations-checkpoint-*
         recompute-modules distribute-saved-activations partition-activations contiguous-checkpointing
         synchronize-each-layer checkpoint-in-cpu profile-backward gradient-checkpointing-kwargs""",
-    "it is what this program does": "do-train pretrain no-use-tokenizer-model-from-checkpoint-args",
+    "it is what this program does": """
+        do-train pretrain no-use-tokenizer-model-from-checkpoint-args use-tokenizer-model-from-checkpoint-args""",
     "loss and validation loss are shown by --eval-interval": """
         do-eval do-valid eval-strategy evaluation-strategy eval-on-start""",
     "it changes nothing here": """
-        manual-gc manual-gc-interval no-manual-gc-eval use-nccl-ub one-logger-* no-one-logger* log-straggler
+        manual-gc manual-gc-interval no-manual-gc-eval manual-gc-eval empty-unused-memory-level barrier-with-l1-time
+        use-nccl-ub one-logger-* no-one-logger* log-straggler straggler-*
         enable-one-logger app-tag-run-* save-on-each-node log-on-each-node prediction-loss-only
         remove-unused-columns overwrite-output-dir overwrite-cache preprocessing-num-workers adlr-autoresume*
         onnx-safe git-hash include-num-input-tokens-seen ddp-broadcast-buffers ddp-static-graph
@@ -265,12 +275,19 @@ ABSENT = {
     "layers are attention and MLP": """
         mamba-* hybrid-* is-hybrid-model linear-attention-* gmlp-* heterogeneous-* vision-* img-* patch-dim
         num-channels num-classes retro-* ict-* biencoder-* dino-* swin-*""",
-    "fp16's loss scale is DeepSpeed's: fp16.loss_scale and its kin in a JSON, --deepspeed-config": """
-        loss-scale initial-loss-scale min-loss-scale loss-scale-window hysteresis fp16.* dynamic-loss-scale""",
+    "--deepspeed-config takes a JSON with fp16.loss_scale and its kin": """
+        loss-scale initial-loss-scale min-loss-scale loss-scale-window loss-scale-power hysteresis fp16.*
+        dynamic-loss-scale""",
     "--deepspeed-config takes a JSON for it": """
-        activation-offload-fraction cpu-offloading-* offload-* comms-logger flops-profiler autotuning elasticity
+        optimizer-offload-fraction activation-offload-fraction cpu-offloading-* offload-* comms-logger
+        flops-profiler autotuning elasticity
         prescale-gradients communication-data-type amp zero-optimization.* zero-allow-untested-optimizer
         zero-reduce-scatter zero-contiguous-gradients zero-reduce-bucket-size zero-allgather-bucket-size""",
+    "--debug.check-ranks compares what ranks share": "check-weight-hash-across-dp-replicas-interval",
+    "--model.attention says which layer attends to what": "attention-config window-attn-skip-freq",
+    "--config takes a file of settings under our names": "yaml-cfg",
+    "weights and moments are float32 where they are stepped": """
+        use-precision-aware-optimizer main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype""",
     "profiling: docs/debugging.md": """
         profile profile-* use-pytorch-profiler use-nsys-profiler memory-profiling* record-memory-history
         memory-snapshot-path nvtx-ranges""",
@@ -280,13 +297,15 @@ ABSENT = {
         use-comet comet-* push-to-hub hub-*""",
     "settings are those of the whole model": """
         decoupled-lr decoupled-min-lr head-lr-mult no-weight-decay-cond-type start-weight-decay end-weight-decay
-        weight-decay-incr-style apply-wd-to-qk-layernorm use-mup mup-*""",
+        weight-decay-incr-style apply-wd-to-qk-layernorm use-mup mup mup-*""",
+    "wsd decays by a line; --optim.decay-fraction is its share of the run": "lr-wsd-decay-style lr-wsd-decay-samples",
     "nothing measures it": """
         log-params-norm log-param-norm log-num-zeros-in-grad log-grad-pct-zeros log-max-attention-logit
         log-energy log-optimizer-states log-device-memory-used""",
     "no such residual": "apply-residual-connection-post-layernorm fp32-residual-connection residual-scale*",
     "no such initial weights; --model.init has gpt2, normal, small and fan_in": """
-        init-method-xavier-uniform init-model-with-meta-device perform-initialization""",
+        init-method-xavier-uniform init-model-with-meta-device perform-initialization no-initialization
+        embedding-init-method-std""",
     "no such activation; --model.activation has those that there are": """
         quick-geglu glu-linear-offset activation-func-clamp-value softmax-type attention-output-gate""",
     "a tokenizer brings its own": """

@@ -87,10 +87,12 @@ def _by_itself(why: str, _: str, __: Given) -> Advice:
 
 
 def _absent(why: str, value: str, _: Given) -> Advice:
-    is_off = value.lower() in ("false", "0", "none", "null", "1")  # 1: of a size, which shares nothing out
-    if is_off:
+    is_elsewhere = why.startswith(("--", "tools/", "examples/"))
+    if value.lower() in ("false", "0", "none", "null"):
+        return Advice(note="leave it out" if is_elsewhere else "leave it out: there is none")
+    if value == "1" and not is_elsewhere:  # of a size, which shares nothing out
         return Advice(note="leave it out: there is none")
-    return Advice(note=f"{'instead' if why.startswith(('--', 'tools/', 'examples/')) else 'not here'}: {why}")
+    return Advice(note=f"{'instead' if is_elsewhere else 'not here'}: {why}")
 
 
 def _float(value: str) -> float | None:
