@@ -21,7 +21,7 @@ from megagpt.cli import to_yaml
 from megagpt.config import DataConfig, ModelConfig, RunConfig, plain
 from megagpt.data.tokenizers.kept import describe
 from megagpt.errors import UserError
-from megagpt.files import placeholder
+from megagpt.files import os_reason, placeholder
 from megagpt.hf import LazyTensor, config_from_hf, lazy_from_hf
 from megagpt.hf.tokenizer_folder import copy_tokenizer, find_tokenizer
 from megagpt.inventory.parameter import WEIGHT
@@ -184,7 +184,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         if pointer := placeholder(data):
             raise UserError(f"{path}: {pointer}")
         values = json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({os_reason(error)}); give the folder of a whole model") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: got a {type(values).__name__}, wanted an object; fetch the model again")

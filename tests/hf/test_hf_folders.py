@@ -341,6 +341,10 @@ def shards_alone(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
 
 
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
 def pointer(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
 
@@ -352,6 +356,7 @@ def pointer(folder: Path) -> None:
         (shards_alone, "has 1 shards (model-00001-of-00002.safetensors …) and no model.safetensors.index.json"),
         (pointer, "model.safetensors: a pointer of Git LFS in place of the file"),
         (shutil.rmtree, "is no folder"),
+        (no_config, "config.json: cannot be read (No such file or directory); give the folder of a whole model"),
     ],
 )
 def test_other_folders_are_called_what_they_are(tmp_path: Path, spoil: Callable[[Path], object], words: str):
