@@ -130,6 +130,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what run_cli prints on one line."""
+        if valued := re.fullmatch(r"argument (\S+): ignored explicit argument (.+)", message):
+            flag, *others = valued[1].split("/")
+            off = [other for other in others if re.match(r"--(\w+\.)?no-", other)]
+            raise UserError(
+                f"{flag} takes no value, got {valued[2]};", f"{off[0]} turns it off" if off else "see --help"
+            )
         raise UserError(message, remedy="see --help")
 
 

@@ -188,7 +188,8 @@ def _refusal(argv: list[str], parser: ArgumentParser, unknown: list[str]) -> Use
     """What is said of all words that belong to no flag of ours: what they are here, as far as we know."""
     given, strange = _scan(argv, parser)
     strange = strange or [("", word) for word in unknown]
-    known, no_flag = parser.flags(), Advice(note="every value follows its --flag")
+    known = parser.flags()
+    no_flag = Advice(note="every value follows its --flag; a switch has none: --recompute, --no-recompute")
     said = [
         (f"{name} {value}".strip(), advise(name, value, given, known) if name else no_flag) for name, value in strange
     ]
