@@ -2,6 +2,8 @@
 
 The old one has one key for all heads or one for each; the new one any number, and a norm for each sub-block or one for
 both. Its ALiBi is divided by √K with the scores, and rounded to bfloat16: that is not ALiBi as published, and refused.
+`output_attentions` asks for what is returned and is not read; transformers 5.23, asked so under sdpa, adds its boolean
+mask as 0 and 1, so that every token sees all others.
 """
 
 from __future__ import annotations
