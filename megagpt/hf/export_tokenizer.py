@@ -20,6 +20,7 @@ from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.files import delete
 from megagpt.hf.sentencepiece_as_json import definition_of_sentencepiece
+from megagpt.hf.tokenizer_folder import CHAT_TEMPLATE, settings_in, special_ids
 
 _ONE_FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _END = "<|endoftext|>"  # what the end of a document is called where the tokenizer has no name for it
@@ -41,7 +42,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int) -> None:
         try:
             trial.mkdir()
             shutil.copyfile(folder / "config.json", trial / "config.json")
-            settings = form(trial, tokenizer)
+            settings = {**_handed_on(tokenizer, trial), **form(trial, tokenizer)}
             if _is_same(trial, tokenizer, {**settings, "model_max_length": seq_len}):
                 (trial / "config.json").unlink()
                 for path in trial.iterdir():
@@ -53,6 +54,16 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int) -> None:
         f"transformers reads no form of this {tokenizer.kind} tokenizer as one that gives the same ids; "
         "export the weights alone: --without-tokenizer"
     )
+
+
+def _handed_on(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """What lies beside a tokenizer's files and says nothing of ids: copies its chat template, returns settings."""
+    if not tokenizer.files:
+        return {}
+    beside = tokenizer.files[0].parent
+    if (beside / CHAT_TEMPLATE).exists():
+        shutil.copyfile(beside / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+    return {key: value for key, value in settings_in(beside).items() if key in ("chat_template", "pad_token")}
 
 
 Form = Callable[[Path, Tokenizer], dict[str, Any]]
@@ -115,9 +126,9 @@ def _is_same(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> bo
     """Whether transformers reads the folder as our tokenizer."""
     try:
         theirs = _read(folder, settings)
-        if tokenizer.eod is not None and theirs.eos_token_id != tokenizer.eod:
-            theirs = _read(folder, {**settings, "eos_token": theirs.convert_ids_to_tokens(tokenizer.eod)})
-        if tokenizer.eod is not None and theirs.eos_token_id != tokenizer.eod:
+        names = {name: theirs.convert_ids_to_tokens(i) for name, i in _unnamed(theirs, tokenizer).items()}
+        theirs = _read(folder, {**settings, **names}) if names else theirs
+        if _unnamed(theirs, tokenizer):
             return False
         for text in (SAMPLE, *_TEXTS, *_texts_of_all_tokens(tokenizer)):
             ours = tokenizer.encode(text)
@@ -128,6 +139,15 @@ def _is_same(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> bo
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):  # raised for files of another kind
         return False
     return True
+
+
+def _unnamed(theirs: Any, tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids that begin and end a text, by what transformers calls them, where it calls another or none so."""
+    begin, end = special_ids(tokenizer)["bos_token_id"], tokenizer.eod
+    ids = {"eos_token": end} if end is not None and theirs.eos_token_id != end else {}
+    if theirs.bos_token_id is None and isinstance(begin, int) and begin < tokenizer.vocab_size:
+        ids["bos_token"] = begin
+    return ids
 
 
 def _read(folder: Path, settings: dict[str, Any]) -> Any:

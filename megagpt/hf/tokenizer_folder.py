@@ -33,7 +33,7 @@ def find_tokenizer(source: Path) -> tuple[Tokenizer | None, str | None]:
     """The tokenizer of a folder, or why there is none although there are files; (None, None) where there are none.
 
     tokenizer.json says all of it. The files that it was made from serve in its place, being faster, where they give the
-    same ids; and alone where nothing beside them says more.
+    same ids and it adds none at the ends of a text; and alone where nothing beside them says more.
     Raises UserError for a file that is damaged.
     """
     there = [kind for kind in ("hf", *_CLASSES) if all(path.exists() for path in _files(source, kind))]
@@ -46,8 +46,7 @@ def find_tokenizer(source: Path) -> tuple[Tokenizer | None, str | None]:
 def copy_tokenizer(source: Path, tokenizer: Tokenizer, copy: Path, final: Path) -> DataConfig:
     """Copy what makes a tokenizer, and how to name it once `copy` is called `final`. With it go the special ids."""
     copy.mkdir()
-    beside = [source / name for name in (SETTINGS, _SPECIAL, CHAT_TEMPLATE)] if tokenizer.kind == "hf" else []
-    for path in (*tokenizer.files, *beside):
+    for path in (*tokenizer.files, *(source / name for name in (SETTINGS, _SPECIAL, CHAT_TEMPLATE))):
         if path.exists():
             shutil.copyfile(path, copy / path.name)
     (copy / _IDS).write_text(json.dumps(_ids_in(source / "config.json") | _ids_in(source / _IDS)), encoding="utf-8")
@@ -77,7 +76,10 @@ def _whole(source: Path, others: Sequence[str]) -> Tokenizer | tuple[None, str]:
     for token, i in _added(source):
         if whole.id_of(token) != i:
             return None, f"{source}: tokenizer.json has no {token!r} of id {i}, which files beside it add; {_REMEDY}"
-    for kind in others:
+    for token in _named(source):
+        if whole.id_of(token) is None:
+            return None, f"{source}: tokenizer.json has no {token!r}, which files beside it name; {_REMEDY}"
+    for kind in () if whole.has_template else others:
         with contextlib.suppress(UserError):  # of another kind or damaged: it is not needed
             if same_ids(plain := KINDS[kind](*_files(source, kind)), whole):
                 return plain
@@ -93,14 +95,13 @@ def _in_parts(source: Path, kind: str) -> Tokenizer | tuple[None, str]:
         what = "not of byte-level BPE, as GPT-2's is"
     if what:
         return None, f"{first} is {what}; {_REMEDY}"
-    tokenizer, settings = KINDS[kind](*_files(source, kind)), _settings(source)
+    tokenizer, settings = KINDS[kind](*_files(source, kind)), settings_in(source)
     reader = settings.get("tokenizer_class", _CLASSES[kind][0])
     more = [f"{SETTINGS} names the class {reader}"] if reader not in _CLASSES[kind] else []
     more += [f"{token!r} is added to it" for token, i in _added(source) if i >= tokenizer.vocab_size]
     if kind == "gpt2":
-        end = token_name(settings.get("eos_token")) or END_OF_TEXT
         more += [f"{token!r} is added to it" for token, i in _added(source) if tokenizer.encode(token) != [i]]
-        more += [f"{end!r} ends a text"] if end != END_OF_TEXT else []
+        more += [f"{token!r} is a special token" for token in _named(source) if token != END_OF_TEXT]
         more += ["add_prefix_space is set"] if settings.get("add_prefix_space") else []
     return (None, f"{first} is not the whole tokenizer: {more[0]}; {_REMEDY}") if more else tokenizer
 
@@ -108,13 +109,27 @@ def _in_parts(source: Path, kind: str) -> Tokenizer | tuple[None, str]:
 def _added(source: Path) -> Iterator[tuple[str, int]]:
     """(token, id) of what the files beside a vocabulary add to it."""
     yield from ((token, i) for token, i in _object(source / _ADDED).items() if isinstance(i, int))
-    decoder = _settings(source).get("added_tokens_decoder")
+    decoder = settings_in(source).get("added_tokens_decoder")
     for i, token in decoder.items() if isinstance(decoder, dict) else ():
         if (name := token_name(token)) is not None and i.isdecimal():
             yield name, int(i)
 
 
-def _settings(source: Path) -> dict[str, Any]:
+def _named(source: Path) -> Iterator[str]:
+    """The special tokens that the files beside a vocabulary name, each of which is one token to transformers.
+
+    Without that for padding: no text has it.
+    """
+    settings = settings_in(source)
+    others = [settings.get("additional_special_tokens"), settings.get("extra_special_tokens")]
+    tokens = [settings.get(name) for name in ("bos_token", "eos_token", "unk_token")]
+    for more in others:
+        tokens += more if isinstance(more, list) else more.values() if isinstance(more, dict) else []
+    yield from (name for token in tokens if (name := token_name(token)) is not None)
+
+
+def settings_in(source: Path) -> dict[str, Any]:
+    """What files beside a tokenizer say of it; empty where there are none."""
     return _object(source / _SPECIAL) | _object(source / SETTINGS)
 
 

@@ -10,9 +10,11 @@ import pytest
 import transformers
 from sentencepiece import SentencePieceTrainer
 
-from megagpt.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
+from megagpt.data.tokenizers.files import byte_alphabet
+from megagpt.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.hf.export_tokenizer import write_tokenizer
+from megagpt.hf.tokenizer_folder import copy_tokenizer, find_tokenizer
 
 # What is in no sample of the exporter.
 TEXTS = [
@@ -77,6 +79,35 @@ def sentencepiece(folder: Path, **settings: Any) -> Tokenizer:
 def test_sentencepiece_models_of_ones_own(tmp_path: Path, name: str):
     ours = sentencepiece(tmp_path, **MODELS[name])
     require_same(written(tmp_path / "hf", ours), ours)
+
+
+@pytest.mark.parametrize("name", ["bytes", "sentencepiece"])
+def test_what_was_exported_comes_back_and_goes_again(tmp_path: Path, name: str):
+    ours = build_tokenizer("bytes") if name == "bytes" else sentencepiece(tmp_path, model_type="bpe")
+    written(tmp_path / "hf", ours)
+    back, note = find_tokenizer(tmp_path / "hf")
+    assert back is not None and note is None and [back.encode(text) for text in TEXTS] == list(map(ours.encode, TEXTS))
+    require_same(written(tmp_path / "again", back), ours)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "hf"])
+def test_chat_template_and_names_of_special_tokens_come_through(tmp_path: Path, kind: str):
+    (source := tmp_path / "source").mkdir()
+    vocab = {**byte_alphabet(), "<|endoftext|>": 256}
+    (source / "vocab.json").write_text(json.dumps(vocab))
+    (source / "merges.txt").write_text("#version: 0.2\n")
+    transformers.GPT2Tokenizer.from_pretrained(source).backend_tokenizer.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text('{"pad_token": "<|endoftext|>", "model_max_length": 7}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "config.json").write_text('{"bos_token_id": 256, "eos_token_id": 256}')
+    if kind == "hf":
+        (source / "vocab.json").unlink()
+    found, _ = find_tokenizer(source)
+    assert found is not None and found.kind == kind
+    tokenizer = tokenizer_of_run(copy_tokenizer(source, found, tmp_path / "run", tmp_path / "run"))
+    assert tokenizer is not None
+    theirs = written(tmp_path / "hf", tokenizer, "gpt2")
+    assert (theirs.chat_template, theirs.pad_token_id, theirs.bos_token_id) == ("{{ messages }}", 256, 256)
 
 
 def test_what_has_no_form_there_is_refused_and_leaves_nothing(tmp_path: Path):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megagpt.data.tokenizers.same import same_ids
 from megagpt.data.tokenizers.tokenizer import build_tokenizer, tokenizer_of_run
@@ -113,7 +113,8 @@ def test_gpt_1_is_read_by_tokenizer_json_or_left_out(tmp_path: Path):
     [
         ({"added_tokens": {"<|im_start|>": 300}}, "'<|im_start|>' is added"),
         ({"tokenizer_config": {"added_tokens_decoder": {"300": {"content": "[PAD]"}}}}, "'[PAD]' is added"),
-        ({"special_tokens_map": {"eos_token": "</s>"}}, "'</s>' ends a text"),
+        ({"special_tokens_map": {"eos_token": "</s>"}}, "'</s>' is a special token"),
+        ({"tokenizer_config": {"bos_token": {"content": "<s>"}}}, "'<s>' is a special token"),
         ({"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer"}}, "class Qwen2Tokenizer"),
         ({"tokenizer_config": {"add_prefix_space": True}}, "add_prefix_space"),
     ],
@@ -131,6 +132,19 @@ def test_tokens_that_tokenizer_json_lacks_are_not_dropped(tmp_path: Path):
     source = write(tmp_path / "less", byte_level(), added_tokens={"<|im_start|>": 300})
     found, note = find_tokenizer(source)
     assert found is None and note is not None and "tokenizer.json has no '<|im_start|>' of id 300" in note
+
+
+def test_special_tokens_that_tokenizer_json_lacks_are_not_replaced_by_usual_ones(tmp_path: Path):
+    """transformers adds a token of that name; the first usual one that is there would end texts in its place."""
+    found, note = find_tokenizer(write(tmp_path / "less", byte_level(), tokenizer_config={"eos_token": "<|im_end|>"}))
+    assert found is None and note is not None and "tokenizer.json has no '<|im_end|>'" in note
+
+
+def test_a_template_of_ends_is_not_given_up_for_speed(tmp_path: Path):
+    templated = byte_level()
+    templated.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    found, _ = find_tokenizer(write(tmp_path / "templated", templated))
+    assert found is not None and found.kind == "hf"
 
 
 def no_pieces(folder: Path) -> None:

@@ -50,12 +50,15 @@ class HfTokenizer:
         if folder:
             _refuse_remote_code(folder / "tokenizer_config.json", config)
         self.files: tuple[Path, ...] = (path,)
-        self.sha256 = files_sha256(self.kind, (data,))
+        # Whether special tokens come of text: of none in what we export, and in few tokenizers of others.
+        splits_special_tokens = config.get("split_special_tokens") is True
+        self.sha256 = files_sha256(self.kind, (data, b"split_special_tokens") if splits_special_tokens else (data,))
         self.vocab_size = check_ids(path, _entries(path, definition))
         with _refusing(f"{path}: not a tokenizer"):
             self._tokenizer = Tokenizer.from_buffer(data)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = splits_special_tokens
         self.eod = self._find_eod(config)
         self.unknown = self._find_unknown(definition["model"])
         self._config = config
@@ -63,6 +66,11 @@ class HfTokenizer:
     @property
     def transformers_settings(self) -> dict[str, Any]:
         return self._config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the file says which tokens stand at the ends of a text, for those who apply that."""
+        return self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its name; None where there is none."""
