@@ -130,9 +130,9 @@ class _Rate:
                 f"to {self(n_steps - 1):.3g}, not to {optim.lr:.3g}"
             ]
         first = self._decay_step
-        if optim.schedule in ("cosine", "linear", "wsd") and self._end <= self._time(first) and 0 < first < n_steps:
+        if optim.schedule in ("cosine", "linear", "wsd") and self._end <= self._time(first) and 0 < first < n_steps - 1:
             unit = "tokens" if optim.decay_tokens is not None else "steps"
-            rates = f"{self(first - 1):.3g} to {self(first):.3g}"
+            rates = f"{self(first):.3g} to {self(first + 1):.3g}"
             return [
                 f"the decay ends at {self._end:,} {unit}, which is before the warm-up (with what it holds) does, at "
                 f"step {first:,}: the learning rate falls from {rates} at once"

@@ -11,7 +11,7 @@ import numpy as np
 
 from megagpt.checkpoint.state import State
 from megagpt.cli import read_config
-from megagpt.config import RunConfig
+from megagpt.config import LogConfig, RunConfig
 from megagpt.config.values import DataPath
 from megagpt.data.indexed.blend import Samples, build_splits, parts_of, sources
 from megagpt.data.indexed.coverage import times_read
@@ -48,11 +48,19 @@ def _of_the_data(run: Run) -> Iterator[str]:
     for dataset in sources(run.train_samples):
         yield from (f"{dataset.prefix}: {found}" for found in losses(dataset.meta))
     yield from _of_short_datasets(run)
-    if run.valid_samples is None and run.config.log.eval_steps and run.config.data.split.shares[1] > 0:
+    log, split = run.config.log, run.config.data.split
+    if run.valid_samples is not None or not log.eval_steps:
+        return
+    if split.shares[1] > 0:
         n_documents = sum(map(len, sources(run.train_samples)))
         yield (
-            f"no validation: split {run.config.data.split} of {n_documents} documents leaves it none, and documents "
+            f"no validation: split {split} of {n_documents} documents leaves it none, and documents "
             "are not cut; preprocess the text in more documents, or give --split"
+        )
+    elif log.eval_interval != LogConfig().eval_interval:
+        yield (
+            f"no validation: split {split} has no share for it, so that --eval-interval {log.eval_interval} does "
+            "nothing; give --split a second share"
         )
 
 

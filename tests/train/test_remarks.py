@@ -115,7 +115,10 @@ def test_nothing_is_held_out(tmp_path: Path):
     (remark,) = said(few)
     assert "no validation: split 949,50,1 of 9 documents leaves it none" in remark
     assert said(replace(few, log=LogConfig(eval_steps=0))) == []
-    assert said(replace(few, data=replace(few.data, split=Split.parse("1")))) == []
+    alone = replace(few, data=replace(few.data, split=Split.parse("1")))
+    assert said(alone) == []
+    (remark,) = said(replace(alone, log=LogConfig(eval_interval=7)))
+    assert "split 1 has no share for it, so that --eval-interval 7 does nothing" in remark
     assert said(config(write(tmp_path / "ten", 10), 80, log=LogConfig(eval_steps=1))) == []
 
 
@@ -165,7 +168,7 @@ def test_a_tokenizer_that_loses_text(tmp_path: Path):
     ("optim", "words"),
     [
         (OptimConfig(warmup_steps=200), ["the warm-up takes 200 steps and the run has 80", "to 0.0004, not to 0.001"]),
-        (OptimConfig(warmup_steps=40, decay_steps=20), ["the decay ends at 20 steps", "at step 40", "at once"]),
+        (OptimConfig(warmup_steps=40, decay_steps=20), ["the decay ends at 20 steps", "step 40", "0.001 to 0.0001 at"]),
         (OptimConfig(warmup_steps=20, decay_steps=40), []),
         (OptimConfig(warmup_steps=80), []),
     ],
