@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from megagpt.errors import UserError
 from megagpt.inventory.parameter import Init, Parameter
 from megagpt.parallel.axis import Axis
 
@@ -125,6 +126,7 @@ class Named:
     """A parameter under its canonical name, the one that it has in the whole model, wherever it lives.
 
     owned: this process's stage is the one that counts and saves it.
+    `part` and `declared` raise UserError for a parameter of somebody's own that no layer declares.
     """
 
     name: str
@@ -134,12 +136,21 @@ class Named:
     @property
     def part(self) -> Part:
         """Its place in the logical tensor."""
+        self._require("part")
         return part_of(self.parameter)
 
     @property
     def declared(self) -> Parameter:
         """What its layer says of it."""
+        self._require("declared")
         return declared_of(self.parameter)
+
+    def _require(self, what: str) -> None:
+        if not hasattr(self.parameter, what):
+            raise UserError(
+                f"{self.name} is a parameter that its layer does not declare, so that how it is cut, begins and is "
+                "saved is not known; declare it in megagpt/inventory/layers.py, and make it by Declared.make"
+            )
 
 
 def named_parameters(model: nn.Module) -> list[Named]:

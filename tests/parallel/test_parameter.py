@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from megagpt.errors import UserError
 from megagpt.inventory.parameter import ONES, ZEROS, Init, column
 from megagpt.parallel.axis import SINGLE, Axis
-from megagpt.parallel.parameter import Declared, declared_of, drawn, part_of, replicated, sharded
+from megagpt.parallel.parameter import Declared, declared_of, drawn, named_parameters, part_of, replicated, sharded
 from tests.tolerances import assert_close, assert_equal
 
 
@@ -91,3 +93,11 @@ def test_a_head_is_not_cut(n_heads, tp, rows):
     """With more ranks than heads every rank holds all."""
     weight = Declared("kv", column(5, 12, heads=n_heads)).make("weight", Axis(group=None, rank=0, size=tp))
     assert weight.shape == (rows, 5) and declared_of(weight).local_size(tp) == weight.numel()
+
+
+def test_a_parameter_that_no_layer_declares_is_named():
+    layer = nn.Linear(2, 2)
+    (named, _) = named_parameters(layer)
+    for read in (lambda: named.part, lambda: named.declared):
+        with pytest.raises(UserError, match=r"^weight is a parameter that its layer does not declare.*Declared\.make$"):
+            read()
