@@ -24,7 +24,7 @@ from megagpt.checkpoint.chunks import read_chunks
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.rewrite import new_folder, write_checkpoint
 from megagpt.checkpoint.state import State, read_state
-from megagpt.checkpoint.strict import require_same_names
+from megagpt.checkpoint.strict import STRICT, require_same_names
 from megagpt.cli import read_config, to_yaml
 from megagpt.config import ModelConfig, RunConfig, plain
 from megagpt.errors import UserError
@@ -84,7 +84,8 @@ def write_factorised(
     config = replace(dense, model=replace(dense.model, **changes))
     with Reader(source) as reader, new_folder(out) as folder:
         projection = _Projection(reader, config.model, tick)
-        require_same_names(source, WEIGHT, reader.index.get(WEIGHT, {}), canonical(dense.model))
+        held = reader.index.get(WEIGHT, {})
+        require_same_names(source, WEIGHT, held, canonical(dense.model), offered=STRICT)
         shapes = {name: parameter.shape for name, parameter in canonical(config.model).items()}
         begun = State(
             step=0,

@@ -23,6 +23,7 @@ class Allowed:
 
 
 STRICT = Allowed()
+ANY = Allowed(missing=True, unused=True)
 
 
 def require_same_names(
@@ -32,18 +33,20 @@ def require_same_names(
     wanted: Iterable[str],
     allowed: Allowed = STRICT,
     say: Callable[[str], None] = lambda line: None,
+    offered: Allowed = ANY,
 ) -> None:
     """Raise UserError unless a checkpoint holds the tensors that a model wants, and no others, naming them.
 
-    key: of the tensors ("weight", or of a moment). say: told of what is allowed to differ, and does.
+    key: of the tensors ("weight", or of a moment). say: told of what is allowed to differ, and does. offered: what the
+    flags of this program can allow.
     """
     theirs, ours = set(held), set(wanted)
     refused, remedies = [], []
-    for names, is_allowed, what, outcome, flag, effect in (
-        (ours - theirs, allowed.missing, "holds no", "they keep their first values", "--allow-missing",
-         "begins with first values"),
-        (theirs - ours, allowed.unused, "holds, and this model has no place for,", "they are left", "--allow-unused",
-         "leaves them"),
+    for names, is_allowed, has_flag, what, outcome, flag, effect in (
+        (ours - theirs, allowed.missing, offered.missing, "holds no", "they keep their first values",
+         "--allow-missing", "begins with first values"),
+        (theirs - ours, allowed.unused, offered.unused, "holds, and this model has no place for,", "they are left",
+         "--allow-unused", "leaves them"),
     ):  # fmt: skip
         if not names:
             continue
@@ -52,11 +55,12 @@ def require_same_names(
             say(f"note: {folder} {told}: {outcome} ({flag})")
         else:
             refused.append(told)
-            remedies.append(f"{flag} {effect}")
+            remedies += [f"{flag} {effect}"] if has_flag else []
     if refused:
+        remedies.insert(0, "take those that it was trained with")
         raise UserError(
             f"{folder} {'; it '.join(refused)}: it is of another architecture or of other code; "
-            f"take those that it was trained with, or {', '.join(remedies)}"
+            f"{', or '.join(remedies)}"
         )
 
 

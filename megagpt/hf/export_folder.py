@@ -77,7 +77,8 @@ def export(
     with new_folder(out) as folder:
         with Reader(source) as reader:
             held, wanted = reader.index.get(WEIGHT, {}), canonical(config.model)
-            require_same_names(source, WEIGHT, held, wanted, Allowed(unused=allowed.unused))
+            allowed, offered = Allowed(unused=allowed.unused), Allowed(unused=True)
+            require_same_names(source, WEIGHT, held, wanted, allowed, offered=offered)
             read = partial(_read, reader)
             lazy = lazy_to_hf(read, config.model, hf["model_type"])
 

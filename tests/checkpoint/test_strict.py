@@ -46,6 +46,8 @@ def test_names_are_compared_both_ways_and_told_at_once():
         assert words in str(refused.value)
     with pytest.raises(UserError, match=r"^run holds no weight of head.bias: .*--allow-missing [^,]*$"):
         require_same_names(folder, "weight", ["a", *many], ["a", "head.bias"], Allowed(unused=True))
+    with pytest.raises(UserError, match=r"; take those that it was trained with, or --allow-unused leaves them$"):
+        require_same_names(folder, "weight", ["a", *many], ["a", "head.bias"], offered=Allowed(unused=True))
     require_same_names(folder, "weight", ["a", *many], ["a", "head.bias"], Allowed(True, True), said.append)
     assert len(said) == 2 and "head.bias: they keep" in said[0] and "gate, and 3 more: they are left" in said[1]
 
