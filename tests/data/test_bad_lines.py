@@ -11,7 +11,7 @@ import pytest
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.text import documents
 from megagpt.data.text import prepare as prepare_module
-from megagpt.data.text.prepare import BadLines, TokenizerFiles, prepare
+from megagpt.data.text.prepare import BadLines, Progress, TokenizerFiles, prepare
 from megagpt.errors import UserError
 
 BYTES = TokenizerFiles(kind="bytes")
@@ -122,6 +122,32 @@ def test_the_second_call_goes_on_where_the_first_one_ended(tmp_path: Path, monke
     ]
     assert parts[0] == parts[1] == parts[2]
     assert not list(tmp_path.glob("*.partial"))
+
+
+class Killed(BaseException):
+    """What happens at once after it is nothing."""
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_killed_call_has_kept_the_files_that_were_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    inputs, keys = many(tmp_path / "in", bad=False), {"append_eod": True, "workers": 1}
+    prepare(inputs, str(tmp_path / "fresh"), BYTES, **keys)
+    out, state = tmp_path / "out", {}
+
+    def look(progress: Progress) -> None:
+        if progress.documents > 900:
+            state.update({path: path.read_bytes() for path in tmp_path.glob("out*.partial")})
+            raise Killed
+
+    monkeypatch.setattr(prepare_module, "_MARK_EVERY_S", 0.0)
+    with pytest.raises(Killed):
+        prepare(inputs, str(out), BYTES, report=look, **keys)
+    for path, data in state.items():  # as a kill leaves it: without what the call does at its end
+        path.write_bytes(data)
+    assert prepare(inputs, str(out), BYTES, **keys).done_before >= 1
+    for suffix in (".bin", ".idx", ".json"):
+        ours, fresh = (Path(f"{tmp_path / name}_text_document{suffix}").read_bytes() for name in ("out", "fresh"))
+        assert ours == fresh
 
 
 def watching(chunks, read: list[str]):

@@ -114,6 +114,8 @@ class Position(NamedTuple):
     n_empty: int
     digest: Any
     """Of the .bin up to there."""
+    lengths_digest: Any
+    """Of the lengths in the .idx up to there."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class IndexedWriter:
         self.prefix, self.dtype = Path(prefix), np.dtype(dtype)
         self.n_sequences = self.n_tokens = 0
         self._empty_at = array("q")  # an empty document is no sequence, only one more boundary
-        self._digest = hashlib.sha256()
+        self._digest, self._lengths_digest = hashlib.sha256(), hashlib.sha256()
         self._finished = self._is_kept = False
         self._final = [Path(f"{prefix}.bin"), meta_path(prefix), Path(f"{prefix}.idx")]
         self._partial = [path.with_name(path.name + ".partial") for path in self._final]
@@ -173,36 +175,42 @@ class IndexedWriter:
         if int(lengths.sum()) != len(tokens):
             raise ValueError(f"{len(tokens)} tokens for lengths that sum to {int(lengths.sum())}")
         data = np.ascontiguousarray(tokens, self.dtype).data
+        lengths_data = lengths[lengths > 0].astype("<i4").data
         with _reporting(self._partial[0]):
             self._bin.write(data)
-            self._idx.write(lengths[lengths > 0].astype("<i4").data)
+            self._idx.write(lengths_data)
         self._digest.update(data)
+        self._lengths_digest.update(lengths_data)
         counts = self.n_sequences + np.cumsum(lengths > 0)
         self._empty_at.extend(counts[lengths == 0].tolist())
         self.n_sequences += int((lengths > 0).sum())
         self.n_tokens += len(tokens)
 
     def position(self) -> Position:
-        """Where it is now, for `keep`."""
-        return Position(self.n_sequences, self.n_tokens, len(self._empty_at), self._digest.copy())
+        """Where it is now, for `mark` and `keep`."""
+        digests = self._digest.copy(), self._lengths_digest.copy()
+        return Position(self.n_sequences, self.n_tokens, len(self._empty_at), *digests)
+
+    def mark(self, at: Position) -> Mark:
+        """What a later writer must know to go on after a position, all up to which is written.  Raises OSError."""
+        self._bin.flush()
+        self._idx.flush()
+        empty_at, lengths_sha256 = self._empty_at[: at.n_empty].tolist(), at.lengths_digest.hexdigest()
+        return Mark(at.n_sequences, at.n_tokens, empty_at, at.digest.hexdigest(), lengths_sha256)
 
     def keep(self, at: Position) -> Mark:
         """Leave the `.partial` files as they were at a position, in place of discarding them.  Raises OSError."""
         self._truncate(*self._sizes(at))
         self._is_kept = True
-        return Mark(
-            at.n_sequences,
-            at.n_tokens,
-            self._empty_at[: at.n_empty].tolist(),
-            at.digest.hexdigest(),
-            self._lengths_hash(),
-        )
+        return self.mark(at)
 
     def _go_on(self, after: Mark) -> None:
         self._truncate(*self._sizes(after))
         self._bin.seek(0)
-        self._digest = hashlib.file_digest(self._bin, "sha256")
-        if (self._digest.hexdigest(), self._lengths_hash()) != (after.bin_sha256, after.lengths_sha256):
+        self._idx.seek(HEADER.size)
+        self._digest, self._lengths_digest = (hashlib.file_digest(file, "sha256") for file in (self._bin, self._idx))
+        found = self._digest.hexdigest(), self._lengths_digest.hexdigest()
+        if found != (after.bin_sha256, after.lengths_sha256):
             raise UserError(
                 f"{self._partial[0]}: not as an earlier call has left it; delete {self.prefix}.*.partial to begin anew"
             )
@@ -218,13 +226,6 @@ class IndexedWriter:
             file.flush()
             file.truncate(size)
             file.seek(0, os.SEEK_END)
-
-    def _lengths_hash(self) -> str:
-        self._idx.flush()
-        self._idx.seek(HEADER.size)
-        digest = hashlib.file_digest(self._idx, "sha256")
-        self._idx.seek(0, os.SEEK_END)
-        return digest.hexdigest()
 
     def finish(self, meta: DatasetMeta | None = None) -> None:
         """Bring all to the disk under temporary names; what can fail, fails here. Renames come at exit."""

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from megagpt.data.indexed.dataset import IndexedWriter, Position
+from megagpt.data.indexed.dataset import IndexedWriter, Mark, Position
 from megagpt.data.indexed.meta import DatasetMeta
 from megagpt.data.indexed.mmididx import dtype_for
 from megagpt.data.text.documents import BLOCK_BYTES, Block, InputFile, Tell, find_inputs, read_blocks, texts
@@ -34,6 +35,7 @@ from megagpt.data.text.packed import STANDARD_INPUT
 from megagpt.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megagpt.errors import UserError
 
+_MARK_EVERY_S = 1.0  # what a killed call has done after the last mark is done again
 _BYTES_WORTH_A_WORKER = 16 << 20  # a process starts in the time in which it encodes some MB
 
 
@@ -109,6 +111,7 @@ class _Job:
     most_bad: int
     ended: int = 0
     at: tuple[list[Position], list[Measured], list[str]] | None = field(default=None)
+    marked_at_s: float = field(default_factory=time.monotonic)
 
     def add(self, batch: Batch) -> None:
         """Write what became of a batch, and count it."""
@@ -135,17 +138,29 @@ class _Job:
 
     def keep(self) -> str:
         """Keep the files that are done for a later call; says so, or nothing where there is nothing to keep."""
-        if self.at is None:
-            return ""
-        positions, measured, bad = self.at
-        try:
-            marks = [writer.keep(at) for writer, at in zip(self.writers, positions, strict=True)]
-            kept = Kept(self.settings, identity(self.files[: self.ended]), marks, measured, bad)
-            write_kept(self.names[0], kept)
-        except OSError:
+        if not self._write_kept(IndexedWriter.keep):
             return ""
         done = f"{self.ended} of {len(self.files)} files are done and kept (*.partial)"
         return f"; {done}: the same command goes on after them"
+
+    def keep_if_killed(self) -> None:
+        """Write down now and then which files are done, since a killed call cannot do it at its end."""
+        if time.monotonic() - self.marked_at_s >= _MARK_EVERY_S:
+            self._write_kept(IndexedWriter.mark)
+            self.marked_at_s = time.monotonic()
+
+    def _write_kept(self, mark: Callable[[IndexedWriter, Position], Mark]) -> bool:
+        """Whether there was something to keep, and it could be written."""
+        if self.at is None:
+            return False
+        positions, measured, bad = self.at
+        try:
+            marks = [mark(writer, at) for writer, at in zip(self.writers, positions, strict=True)]
+            kept = Kept(self.settings, identity(self.files[: self.ended]), marks, measured, bad)
+            write_kept(self.names[0], kept)
+        except OSError:
+            return False
+        return True
 
 
 def prepare(
@@ -212,6 +227,7 @@ def _begin(
         for name, mark in zip(names, marks, strict=True)
     ]
     if kept is None:
+        kept_path(names[0]).unlink(missing_ok=True)  # what it was about is overwritten
         return _Job(names, settings, files, writers, [Measured() for _ in names], [], most_bad)
     job = _Job(names, settings, files, writers, kept.measured, kept.bad, most_bad)
     job.end_of_file(len(kept.files))
@@ -232,6 +248,7 @@ def _carry_out(
             job.add(batch)
             if blocks.files_ended:
                 job.end_of_file(blocks.files_ended)
+                job.keep_if_killed()
             _advance(progress, blocks.stored_bytes, batch.encoded)
             report(progress)
         count_bad_files()
