@@ -91,8 +91,7 @@ def pointed(run: Path) -> Path:
     except (OSError, ValueError):  # ValueError: no name for a file
         if not checkpoints_of(run) and (foreign := what_is(run)):
             raise UserError(foreign) from None
-        known = f"; it has the steps {_steps(run)}: --load {run}@STEP" if checkpoints_of(run) else "; check --load"
-        raise UserError(f"no checkpoint in {run}: wanted {pointer}{known}") from None
+        raise UserError(f"no checkpoint in {run}: wanted {pointer}; {_instead(run)}") from None
     match = _POINTER.fullmatch(text)
     if match is None:
         raise UserError(
@@ -106,6 +105,20 @@ def pointed(run: Path) -> Path:
         f"{pointer} names {match[1]}, whose {SUMS} is missing or not the one that was written; "
         f"give --load {run}@ and one of {_steps(run)}, or add --load-fallback"
     )
+
+
+def _instead(run: Path) -> str:
+    """What to load where a run has no `latest`."""
+    if checkpoints_of(run):
+        return f"it has the steps {_steps(run)}: --load {run}@STEP"
+    try:
+        if run.is_file():
+            return "that is a file, give the folder of a run: --load RUN"
+        runs = sorted(path.parent.parent for path in run.glob(f"*/checkpoints/{LATEST}"))
+    except (OSError, ValueError):  # ValueError: no name for a file
+        runs = []
+    shown = ", ".join(map(str, runs[:3])) + (" …" if len(runs) > 3 else "")
+    return f"it holds runs, give one of them: --load {shown}" if runs else "check --load"
 
 
 def commit(temporary: Path, final: Path) -> None:

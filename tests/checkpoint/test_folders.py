@@ -99,6 +99,13 @@ def test_a_pointer_that_leads_nowhere_is_refused(run: Path, case: str):
         folders.find(run)
 
 
+def test_a_file_or_a_folder_of_runs_in_place_of_a_run_is_told(run: Path):
+    with pytest.raises(UserError, match=r"it holds runs, give one of them: --load .*run$"):
+        folders.find(run.parent)
+    with pytest.raises(UserError, match=r"that is a file, give the folder of a run"):
+        folders.find(run / "checkpoints" / "step-000010" / "SHA256SUMS")
+
+
 def test_a_pointer_of_any_bytes_is_refused_and_nothing_worse(run: Path):
     @given(st.binary(max_size=100) | st.from_regex(r"step-[0-9]+ [0-9a-f]{64}\n", fullmatch=True).map(str.encode))
     def refused(data: bytes) -> None:

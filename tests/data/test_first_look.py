@@ -104,6 +104,8 @@ FOREIGN = {
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12345\n", "git lfs pull"),
     "annex": (b"/annex/objects/SHA256E-s3--2c.jsonl\n", "git annex get"),
     "parquet": (b"PAR1\x15\x04", "a Parquet file"),
+    "lz4": (b"\x04\x22\x4d\x18abc", "packed by lz4; unpack it"),
+    "lzma": (b"\x5d\x00\x00\x80\x00", "packed by lzma; unpack it (xz -d)"),
     "zip": (b"PK\x03\x04\x14\x00", "a zip archive"),
     "tar": (b"a.txt".ljust(257, b"\x00") + b"ustar\x0000", "a tar archive"),
     "utf-16": ('{"text": "a"}\n'.encode("utf-16"), "iconv -f UTF-16"),

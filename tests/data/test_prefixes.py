@@ -27,6 +27,7 @@ def folder(tmp_path: Path) -> Path:
 MEANT = {
     "nosuch_text_document": "give what tools/preprocess_data.py wrote",
     "wed_text_document": "did you mean {}/web_text_document?",
+    "web_txt_document": "did you mean {}/web_text_document?",
     "web": "did you mean {}/web_text_document?",
     "v1.0": "did you mean {}/v1.0_text_document?",
     "web_text_document.bin": "the prefix has no .bin: give {}/web_text_document",

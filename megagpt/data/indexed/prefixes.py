@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from megagpt.errors import UserError
 
 _TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", ".md", ".gz", ".zst", ".bz2", ".xz", ".parquet")
+_KEY = re.compile(r"_[^_]*_document$")  # what P_text_document has after P
 _SHOWN = 3
 
 
@@ -18,6 +20,8 @@ def require_dataset(prefix: str | Path) -> None:
     missing = [path for path in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")) if not os.path.lexists(path)]
     if not missing:
         return
+    if not str(prefix):
+        raise UserError("--data-path is empty; give what tools/preprocess_data.py wrote, P_text_document")
     if len(missing) == 1:
         raise UserError(
             f"{missing[0]}: not there, though the other file of the dataset is; {_half(prefix, missing[0])}"
@@ -45,8 +49,8 @@ def _meant(path: Path) -> str:
         return "preprocessing has not ended (.partial): run it again, it goes on where it can"
     beside = list(_in(path.parent))
     longer = [found for found in beside if found.startswith(f"{path}_") and found.endswith("_document")]
-    names = {Path(found).name.removesuffix("_text_document"): found for found in beside}
-    near = get_close_matches(path.name.removesuffix("_text_document"), names, n=_SHOWN)
+    names = {_KEY.sub("", Path(found).name): found for found in reversed(beside)}
+    near = get_close_matches(_KEY.sub("", path.name), names, n=_SHOWN)
     none = "give what tools/preprocess_data.py wrote, P_text_document"
     return _one_of(longer or [names[name] for name in near], "did you mean {names}?", none)
 
