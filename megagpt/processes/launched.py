@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,6 +49,13 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     local_rank = _number({"LOCAL_RANK": environment.get("LOCAL_RANK", "0")}, "LOCAL_RANK", 0)
     here = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")  # torchrun's; DeepSpeed's
     return Launched(rank, local_rank, world_size, words["MASTER_ADDR"], port, here == words["WORLD_SIZE"])
+
+
+def speaks(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process says what all ranks find: rank 0 does, and whoever the environment makes no rank at all."""
+    words = [environment.get(name, "") for name in NAMES]
+    rank, world_size = (int(word) if re.fullmatch("[0-9]{1,9}", word) else 0 for word in words[:2])
+    return not (all(words) and 0 < rank < world_size)
 
 
 def n_processes() -> int:

@@ -20,7 +20,7 @@ from megagpt.data.opened import with_text
 from megagpt.errors import UserError, announce, run_cli
 from megagpt.plan.plan import make_plan
 from megagpt.processes.forked import run_forked
-from megagpt.processes.launched import launched, n_processes
+from megagpt.processes.launched import launched, n_processes, speaks
 from megagpt.processes.signals import follow_launcher
 from megagpt.streams import endure_streams, ready_streams
 from megagpt.train.step.deepspeed.settings import deepspeed_settings, types_not_taken
@@ -37,7 +37,7 @@ def run_program(main: Callable[[], None]) -> None:
     ready_streams()
     endure_streams()
     try:
-        run_cli(main, speaks=os.environ.get("RANK", "0") == "0")
+        run_cli(main, speaks=speaks())
     except SystemExit as stop:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -71,7 +71,7 @@ def on_ranks(n_ranks: int, module: str, run: Callable[[Any], None]) -> None:
     before that has been, and DeepSpeed, once it is loaded, has read DS_ACCELERATOR.
     """
     if not n_ranks:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
             print("loading PyTorch and DeepSpeed", flush=True)
         return run(importlib.import_module(module))
     announce(f"no GPU here: starting {n_ranks} processes on the CPU (gloo), as this layout needs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megagpt.errors import UserError
-from megagpt.processes.launched import Launched, launched
+from megagpt.processes.launched import Launched, launched, speaks
 
 WHOLE = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node-a", "MASTER_PORT": "29500"}
 
@@ -42,3 +42,10 @@ def test_half_an_environment_is_told(name):
     with pytest.raises(UserError) as refused:
         launched(environment)
     assert told in str(refused.value) and "unset" in str(refused.value)
+
+
+def test_only_a_rank_that_has_a_rank_0_is_silent():
+    assert not speaks(WHOLE)
+    others = ({}, WHOLE | {"RANK": "0"}, WHOLE | {"RANK": "4"}, WHOLE | {"RANK": "x"}, {"RANK": "1"},
+              {"RANK": "1", "WORLD_SIZE": "2"}, WHOLE | {"WORLD_SIZE": "9" * 5000})  # fmt: skip
+    assert all(map(speaks, others))
