@@ -216,7 +216,7 @@ BY_ITSELF = {
 # What is not there. Why, or what to do instead: names.
 ABSENT = {
     "--model.rotary-scaling names the rule, --model.rotary-factor how far it reaches": """
-        use-rope-scaling rope-scaling rope-scaling-factor rope-type rope-scaling.* yarn-* no-rope-freq""",
+        rope-scaling rope-type rope-scaling.* yarn-* no-rope-freq""",
     "no mixture of experts": """
         num-experts num-moe-experts moe-* expert-model-parallel-size expert-tensor-parallel-size
         num-local-experts num-experts-per-tok enable-expert-* topk *-experts""",

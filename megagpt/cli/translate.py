@@ -270,6 +270,19 @@ def _no_position(value: str, given: Given) -> Advice:
     return _switch({"model.position": "none"}, value, given)
 
 
+def _rope_scaling(value: str, given: Given) -> Advice:
+    """Megatron-LM's is that of Llama 3.1, whose other numbers stand in its rotary_pos_embedding.py."""
+    factor = _text(_number(given, "rope-scaling-factor") or 8)
+    means = {"model.rotary_scaling": "llama3", "model.rotary_factor": factor, "model.rotary_original_len": "8192"}
+    return _switch(means, value, given)
+
+
+def _rope_scaling_factor(value: str, given: Given) -> Advice:
+    if "use-rope-scaling" in given:
+        return Advice(note="leave it out: --use-rope-scaling has it")
+    return Advice({"model.rotary_factor": value})
+
+
 def _betas(value: str, _: Given) -> Advice:
     words = value.strip("[]()").replace(",", " ").split()
     return Advice(dict(zip(("optim.beta1", "optim.beta2"), words, strict=False)))
@@ -366,6 +379,8 @@ COMPUTED: dict[str, Rule] = {
     "ckpt-step": _step_of_load,
     "init-from": _init_from,
     "no-position-embedding": _no_position,
+    "use-rope-scaling": _rope_scaling,
+    "rope-scaling-factor": _rope_scaling_factor,
     "betas optimizer.params.betas": _betas,
     "deepspeed": _deepspeed_file,
 }

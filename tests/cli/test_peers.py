@@ -61,6 +61,8 @@ TRANSLATED = {
     "--intermediate-size 11008": "--model.d-ff 11008",
     "--gpt-j-residual --gpt-j-tied true": "--model.block parallel --model.block parallel",
     "--no-position-embedding": "--model.position none",
+    "--use-rope-scaling":
+        "--model.rotary-scaling llama3 --model.rotary-factor 8 --model.rotary-original-len 8192",
     "--optimizer adam --train-iters 100": "--train-steps 100 --optimizer adamw",
     "--eval-steps 50 --output-dir a": "--save a --eval-interval 50",
 }  # fmt: skip
@@ -73,6 +75,8 @@ TOLD = {
     "--loss-scale 0": "leave it out",
     "--min-loss-scale 1": "instead: --deepspeed-config takes a JSON",
     "--context-parallel-size 2": "not here: no sequence or context parallelism",
+    "--use-rope-scaling --rope-scaling-factor 32": "--model.rotary-factor 32 --model.rotary-original-len 8192",
+    "--rope-scaling-factor 32 --use-rope-scaling": "leave it out: --use-rope-scaling has it",
     "--no-position-embedding --use-rotary-position-embeddings": "leave it out: rotary positions",
     "--gradient-accumulation-steps 8 --per-device-train-batch-size 4": "--global-batch-size: 32 x data parallel",
     "--lr-decay-style exponential": "there is no exponential here",
