@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from megagpt.config import ModelConfig
 from megagpt.errors import UserError
+from megagpt.generate import generate
+from megagpt.generate.request import Sampling
 from megagpt.hf import config_from_hf, hf_config
 from megagpt.model.gpt import GPT
 from megagpt.model.position.rotary import scaling_of
@@ -114,3 +118,19 @@ def test_published_forms_have_the_frequencies_of_transformers(name: str):
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], words: str):
     with pytest.raises(UserError, match=words):
         replace(_LLAMA, **settings)
+
+
+@torch.no_grad()
+def test_texts_of_a_dynamic_model_are_those_of_transformers_each_by_its_own_length(tmp_path: Path):
+    """transformers keeps the angles of the longest text that it has seen: each text by a model that has seen none."""
+    case = SCALED["dynamic"]
+    theirs(case, noise=0.3).save_pretrained(tmp_path)
+    prompts = [(3, 4, 5), tuple(range(1, 12)), tuple(range(1, 20))]  # 16 tokens were trained with
+    expected = []
+    for prompt in prompts:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        model.generation_config.eos_token_id = None
+        found_BT = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=0)
+        expected.append(found_BT[0, len(prompt) :].tolist())
+    ours = generate(tmp_path, prompts, Sampling(n_tokens=24, temperature=0))
+    assert [text.tokens for (text,) in ours] == expected

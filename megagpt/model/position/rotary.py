@@ -10,7 +10,7 @@ neighbours).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megagpt.errors import require
 from megagpt.model.position.kind import Position
@@ -45,11 +45,15 @@ class Rotary(Position):
         scaling_of(model).check()
 
     def turn(self, x_BTGXK: Tensor, positions_BT: Tensor | None, n_turned: int | None, kernels: str) -> Tensor:
-        from megagpt.ops.rotary import rotary  # computes: what is declared is read without torch
+        import torch  # computes: what is declared is read without torch
+
+        from megagpt.ops.rotary import rotary  # likewise
 
         cos_SR, sin_SR = self._tables_like(x_BTGXK, positions_BT)
         if positions_BT is None:
             cos_SR, sin_SR = cos_SR[: x_BTGXK.shape[1]], sin_SR[: x_BTGXK.shape[1]]
+        elif isinstance(scaling_of(self.model), Dynamic):
+            positions_BT = torch.arange(positions_BT.numel(), device=positions_BT.device).view_as(positions_BT)
         return rotary(
             x_BTGXK,
             cos_SR,
@@ -65,10 +69,11 @@ class Rotary(Position):
 
         from megagpt.ops.rotary import rotary_tables  # likewise
 
-        scaling, n_positions = scaling_of(self.model), x_BTGXK.shape[1]
-        if positions_BT is not None and self.model.rotary_scaling == "dynamic":  # else nobody waits for a GPU's answer
-            n_positions = int(positions_BT.max()) + 1
-        length, dtype = scaling.length(n_positions), torch.float64 if x_BTGXK.dtype == torch.float64 else torch.float32
+        scaling, dtype = scaling_of(self.model), torch.float64 if x_BTGXK.dtype == torch.float64 else torch.float32
+        if positions_BT is not None and isinstance(scaling, Dynamic):  # a row for each token, in place of each position
+            angle_SR = scaling.angles(positions_BT).flatten(0, 1)
+            return angle_SR.cos().to(dtype), angle_SR.sin().to(dtype)
+        length = scaling.length(x_BTGXK.shape[1])
         made_for, *tables = self.tables.get((x_BTGXK.device, dtype), (None,))
         if made_for != length:
             frequency_R, magnitude = scaling.frequencies(length), scaling.magnitude
@@ -134,6 +139,8 @@ class NTK(Scaling):
 class Dynamic(Scaling):
     """Raise the base by as much as the sequence at hand is longer than the original context; at most that: unchanged.
 
+    While a text is written, its length is that of so far: keys in the cache keep the angles that they were turned by.
+
     Source: emozilla 2023, "Dynamically scaled RoPE"; transformers' rope_type "dynamic".
     """
 
@@ -143,9 +150,25 @@ class Dynamic(Scaling):
         return max(n_positions, self.original_len)
 
     def frequencies(self, length: int) -> Tensor:
+        return self._unscaled(raised_base(self.model.rotary_base, self._reach(length), self.model.rotary_width))
+
+    def angles(self, positions_BT: Tensor) -> Tensor:
+        """Radians of each pair, each text by its own length, which ends at its last position.
+
+        Shapes: → (B, T, R) float64, on the device of positions_BT, which is not waited for.
+        """
+        import torch  # computes: what is declared is read without torch
+
+        width = self.model.rotary_width
+        reach_B = self._reach((positions_BT.amax(1) + 1).clamp(min=self.original_len).double())
+        base_B = self.model.rotary_base * reach_B ** (width / (width - 2) if width > 2 else 0.0)  # as raised_base
+        part_R = torch.arange(0, width, 2, dtype=torch.float64, device=positions_BT.device) / width
+        return positions_BT[:, :, None] * (base_B[:, None] ** -part_R)[:, None]
+
+    def _reach(self, length: Any) -> Any:
+        """How far the base is raised for a length, or for each of several."""
         factor = self.model.rotary_factor
-        reach = factor * length / self.original_len - (factor - 1)
-        return self._unscaled(raised_base(self.model.rotary_base, reach, self.model.rotary_width))
+        return factor * length / self.original_len - (factor - 1)
 
 
 class YaRN(Scaling):
