@@ -63,6 +63,8 @@ class ModelConfig:
     """yarn: pairs that turn more often within the original context keep their frequency."""
     rotary_beta_slow: float = 1.0
     """yarn: pairs that turn less often have it divided."""
+    rotary_truncate: bool = True
+    """yarn: whether these bounds lie at whole pairs."""
     rotary_attention_factor: float | None = None
     """yarn: factor of queries and keys; default 0.1 * ln(rotary_factor) + 1."""
     rotary_low_freq_factor: float = 1.0

@@ -114,6 +114,7 @@ def rotary_keys(config: ModelConfig, base_key: str = "rope_theta") -> dict[str, 
     if kind == "yarn":
         scaling |= {"attention_factor": found["rotary_attention_factor"], "original_max_position_embeddings": original}
         scaling |= {"beta_fast": found["rotary_beta_fast"], "beta_slow": found["rotary_beta_slow"]}
+        scaling |= {} if found["rotary_truncate"] else {"truncate": False}
     if kind == "llama3":
         scaling |= {"low_freq_factor": found["rotary_low_freq_factor"], "original_max_position_embeddings": original}
         scaling |= {"high_freq_factor": found["rotary_high_freq_factor"]}
@@ -150,7 +151,7 @@ def _dynamic_scaling(given: Keys, seq_len: int, original: Any) -> dict[str, Any]
 
 
 def _yarn_scaling(given: Keys, seq_len: int, original: Any) -> dict[str, Any]:
-    require_only(given, {"truncate": (True, None)}, "rope_scaling.")
+    require_only(given, {"truncate": (True, False)}, "rope_scaling.")
     original = _original(given, seq_len, original)
     factor = seq_len / original if given.get("factor") is None else _number(given, "factor")
     scales = [_number(given, name) if given.get(name) else None for name in ("mscale", "mscale_all_dim")]
@@ -164,6 +165,7 @@ def _yarn_scaling(given: Keys, seq_len: int, original: Any) -> dict[str, Any]:
         "rotary_factor": factor,
         "rotary_scaling": "yarn",
         "rotary_original_len": original,
+        "rotary_truncate": bool(given.get("truncate", True)),
         "rotary_attention_factor": magnitude,
         "rotary_beta_fast": _number(given, "beta_fast") if given.get("beta_fast") else 32.0,
         "rotary_beta_slow": _number(given, "beta_slow") if given.get("beta_slow") else 1.0,

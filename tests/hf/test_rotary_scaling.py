@@ -32,6 +32,7 @@ SCALED = {
     "llama3 mistral": Case("mistral", replace(_LLAMA3, attention=("window:7",))),
     "yarn": Case("llama", _YARN),
     "yarn, another magnitude": Case("llama", replace(_YARN, rotary_attention_factor=1.5, rotary_beta_fast=32.0)),
+    "yarn, bounds within pairs": Case("llama", replace(_YARN, rotary_truncate=False)),
     "yarn, a part of the head": Case("gpt_neox", replace(_NEOX, rotary_scaling="yarn", rotary_original_len=16)),
     "dynamic": Case("llama", replace(_LLAMA, rotary_scaling="dynamic", rotary_original_len=16)),
     "dynamic falcon": Case(

@@ -178,7 +178,13 @@ class YaRN(Scaling):
     rotary_attention_factor.  Source: Peng et al. 2023 (YaRN), sections 3.2 to 3.4.
     """
 
-    settings = ("rotary_original_len", "rotary_beta_fast", "rotary_beta_slow", "rotary_attention_factor")
+    settings = (
+        "rotary_original_len",
+        "rotary_beta_fast",
+        "rotary_beta_slow",
+        "rotary_truncate",
+        "rotary_attention_factor",
+    )
 
     def check(self) -> None:
         model = self.model
@@ -199,9 +205,10 @@ class YaRN(Scaling):
     def frequencies(self, length: int) -> Tensor:
         import torch  # likewise
 
-        last = self.model.rotary_width - 1
-        low = max(math.floor(self._pair(self.model.rotary_beta_fast)), 0)
-        high = min(math.ceil(self._pair(self.model.rotary_beta_slow)), last)
+        low, high = self._pair(self.model.rotary_beta_fast), self._pair(self.model.rotary_beta_slow)
+        if self.model.rotary_truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.model.rotary_width - 1)
         width = high - low if high != low else 0.001
         plain_R = self._unscaled()
         divided_R = ((torch.arange(len(plain_R), dtype=torch.float64) - low) / width).clamp(0, 1)
