@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to, gather_from, reduce_from
-from megagpt.parallel.linear import product
 from megagpt.parallel.parameter import Declared, part_of
+from megagpt.parallel.product import product
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import copy_to, reduce_from
 from megagpt.parallel.parameter import Declared
+from megagpt.parallel.product import product
 
 # (x Wᵀ, b or None) -> what takes the place of x Wᵀ + b: fuses the bias with what follows it. It runs inside of
 # the layer's forward, since ZeRO-3 gathers a layer's parameters for no longer than that.
@@ -40,28 +39,6 @@ SUMMED = Edges(copy_to, reduce_from)
 """Each layer by itself: a gradient's all-reduce at its input, an all-reduce of its output."""
 OPEN = Edges(_as_it_is, _as_it_is)
 """Whoever holds several layers enters and leaves them at once: outputs are this rank's term of a sum."""
-
-
-FEW_ROWS, MANY_WEIGHTS = range(4, 33), 1 << 19
-
-
-def product(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b.  Shapes: x (*, I), weight (O, I), bias (O) → (*, O).
-
-    A CPU that decodes has few rows, and does little but read the weights. Its BLAS reads them faster for W xᵀ, and
-    those of one row in 16 bits by its product with a vector: up to 1.7 times on an AVX-512 machine.
-    """
-    n_rows = x_I.numel() // x_I.shape[-1]
-    of_one = n_rows == 1 and x_I.dtype == torch.bfloat16
-    few = n_rows in FEW_ROWS and weight_OI.numel() >= MANY_WEIGHTS
-    if torch.is_grad_enabled() or x_I.device.type != "cpu" or not (of_one or few):
-        return F.linear(x_I, weight_OI, bias_O)
-    if of_one:
-        y_NO = torch.mv(weight_OI, x_I.reshape(-1))
-    else:
-        y_NO = torch.mm(weight_OI, x_I.reshape(n_rows, -1).t()).t().contiguous()
-    y_NO = y_NO if bias_O is None else y_NO.add_(bias_O)
-    return y_NO.view(*x_I.shape[:-1], -1)
 
 
 class ColumnParallelLinear(nn.Module):

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from megagpt.inventory.parameter import Parameters, column, row
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.collectives import copy_to
-from megagpt.parallel.linear import OPEN, SUMMED, ColumnParallelLinear, HeadsLinear, RowParallelLinear, product
+from megagpt.parallel.linear import OPEN, SUMMED, ColumnParallelLinear, HeadsLinear, RowParallelLinear
 from megagpt.parallel.mesh import build_mesh
 from megagpt.parallel.parameter import Declared
+from megagpt.parallel.product import product
 from megagpt.processes.local import run_ranks
 from tests.logical import Parts, assemble, filled, gradient_parts
 from tests.tolerances import assert_close, assert_equal
