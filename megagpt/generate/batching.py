@@ -16,7 +16,8 @@ from megagpt.generate.request import Finish, Request, Sampling
 class Sample:
     """One text of a request while it grows.
 
-    tokens: the prompt's and those written.  n_dropped: of them, before the window, where the context slides.
+    tokens: the prompt's and those written; where nothing is written, not the last one, which nothing follows.
+    n_dropped: of them, before the window, where the context slides.
     n_done: of the window, those that the cache holds.
     """
 
@@ -30,6 +31,8 @@ class Sample:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        if self.sampling.only_scores:
+            self.tokens = self.tokens[: max(1, len(self.tokens) - 1)]
 
     @property
     def sampling(self) -> Sampling:
@@ -39,7 +42,7 @@ class Sample:
     @property
     def n_written(self) -> int:
         """Tokens beyond the prompt."""
-        return len(self.tokens) - len(self.request.prompt)
+        return max(0, len(self.tokens) - len(self.request.prompt))
 
     @property
     def written(self) -> list[int]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megagpt.errors import UserError
 from megagpt.generate.engine import Engine
-from megagpt.generate.limits import Limits, limits_for
+from megagpt.generate.limits import ROWS, Limits, limits_for
 from megagpt.generate.request import Completion, Piece, Request, Sampling
 
 if TYPE_CHECKING:
@@ -34,15 +34,32 @@ def complete(
 
     limits: of the cache; None: 16 rows, as long as these prompts need.
     show: told each piece as it comes, with the number of its prompt: of the prompts of this replica.
-    Comm: those of the engine; with replicas, which share out the prompts, one all-gather of the texts.
+    Comm: those of `answer`.
     """
-    data, mine = stage.mesh.data, {}
-    for i in range(data.rank, len(prompts), data.size):
-        seeded = replace(sampling, seed=(sampling.seed + i) % 2**64)
-        mine[i] = request_of(prompts[i], seeded, tokenizer)
-    engine = Engine(stage, limits or limits_for(stage, mine.values()), tokenizer)
+    seeds = [replace(sampling, seed=(sampling.seed + i) % 2**64) for i in range(len(prompts))]
+    requests = [request_of(prompt, seeded, tokenizer) for prompt, seeded in zip(prompts, seeds, strict=True)]
+    return answer(stage, tokenizer, requests, limits=limits, show=show)
+
+
+def answer(
+    stage: Stage,
+    tokenizer: Tokenizer | None,
+    requests: Sequence[Request],
+    *,
+    limits: Limits | None = None,
+    n_rows: int = ROWS,
+    show: Callable[[int, Piece], None] = lambda request, piece: None,
+) -> list[list[Completion]]:
+    """What a model that is open makes of each request: by request, its samples; see `complete`.
+
+    n_rows: of the cache, at most, where its limits are not given.
+    Comm: those of the engine; with replicas, which share out the requests, one all-gather of the texts.
+    """
+    data = stage.mesh.data
+    mine = {i: requests[i] for i in range(data.rank, len(requests), data.size)}
+    engine = Engine(stage, limits or limits_for(stage, mine.values(), n_rows), tokenizer)
     numbers = {engine.add(request): i for i, request in mine.items()}
-    texts = {i: [Completion() for _ in range(sampling.n_samples)] for i in numbers.values()}
+    texts = {i: [Completion() for _ in range(mine[i].sampling.n_samples)] for i in numbers.values()}
     while not engine.idle:
         for piece in engine.step():
             texts[numbers[piece.request]][piece.sample].add(piece)
@@ -51,7 +68,7 @@ def complete(
         gathered: list[dict[int, list[Completion]]] = [{}] * data.size
         dist.all_gather_object(gathered, texts, group=data.group)
         texts = {i: found for part in gathered for i, found in part.items()}
-    return [texts[i] for i in range(len(prompts))]
+    return [texts[i] for i in range(len(requests))]
 
 
 def request_of(prompt: Prompt, sampling: Sampling, tokenizer: Tokenizer | None) -> Request:

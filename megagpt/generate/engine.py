@@ -134,14 +134,18 @@ class Engine:
         """What each row's text gets by a pass; empty ones on the ranks that do not draw."""
         x_ND, T = x_BTD.flatten(0, 1), done.n_tokens
         scored = [self._score(sample, x_ND[i * T : i * T + n]) for i, (sample, n) in enumerate(done.items)]
-        drawing = [i for i, draws in enumerate(done.draws) if draws]
+        ended = [draws and sample.sampling.only_scores for sample, draws in zip(done.samples, done.draws, strict=True)]
+        drawing = [i for i, draws in enumerate(done.draws) if draws and not ended[i]]
         logits_NV = None
         if drawing:
             places = torch.tensor([i * T + done.counts[i] - 1 for i in drawing], device=x_ND.device)
             logits_NV = self.stage.logits(x_ND[places])
         if not self.draws:
             return [Piece(0, 0)] * len(done.samples)
-        pieces = [Piece(s.number, s.index, prompt=p) for s, p in zip(done.samples, scored, strict=True)]
+        pieces = [
+            Piece(s.number, s.index, prompt=p, finish=(s.finish or "length") if end else None)
+            for s, p, end in zip(done.samples, scored, ended, strict=True)
+        ]
         if logits_NV is not None:
             drawn = self.writer.write([done.samples[i] for i in drawing], logits_NV)
             for i, piece in zip(drawing, drawn, strict=True):
@@ -150,15 +154,15 @@ class Engine:
 
     def _score(self, sample: Sample, x_ND: Tensor) -> tuple[TokenLogprobs, ...]:
         """Of the prompt's tokens that these places predict, if asked for; nothing predicts the first one."""
-        request, first = sample.request, sample.n_dropped + sample.n_done + 1
-        if not request.sampling.prompt_logprobs or sample.n_written or first > len(request.prompt):
+        request, sampling, first = sample.request, sample.sampling, sample.n_dropped + sample.n_done + 1
+        if not sampling.prompt_logprobs or sample.n_written or first > len(request.prompt):
             return ()
-        tokens = request.prompt[first : first + len(x_ND)]
-        scored = [] if first > 1 else [TokenLogprobs(request.prompt[0], None)]
-        for i in range(0, len(tokens), MAX_SCORED):
-            some = tokens[i : i + MAX_SCORED]
-            logits_NV = self.stage.logits(x_ND[i : i + len(some)])
-            scored += logprobs_of(logits_NV, some, request.sampling.logprobs or 0)
+        scored = [TokenLogprobs(request.prompt[0], None)] if first == 1 and sampling.first_scored == 0 else []
+        end = min(first + len(x_ND), len(request.prompt))
+        for start in range(max(first, sampling.first_scored), end, MAX_SCORED):
+            some = request.prompt[start : min(start + MAX_SCORED, end)]
+            logits_NV = self.stage.logits(x_ND[start - first : start - first + len(some)])
+            scored += logprobs_of(logits_NV, some, sampling.logprobs or 0)
         return tuple(scored)
 
 

@@ -21,7 +21,8 @@ class Sampling:
     stop: strings that end a text, and are no part of it.
     slide: where the context is full, go on with its last half; else the text ends there.
     logprobs: None for none; else the log-probability of each token written, and those of so many likeliest ones. Of the
-    model as it is, before what follows here.  prompt_logprobs: those of the prompt's tokens too.
+    model as it is, before what follows here.  prompt_logprobs: those of the prompt's tokens too,
+    from the one with number first_scored on.
 
     How a token is drawn: penalties and bias, temperature, top_k, top_p, min_p, in this order; then one is drawn of what
     is left. What is drawn follows from (seed, sample, place in the text) and the probabilities.
@@ -51,6 +52,7 @@ class Sampling:
     slide: bool = False
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    first_scored: int = 0
 
     def __post_init__(self) -> None:
         biases = self.logit_bias.values()
@@ -67,9 +69,15 @@ class Sampling:
             ("logit_bias", all(map(math.isfinite, biases)), "numbers"),
             ("seed", 0 <= self.seed < 2**64, "0 to 2^64 - 1"),
             ("stop", all(self.stop), "strings that are not empty"),
+            ("first_scored", self.first_scored >= 0, "0 or more"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more"),
         ):
             require(ok, f"got {name}={getattr(self, name)}", f"wanted {wanted}", f"change {name}", name)
+
+    @property
+    def only_scores(self) -> bool:
+        """Whether nothing is written: then the model need not read the prompt's last token."""
+        return self.n_tokens == 0
 
     @property
     def greedy(self) -> bool:
@@ -101,10 +109,11 @@ class Request:
             strange = [token for token in ids if not 0 <= token < vocab_size]
             got, wanted = f"got token id {strange[:1]} in {name}", f"wanted 0 to {vocab_size - 1}"
             require(not strange, got, wanted, "give ids of the model's own vocabulary", name)
+        most = n_places + self.sampling.only_scores
         require(
-            len(self.prompt) <= n_places or self.sampling.slide,
+            len(self.prompt) <= most or self.sampling.slide,
             f"got a prompt of {len(self.prompt)} tokens",
-            f"wanted at most {n_places}, the model's context",
+            f"wanted at most {most}, the model's context",
             "shorten it, or let the context slide",
             "prompt",
         )

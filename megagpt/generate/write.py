@@ -41,8 +41,8 @@ class Writer:
 
     def _next(self, sample: Sample, logits_V: Tensor, token: int) -> Piece:
         sampling, logprobs = sample.sampling, ()
-        if sampling.n_tokens == 0 or sample.finish is not None:
-            return Piece(sample.number, sample.index, finish=sample.finish or "length")
+        if sample.finish is not None:
+            return Piece(sample.number, sample.index, finish=sample.finish)
         if not sampling.greedy:
             uniform = uniform_at(sampling.seed, sample.index, sample.n_written)
             token = draw(logits_V, sampling, uniform, sample.request.prompt, sample.written)

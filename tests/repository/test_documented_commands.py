@@ -64,6 +64,7 @@ PARSED = {  # program or module: why its arguments are parsed only
     "tools/models_page.py": "writes a page of this checkout; tests/tools compare it",
     "megagpt.ops": "writes into this checkout; tests/tools/test_new_op.py lays an op in a copy",
     "tests": "tests of their own, and soaks of hours",
+    "megagpt.evaluate.harness": "the harness's own arguments; tests/evaluate asks its methods",
     "benchmarks": "minutes to hours; tests/benchmarks runs what it can",
 }
 PARSED_HERE = {  # one command, though others of its program are run
@@ -204,7 +205,7 @@ def problem(command: Command, here: Path) -> str | None:
         case "torchrun":
             launcher, script = (
                 torch.distributed.run.get_args_parser(),
-                words.index(next(w for w in words if ".py" in w)),
+                words.index(next(w for w in words if ".py" in w or w == "-m")),
             )
             parsed: list[argparse.Namespace] = []
             problem = quietly(lambda: parsed.append(launcher.parse_args([w for w in words[1:] if w != "…"])))
@@ -257,7 +258,7 @@ def program(words: list[str], run: bool, world_size: int = 0) -> str | None:
     target = name if module else str(ROOT / name)
     if name in RUN and run and "--help" not in arguments:
         return quietly(lambda: called(target, module, arguments))
-    if module and "parse_args" not in source_of(name):
+    if module and ".parse_args(" not in source_of(name):
         return None  # it takes what it is given
     if "--" in arguments:  # what follows is for the training
         wrong = quietly(lambda: megagpt.cli.parse_run_config(arguments[arguments.index("--") + 1 :]))

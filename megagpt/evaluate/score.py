@@ -1,0 +1,70 @@
+"""Log-probabilities of continuations after their contexts: what tasks with given answers ask of a model.
+
+A few long pairs and many short ones fill a pass alike: those of about one length are read together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megagpt.errors import UserError
+from megagpt.generate.complete import answer
+from megagpt.generate.request import Request, Sampling
+
+if TYPE_CHECKING:
+    from megagpt.generate.stage import Stage
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a context, one at least, and of what follows it, one at least."""
+
+TOKENS = 4096  # that are read together, at most
+
+
+@dataclass(frozen=True)
+class Score:
+    """logprob: of the whole continuation, in nats.  greedy: whether each of its tokens is the likeliest one."""
+
+    logprob: float
+    greedy: bool
+
+
+def score(stage: Stage, pairs: Sequence[Pair], done: Callable[[int], None] = lambda n: None) -> list[Score]:
+    """Of each pair; where both together are longer than the context, its beginning is cut off, as lm-eval does.
+
+    done: told how many more pairs are read, of those that this replica reads; equal ones count once.
+    Comm: those of `answer`, once for each power of two that lengths lie between.
+    Raises UserError for a continuation that the context does not hold, or an empty one.
+    """
+    asked = [request_of_pair(pair, stage.config.seq_len) for pair in pairs]
+    keys = [(request.prompt, request.sampling.first_scored) for request in asked]
+    distinct = dict(zip(keys, asked, strict=True))  # what comes twice is read once
+    by_length: dict[int, list[Request]] = defaultdict(list)
+    for request in sorted(distinct.values(), key=lambda request: -len(request.prompt)):
+        by_length[len(request.prompt).bit_length()].append(request)
+    found: dict[object, Score] = {}
+    for some in by_length.values():
+        n_rows = max(1, TOKENS // len(some[0].prompt))
+        texts = answer(stage, None, some, n_rows=n_rows, show=lambda _, piece: done(int(piece.finish is not None)))
+        for request, (text,) in zip(some, texts, strict=True):
+            entries = text.prompt_logprobs
+            logprob = sum(entry.logprob or 0.0 for entry in entries)
+            greedy = all(entry.token == entry.likeliest[0][0] for entry in entries)
+            found[request.prompt, request.sampling.first_scored] = Score(logprob, greedy)
+    return [found[key] for key in keys]
+
+
+def request_of_pair(pair: Pair, n_places: int) -> Request:
+    """The model reads all but the last token, so that there is room for one more than its context holds."""
+    context, continuation = pair
+    if not (context and 0 < len(continuation) <= n_places):
+        raise UserError(
+            f"got a context of {len(context)} tokens and {len(continuation)} after it",
+            f"wanted one or more, and 1 to {n_places:,}, the model's context",
+            "shorten what is scored",
+        )
+    tokens = (*context, *continuation)[-(n_places + 1) :]
+    first = len(tokens) - len(continuation)
+    return Request(tokens, Sampling(n_tokens=0, logprobs=1, prompt_logprobs=True, first_scored=first))
