@@ -49,6 +49,7 @@ LAYOUTS = [
     Layout(zero_stage=2, offload_optimizer=True),
     Layout(tp=4),
 ]
+SLOW = (LAYOUTS[5], LAYOUTS[7])  # four ranks, eight times anew; as writers they are read by all
 
 
 def config_of(layout: Layout, **train) -> RunConfig:
@@ -186,7 +187,9 @@ def test_files_hold_the_logical_tensors(runs):
 
 @pytest.mark.timeout(300)
 @pytest.mark.bad_input(47)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(x, id=str(x), marks=[pytest.mark.slow] if x in SLOW else []) for x in LAYOUTS]
+)
 def test_every_layout_goes_on_from_every_layout(layout, runs):
     """All ordered pairs: bitwise the same tensors, and then the losses of the uninterrupted run."""
     legs = went_on(layout, [folder for _, _, folder in runs.values()])

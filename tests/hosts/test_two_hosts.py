@@ -33,6 +33,7 @@ HEARTBEAT_S = 10.0  # an import that holds the lock of Python takes seconds on a
 END_WITHIN_S = HEARTBEAT_S + 30.0
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(420),  # several starts of torch on a busy machine
     pytest.mark.skipif(why_not() is not None, reason=why_not() or "possible here"),
 ]
@@ -83,7 +84,6 @@ def losses(run: Path) -> dict[int, str]:
     return {row["step"]: float(row["loss"]).hex() for row in map(json.loads, lines)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", [["--tp", "2", "--pp", "2"], ["--tp", "2", "--zero-stage", "2"]], ids=["pp", "dp"])
 def test_a_cut_link_ends_all_ranks_and_the_restart_goes_on_exactly(hosts, data, tmp_path, layout):
     arguments = [*SMALL, *layout, "--data-path", data, "--save-interval", "5", "--train-steps", "60"]

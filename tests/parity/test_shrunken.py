@@ -32,12 +32,14 @@ ALIKE = {
     "palm-62b": {"palm-8b", "palm-62b"},
 }
 
+NEAR = ("mosaic-gpt2-125m", "gpt3-175b", "megatron-8.3b", "jurassic-1-jumbo", "mt-nlg-530b")  # GPT-2 but for details
+
 
 def load(name: str, train_steps: int = 20) -> RunConfig:
     return shrunken(parse_run_config(["--preset", name]), seq_len=SEQ_LEN, train_steps=train_steps)
 
 
-@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in NEAR else []) for n in ALIKE])
 def test_a_preset_trains_in_parallel_as_on_one_process(name):
     config = load(name, train_steps=12)  # `make parity ARGS="--preset NAME"` goes on to 20
     reference = run_layout(config, REFERENCE)

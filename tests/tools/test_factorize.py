@@ -131,6 +131,7 @@ def tool(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
 
 
+@pytest.mark.slow
 def test_the_tool_measures_and_fine_tunes(run, tmp_path):
     words = ("--mlp", "monarch", "--mlp-blocks", 8, "--out", tmp_path / "new", "--json", tmp_path / "new.json")
     done = tool(run, *words, "--fine-tune-steps", 20, "--", "--lr", "3e-3", "--eval-steps", 0)
