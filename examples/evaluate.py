@@ -5,7 +5,8 @@
     python examples/evaluate.py --load runs/a --data-path other_text_document --split 0,1,0
 
 Without --data-path it reads the validation split that the run itself was validated on, whole.
-Several processes (torchrun --nproc-per-node 2 …) share a large model by tensor parallelism.
+Several processes (torchrun --nproc-per-node 2 …) share a large model by tensor parallelism or --pp stages;
+--dp replicas share out the split.
 """
 
 import sys

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from megagpt.errors import ArgumentParser, UserError, home_expanded, run_cli
+from megagpt.files import os_reason
 from megagpt.generate import Completion, Sampling, complete
 from megagpt.generate.complete import Prompt, request_of
 from megagpt.generate.flags import add_load_flags, open_from
@@ -33,18 +34,18 @@ from megagpt.generate.trained import Trained
 def main() -> None:
     """Print the prompts and their continuations."""
     a = parser().parse_args()
-    sampling = sampling_of(a)
+    sampling, prompts = sampling_of(a), prompts_of(a)
     with open_from(a) as trained:
         say(trained, f"model: {trained.folder}, {trained.step} steps")
-        if a.interactive:
-            if trained.mesh.world_size > 1:
-                raise UserError("got --interactive", "wanted one process", "use examples/serve.py with several")
-            for prompt in typed():
-                write_one(trained, prompt, sampling)
-        elif a.prompts or a.n_samples > 1 or a.json:
-            write_many(trained, prompts_of(a), sampling, a.batch, a.json)
-        else:
-            write_one(trained, prompts_of(a)[0], sampling)
+        if not a.interactive:
+            return write(trained, prompts, sampling, a)
+        if trained.mesh.world_size > 1:
+            raise UserError("got --interactive", "wanted one process", "use examples/serve.py with several")
+        for prompt in typed():
+            try:
+                write(trained, [prompt], sampling, a)
+            except UserError as error:  # of this prompt: the next one may do
+                say(trained, f"error: {error}")
 
 
 def parser() -> ArgumentParser:
@@ -81,6 +82,8 @@ def parser() -> ArgumentParser:
 
 def sampling_of(a: argparse.Namespace) -> Sampling:
     """What the flags ask for."""
+    if (a.logprobs is not None or a.prompt_logprobs) and not a.json:
+        raise UserError("got --logprobs or --prompt-logprobs", "which only --json prints", "add --json")
     same = ("n_tokens", "n_samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "slide")
     same += ("presence_penalty", "frequency_penalty", "logprobs", "prompt_logprobs")
     bias = dict(_bias(text) for text in a.logit_bias)
@@ -102,9 +105,10 @@ def prompts_of(a: argparse.Namespace) -> list[Prompt]:
     if a.prompts is None:
         return [a.prompt]
     try:
-        lines = Path(a.prompts).read_text(encoding="utf-8").splitlines()
+        lines = Path(a.prompts).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {a.prompts}: cannot be read as text ({error}); give another file") from None
+        why = os_reason(error) if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"--prompts {a.prompts}: cannot be read as text ({why}); give another file") from None
     found = [_prompt(line) for line in lines if line.strip()]
     if not found:
         raise UserError(f"--prompts {a.prompts}", "holds no prompt", "write one a line")
@@ -119,7 +123,7 @@ def _prompt(line: str) -> Prompt:
         return line
     if isinstance(value, dict):
         value = value.get("prompt")
-    if isinstance(value, list) and all(isinstance(token, int) for token in value):
+    if isinstance(value, list) and all(type(token) is int for token in value):
         return value
     return value if isinstance(value, str) else line
 
@@ -135,10 +139,20 @@ def typed() -> Iterator[str]:
             yield line.removesuffix("\n")
 
 
+def write(trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, a: argparse.Namespace) -> None:
+    """One text as it comes; several, or JSON, once they are whole."""
+    if a.prompts or a.n_samples > 1 or a.json:
+        write_many(trained, prompts, sampling, a.batch, a.json)
+    else:
+        write_one(trained, prompts[0], sampling)
+
+
 def write_one(trained: Trained, prompt: Prompt, sampling: Sampling) -> None:
     """Print a text as it comes."""
     speaks, as_text = trained.mesh.rank == 0, trained.tokenizer is not None
-    limits = limits_for(trained.stage, [request_of(prompt, sampling, trained.tokenizer)])
+    request = request_of(prompt, sampling, trained.tokenizer, trained.bounds)
+    request.check(trained.config.model.vocab, trained.config.model.seq_len)
+    limits = limits_for(trained.stage, [request])
     say(trained, described(trained.stage, limits))
 
     def show(text: str) -> None:
@@ -153,6 +167,7 @@ def write_one(trained: Trained, prompt: Prompt, sampling: Sampling) -> None:
         sampling,
         limits=limits,
         show=lambda _, piece: show(piece.text if as_text else "".join(f" {token}" for token in piece.tokens)),
+        bounds=trained.bounds,
     )
     show("\n")
     if text.finish == "context":
@@ -161,7 +176,7 @@ def write_one(trained: Trained, prompt: Prompt, sampling: Sampling) -> None:
 
 def write_many(trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, batch: int, as_json: bool) -> None:
     """Print all texts, in the order of their prompts."""
-    requests = [request_of(prompt, sampling, trained.tokenizer) for prompt in prompts]
+    requests = [request_of(prompt, sampling, trained.tokenizer, trained.bounds) for prompt in prompts]
     limits = limits_for(trained.stage, requests, batch)
     say(trained, described(trained.stage, limits))
     with Progress(
@@ -176,22 +191,27 @@ def write_many(trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, 
             sampling,
             limits=limits,
             show=lambda _, piece: bar.advance(task, len(piece.tokens)),
+            bounds=trained.bounds,
         )
     if trained.mesh.rank == 0:
         for prompt, samples in zip(prompts, texts, strict=True):
             for i, text in enumerate(samples):
-                print(json_line(prompt, i, text) if as_json else f"{shown(prompt)}{shown(text.text or text.tokens)}\n")
+                print(
+                    json_line(prompt, i, text) if as_json else shown(prompt, text, trained.tokenizer is not None) + "\n"
+                )
 
 
 def json_line(prompt: Prompt, sample: int, text: Completion) -> str:
     """All that is known of a text; log-probabilities where they were asked for."""
     whole = {"prompt": prompt, "sample": sample, **asdict(text)}
-    return json.dumps({key: value for key, value in whole.items() if value not in ([], ())}, ensure_ascii=False)
+    kept = {key: value for key, value in whole.items() if value or not key.endswith("logprobs")}
+    return json.dumps(kept, ensure_ascii=False)
 
 
-def shown(prompt: Prompt) -> str:
-    """Text, or ids."""
-    return prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
+def shown(prompt: Prompt, text: Completion, as_text: bool) -> str:
+    """A prompt and what follows it: text, or ids."""
+    begin = prompt if isinstance(prompt, str) else " ".join(map(str, prompt)) + " "
+    return begin + (text.text if as_text else " ".join(map(str, text.tokens)))
 
 
 def say(trained: Trained, line: str) -> None:

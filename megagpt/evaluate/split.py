@@ -5,11 +5,13 @@ Shapes: B windows at a time, T seq_len.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megagpt import metrics
 from megagpt.config.values import Split
@@ -46,40 +48,41 @@ def evaluate(
 ) -> Evaluation:
     """Read one of the splits of a dataset end to end in windows of seq_len, each token once.
 
-    progress is told, after each batch, the number of tokens done and of all.
+    progress is told, after each batch, the number of tokens done and of all.  Replicas take turns with the batches.
+    Comm: that of `Stage.loss`; with replicas, an all-reduce of two numbers at the end.
+    Raises UserError where there is no token to predict, or one that the model does not know.
     """
     first, end = split_bounds(split, len(dataset))[SPLITS.index(which)]
     sizes = trained.tokenizer.token_bytes() if trained.tokenizer else None
-    total, n_tokens = 0.0, 0
-    n_bytes: float | None = 0.0
+    data, vocab = trained.mesh.data, trained.config.model.vocab
+    total, n_tokens, n_bytes = 0.0, 0, 0.0
     expected = min(max(0, int(dataset.lengths[first:end].sum()) - 1), max_tokens or np.iinfo(np.int64).max)
-    for text in _windows(dataset, first, end, trained.config.model.seq_len, batch_size, max_tokens):
-        batch = torch.from_numpy(text).to(trained.device)
-        tokens_BT, labels_BT = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        total += trained.stage.loss(tokens_BT, labels_BT) * labels_BT.numel()
-        n_tokens += labels_BT.numel()
-        n_bytes = _more(n_bytes, text[:, 1:], dataset, trained.tokenizer, sizes)
+    for i, text in enumerate(_windows(dataset, first, end, trained.config.model.seq_len, batch_size, max_tokens)):
+        if int(text.max()) >= vocab:
+            got, wanted = f"{dataset.prefix} has token id {text.max()}", f"wanted 0 to {vocab - 1}, the model's"
+            raise UserError(got, wanted, "give a dataset of its own tokenizer")
+        labels = text[:, 1:]
+        if i % data.size == data.rank:
+            tokens_BT, labels_BT = (torch.from_numpy(part.copy()).to(trained.device) for part in (text[:, :-1], labels))
+            total += trained.stage.loss(tokens_BT, labels_BT) * labels.size
+            n_bytes += _bytes(labels, dataset, trained.tokenizer, sizes)
+        n_tokens += labels.size
         progress(n_tokens, expected)
     if n_tokens == 0:
         got = f"{dataset.prefix}: the {which} share of split {split}"
         raise UserError(got, "has no tokens to predict", "choose another split")
-    loss = total / n_tokens
-    bits = metrics.bits_per_byte(loss, n_tokens, n_bytes) if n_bytes else None
+    sums = torch.tensor([total, n_bytes], dtype=torch.float64, device=trained.device)
+    if data.size > 1:
+        dist.all_reduce(sums, group=data.group)
+    loss, n_bytes = float(sums[0]) / n_tokens, float(sums[1])
+    bits = metrics.bits_per_byte(loss, n_tokens, n_bytes) if n_bytes > 0 else None
     return Evaluation(loss, metrics.perplexity(loss), bits, n_tokens)
 
 
-def _more(
-    n_bytes: float | None,
-    labels: np.ndarray,
-    dataset: IndexedDataset,
-    tokenizer: Tokenizer | None,
-    sizes: np.ndarray | None,
-) -> float | None:
-    """n_bytes and those of the labels' text; None once they cannot be known."""
-    if n_bytes is None or tokenizer is None or sizes is None:
-        return None
-    found = text_bytes(labels, dataset.meta, tokenizer, sizes)
-    return None if found is None else n_bytes + found
+def _bytes(labels: np.ndarray, dataset: IndexedDataset, tokenizer: Tokenizer | None, sizes: np.ndarray | None) -> float:
+    """Those of the labels' text; NaN, which a sum keeps, where they cannot be known."""
+    found = None if tokenizer is None or sizes is None else text_bytes(labels, dataset.meta, tokenizer, sizes)
+    return math.nan if found is None else found
 
 
 def _windows(

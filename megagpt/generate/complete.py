@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from megagpt.data.tokenizers.tokenizer import UNBOUND, Bounds
 from megagpt.errors import UserError
 from megagpt.generate.engine import Engine
 from megagpt.generate.limits import ROWS, Limits, limits_for
@@ -29,15 +30,17 @@ def complete(
     *,
     limits: Limits | None = None,
     show: Callable[[int, Piece], None] = lambda prompt, piece: None,
+    bounds: Bounds = UNBOUND,
 ) -> list[list[Completion]]:
     """Let a model that is open go on from each prompt: by prompt, its samples.
 
     limits: of the cache; None: 16 rows, as long as these prompts need.
     show: told each piece as it comes, with the number of its prompt: of the prompts of this replica.
+    bounds: those of the model (`Trained.bounds`).
     Comm: those of `answer`.
     """
     seeds = [replace(sampling, seed=(sampling.seed + i) % 2**64) for i in range(len(prompts))]
-    requests = [request_of(prompt, seeded, tokenizer) for prompt, seeded in zip(prompts, seeds, strict=True)]
+    requests = [request_of(prompt, seeded, tokenizer, bounds) for prompt, seeded in zip(prompts, seeds, strict=True)]
     return answer(stage, tokenizer, requests, limits=limits, show=show)
 
 
@@ -56,6 +59,8 @@ def answer(
     Comm: those of the engine; with replicas, which share out the requests, one all-gather of the texts.
     """
     data = stage.mesh.data
+    for request in requests:  # those of others too: what cannot be is refused on all ranks
+        request.check(stage.config.vocab, limits.n_places if limits else stage.config.seq_len)
     mine = {i: requests[i] for i in range(data.rank, len(requests), data.size)}
     engine = Engine(stage, limits or limits_for(stage, mine.values(), n_rows), tokenizer)
     numbers = {engine.add(request): i for i, request in mine.items()}
@@ -71,15 +76,15 @@ def answer(
     return [texts[i] for i in range(len(requests))]
 
 
-def request_of(prompt: Prompt, sampling: Sampling, tokenizer: Tokenizer | None) -> Request:
-    """A prompt as the engine takes it; an empty text begins with the end of another one.
+def request_of(prompt: Prompt, sampling: Sampling, tokenizer: Tokenizer | None, bounds: Bounds = UNBOUND) -> Request:
+    """A prompt as the engine takes it: a text as the model has it begin; an empty one with the end of another.
 
     Raises UserError for a text without a tokenizer.
     """
     eod = tokenizer.eod if tokenizer else None
-    ends = () if eod is None else (eod,)
+    end = () if eod is None else (eod,)
     if not isinstance(prompt, str):
-        return Request(tuple(prompt), sampling, ends)
+        return Request(tuple(prompt), sampling, bounds.ends or end)
     if tokenizer is None:
         raise UserError("got a prompt as text", "but the model has no tokenizer", "give token ids", ("prompt",))
-    return Request(tuple(tokenizer.encode(prompt)) or ends, sampling, ends)
+    return Request(bounds.begun(tokenizer.encode(prompt)) or end, sampling, bounds.ends or end)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from megagpt.generate.request import Sampling, TokenLogprobs
 
+MOST = 1e30  # of a logit: differences of two, and what a temperature makes of them, are numbers or -inf
+COLDEST = 1e-30  # temperature, below which nothing changes: whatever is less likely has no chance
+
 
 def draw(logits_V: Tensor, sampling: Sampling, uniform: float, prompt: Sequence[int], written: Sequence[int]) -> int:
     """One token.
@@ -24,7 +27,7 @@ def draw(logits_V: Tensor, sampling: Sampling, uniform: float, prompt: Sequence[
         logits_V = changed(logits_V, sampling, prompt, written)
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    scores_V, ids_V = kept(logits_V / sampling.temperature, sampling)
+    scores_V, ids_V = kept((logits_V - logits_V.max()) / max(sampling.temperature, COLDEST), sampling)
     sums_V = scores_V.double().softmax(0).cumsum(0)
     place = int(torch.searchsorted(sums_V, uniform * float(sums_V[-1]), right=True))
     place = min(place, len(sums_V) - 1)
@@ -32,7 +35,7 @@ def draw(logits_V: Tensor, sampling: Sampling, uniform: float, prompt: Sequence[
 
 
 def changed(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], written: Sequence[int]) -> Tensor:
-    """The logits after penalties and bias."""
+    """The logits after penalties and bias, which may be as large as they like: finite."""
     logits_V = logits_V.clone()
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted({*prompt, *written}))
@@ -44,7 +47,7 @@ def changed(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], written
         logits_V[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     for token, bias in sampling.logit_bias.items():
         logits_V[token] += bias
-    return logits_V
+    return logits_V.nan_to_num(nan=0.0).clamp(-MOST, MOST)
 
 
 def kept(scores_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:

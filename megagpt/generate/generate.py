@@ -34,4 +34,4 @@ def generate(
     Raises UserError where the model or a prompt is none.
     """
     with open_trained(load, weights=weights, pp=pp, dp=dp, precision=precision) as trained:
-        return complete(trained.stage, trained.tokenizer, prompts, sampling, limits=limits)
+        return complete(trained.stage, trained.tokenizer, prompts, sampling, limits=limits, bounds=trained.bounds)

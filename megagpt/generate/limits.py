@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from megagpt.errors import UserError
+from megagpt.errors import UserError, require
 from megagpt.generate.request import Request
 from megagpt.inventory.attention import cached_numbers
 
@@ -32,6 +32,11 @@ class Limits:
     n_rows: int = ROWS
     n_places: int = 1024
     chunk: int = 512
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            require(value >= 1, f"got {field.name}={value} for the cache", "wanted 1 or more", f"change {field.name}")
 
 
 def limits_for(stage: Stage, requests: Iterable[Request] = (), n_rows: int = ROWS) -> Limits:

@@ -104,7 +104,7 @@ class Request:
 
     def check(self, vocab_size: int, n_places: int) -> None:
         """Raises UserError where a model of this vocabulary and context cannot take it."""
-        require(bool(self.prompt), "got an empty prompt", "wanted a token or more", "give --prompt", "prompt")
+        require(bool(self.prompt), "got an empty prompt", "wanted a token or more", "give one", "prompt")
         for name, ids in (("prompt", self.prompt), ("logit_bias", self.sampling.logit_bias)):
             strange = [token for token in ids if not 0 <= token < vocab_size]
             got, wanted = f"got token id {strange[:1]} in {name}", f"wanted 0 to {vocab_size - 1}"

@@ -61,8 +61,7 @@ class Stage(nn.Module):
         Shapes: x tokens_BT on the first stage, x_BTD on others → x_BTD.
         Comm: those of the layers over the model axis.
         """
-        positions_BT = None if view is None else view.positions_BT
-        stream = Stream(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), positions_BT, view)
+        stream = Stream(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), view)
         for layer in self.layers:
             stream = stream if isinstance(layer, Head) else layer(stream)
         return stream.x

@@ -18,11 +18,11 @@ from megagpt.checkpoint.strict import STRICT, Allowed
 from megagpt.cli import read_config
 from megagpt.config import DataConfig, ParallelConfig, RunConfig
 from megagpt.data.tokenizers.kept import tokenizer_of_checkpoint
-from megagpt.data.tokenizers.tokenizer import Tokenizer, tokenizer_of_run
+from megagpt.data.tokenizers.tokenizer import UNBOUND, Bounds, Tokenizer, tokenizer_of_run
 from megagpt.errors import UserError
 from megagpt.generate.stage import Stage, build_stage
 from megagpt.hf.import_folder import read_folder
-from megagpt.hf.tokenizer_folder import find_tokenizer
+from megagpt.hf.tokenizer_folder import bounds_of, find_tokenizer
 from megagpt.inventory.layers import canonical
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.parallel.mesh import Mesh
@@ -42,6 +42,7 @@ class Trained:
     """A model in evaluation mode, or this process's stage of it, and where it came from.
 
     config: of the run; of a folder of transformers, the defaults around its model.  step: 0 for these.
+    bounds: of texts, where transformers' files say so of a model that they brought and that was not trained since.
     """
 
     stage: Stage
@@ -49,6 +50,7 @@ class Trained:
     tokenizer: Tokenizer | None
     folder: Path
     step: int
+    bounds: Bounds = UNBOUND
 
     @property
     def mesh(self) -> Mesh:
@@ -63,12 +65,12 @@ class Trained:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model comes from. fill: reads the weights of a stage."""
+    """Where a model comes from. tokenizer: with what is around its texts.  fill: reads the weights of a stage."""
 
     config: RunConfig
     folder: Path
     step: int
-    tokenizer: Callable[[], Tokenizer | None]
+    tokenizer: Callable[[], tuple[Tokenizer | None, Bounds]]
     fill: Callable[[Stage], None]
 
 
@@ -136,7 +138,8 @@ def load_trained(
     stage = build_stage(source.config.model, mesh)
     together(lambda: source.fill(stage))
     stage.to("cuda" if torch.cuda.is_available() else "cpu", DTYPES[precision])
-    return Trained(stage, source.config, together(source.tokenizer), source.folder, source.step)
+    found, bounds = together(source.tokenizer)
+    return Trained(stage, source.config, found, source.folder, source.step, bounds)
 
 
 def _ours(
@@ -152,11 +155,17 @@ def _ours(
     state = read_state(folder)
     config = read_config(state.config, f"{folder}/state.json")
     sha256 = state.data.get("tokenizer_sha256")
+
+    def found() -> tuple[Tokenizer | None, Bounds]:
+        there = tokenizer_of_checkpoint(folder.parent.parent, config.data, sha256, tokenizer)
+        imported = there is not None and there.files and not config.data.data_path.prefixes
+        return there, bounds_of(there, there.files[0].parent) if there and imported else UNBOUND
+
     return _Source(
         config,
         folder,
         state.step,
-        lambda: tokenizer_of_checkpoint(folder.parent.parent, config.data, sha256, tokenizer),
+        found,
         lambda stage: load_weights(
             stage.canonical_parameters(), folder, key, allowed, say, names=canonical(config.model)
         ),
@@ -176,10 +185,10 @@ def _transformers(path: Path, allowed: Allowed, tokenizer: DataConfig | None, sa
             values = named.part.take(lazy[named.name].get())
             named.part.unpadded(named.parameter.data).copy_(values)
 
-    def found() -> Tokenizer | None:
+    def found() -> tuple[Tokenizer | None, Bounds]:
         there, note = (tokenizer_of_run(tokenizer), None) if tokenizer else find_tokenizer(path)
         if note:
             say(f"note: without a tokenizer: {note}")
-        return there
+        return there, bounds_of(there, path)
 
     return _Source(RunConfig(model=model), path, 0, found, fill)

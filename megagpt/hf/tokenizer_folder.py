@@ -14,12 +14,13 @@ from megagpt.data.tokenizers.files import other_kind, parse_json_object, read_to
 from megagpt.data.tokenizers.gpt2 import END_OF_TEXT, missing_byte
 from megagpt.data.tokenizers.hf import HfTokenizer, token_name
 from megagpt.data.tokenizers.same import same_ids
-from megagpt.data.tokenizers.tokenizer import KINDS, Tokenizer
+from megagpt.data.tokenizers.tokenizer import KINDS, Bounds, Tokenizer
 from megagpt.errors import UserError
 
 SETTINGS, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 _IDS = "generation_config.json"  # where transformers keeps which ids begin and end a text
+_BEGINS = "add_bos_token"  # of the settings: whether a text begins with a token of its own
 _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # The classes of transformers that do with the files of a kind just what we do.
 _CLASSES = {"gpt2": ("GPT2Tokenizer", "GPT2TokenizerFast"), "sentencepiece": ("LlamaTokenizer", "LlamaTokenizerFast")}
@@ -49,6 +50,9 @@ def copy_tokenizer(source: Path, tokenizer: Tokenizer, copy: Path, final: Path) 
     for path in (*tokenizer.files, *(source / name for name in (SETTINGS, _SPECIAL, CHAT_TEMPLATE))):
         if path.exists():
             shutil.copyfile(path, copy / path.name)
+    if tokenizer.kind != "hf":  # whose own file says it
+        settings = _object(source / SETTINGS) | {_BEGINS: bool(bounds_of(tokenizer, source).begin)}
+        (copy / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
     (copy / _IDS).write_text(json.dumps(_ids_in(source / "config.json") | _ids_in(source / _IDS)), encoding="utf-8")
     keys = {"model": "tokenizer_model"}
     named = {keys.get(option.key, option.key): str(final / option.name) for option in tokenizer.options}
@@ -65,6 +69,28 @@ def special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
     if begin is not None and isinstance(tokenizer, HfTokenizer):
         ids["bos_token_id"] = tokenizer.id_of(begin)
     return ids | _ids_in(tokenizer.files[0].with_name(_IDS))
+
+
+def bounds_of(tokenizer: Tokenizer | None, folder: Path) -> Bounds:
+    """What transformers puts before a text and takes for its end, by a folder of theirs or of an import's tokenizer."""
+    ids = _ids_in(folder / "config.json") | _ids_in(folder / _IDS)
+    named = ids.get("eos_token_id")
+    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eod if tokenizer else None}
+    begin = _begin(tokenizer, folder, ids.get("bos_token_id")) if tokenizer else ()
+    return Bounds(begin, tuple(sorted(i for i in ends if isinstance(i, int))))
+
+
+def _begin(tokenizer: Tokenizer, folder: Path, bos: Any) -> tuple[int, ...]:
+    """By the settings, else by the template of tokenizer.json, else as transformers' class for these files does."""
+    settings = settings_in(folder)
+    if _BEGINS not in settings and isinstance(tokenizer, HfTokenizer):
+        return tokenizer.begin
+    name = token_name(settings.get("bos_token"))
+    if name is not None and isinstance(tokenizer, HfTokenizer):
+        bos = tokenizer.id_of(name)
+    in_one = all(path.exists() for path in _files(folder, "hf"))  # which has no template, or it were taken
+    begins = settings.get(_BEGINS, tokenizer.kind == "sentencepiece" and not in_one)
+    return (bos,) if begins and isinstance(bos, int) else ()
 
 
 def _files(source: Path, kind: str) -> list[Path]:

@@ -25,7 +25,6 @@ from megagpt.parallel.parameter import Declared, part_of
 
 if TYPE_CHECKING:
     from megagpt.config import ModelConfig
-    from megagpt.model.cache import View
 
 
 class Embedding(nn.Module):
@@ -131,11 +130,10 @@ def layer_list(
 
 
 class GPT(nn.Module):
-    """The layer list in one module: what a run without pipeline stages, evaluation and generation use.
+    """The layer list in one module: what a run without pipeline stages trains.
 
     Shapes: forward(tokens_BT, sample_ids_B) → logits_BTV, of this rank's part of the vocabulary and without padding: on
-    one process all of it, as torch's cross_entropy wants them. With labels_BT → mean loss, a scalar. positions_BT,
-    cache: see `Stream`.
+    one process all of it, as torch's cross_entropy wants them. With labels_BT → mean loss, a scalar.
     """
 
     def __init__(
@@ -153,15 +151,10 @@ class GPT(nn.Module):
         sample_ids_B: Tensor | None = None,
         labels_BT: Tensor | None = None,
         terms: LossTerms = PLAIN,
-        *,
-        positions_BT: Tensor | None = None,
-        cache: View | None = None,
     ) -> Tensor:
-        if cache is not None and positions_BT is None:
-            raise ValueError("got a cache without positions_BT; wanted where the tokens stand in their texts")
         if sample_ids_B is None:  # only dropout looks at them
             sample_ids_B = torch.zeros(len(tokens_BT), dtype=torch.int64, device=tokens_BT.device)
-        stream = self.embedding(Stream(tokens_BT, sample_ids_B, positions_BT, cache))
+        stream = self.embedding(Stream(tokens_BT, sample_ids_B))
         for block in self.blocks:
             stream = block(stream)
         logits_BTV = self.head(stream)

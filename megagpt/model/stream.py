@@ -18,14 +18,17 @@ class Stream(NamedTuple):
 
     x: activations (B, T, D); before the embedding, tokens (B, T).
     sample_ids_B: positions of the samples in the run, by which dropout masks are drawn.
-    positions_BT: where the tokens stand in their texts; None: at 0 … T - 1, as in training.
-    cache: with positions, what the tokens before left; they attend it, and are added to it.
+    cache: what the tokens before left; these attend it, and are added to it.
     """
 
     x: Tensor
     sample_ids_B: Tensor  # noqa: N815
-    positions_BT: Tensor | None = None  # noqa: N815
     cache: View | None = None
+
+    @property
+    def positions_BT(self) -> Tensor | None:  # noqa: N802
+        """Where the tokens stand in their texts; None: at 0 … T - 1, as in training."""
+        return None if self.cache is None else self.cache.positions_BT
 
     @staticmethod
     def of(inputs: Stream | tuple[Tensor, Tensor]) -> Stream:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megagpt.generate.request import Completion, Piece, TokenLogprobs
+from megagpt.generate.text import UNFINISHED
 from megagpt.serve.asked import Asked
 from megagpt.serve.served import Served
 
@@ -29,7 +30,7 @@ class Answer:
         self._head = {"id": f"{'chatcmpl' if asked.kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"}
         self._head |= {"object": chunk if asked.stream else whole, "created": int(time.time()), "model": served.name}
         self._begun: set[int] = set()  # texts of which something has been sent
-        self._n_shown = [0] * len(self.texts)  # characters of each text whose tokens have been told
+        self._n_told = [-self._n_unseen(i) for i in range(len(self.texts))]  # characters of each text, by its tokens
 
     def add(self, index: int, piece: Piece) -> None:
         """Take a piece in."""
@@ -85,21 +86,31 @@ class Answer:
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self.served.token_text(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+        known = None if UNFINISHED in text else list(text.encode())  # of a part of a character they are not
+        return {"token": text, "logprob": _finite(logprob), "bytes": known}
 
     def _columns(self, index: int, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """Tokens of a completion, side by side."""
         tokens = [self.served.token_text(entry.token) for entry in entries]
         offsets = []
         for token in tokens:
-            offsets.append(self._n_shown[index])
-            self._n_shown[index] += len(token)
+            offsets.append(max(0, self._n_told[index]))
+            self._n_told[index] += len(token)
         return {
             "tokens": tokens,
             "token_logprobs": [_finite(entry.logprob) for entry in entries],
             "top_logprobs": [self._likeliest(entry) for entry in entries],
             "text_offset": offsets,
         }
+
+    def _n_unseen(self, index: int) -> int:
+        """Characters of what begins the prompt, where it is repeated, and its text has none of them."""
+        number = index // self.asked.n
+        return (
+            self.served.unseen(self.asked.echoed[number], self.asked.requests[number].prompt)
+            if self.asked.echoed
+            else 0
+        )
 
     def _likeliest(self, entry: TokenLogprobs) -> dict[str, float | None] | None:
         """By text, the token that is there among them; of several with one text, the likeliest."""

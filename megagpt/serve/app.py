@@ -128,7 +128,7 @@ class App:
         """POST /tokenize, as vLLM has it."""
         body = asked.parse(asked.TokenizeBody, await self.body(request))
         self.served.check_name(body.model)
-        ids = self.served.encode(body.prompt)
+        ids = (self.served.begun if body.add_special_tokens else self.served.encode)(body.prompt)
         return _json({"count": len(ids), "max_model_len": self.served.n_places, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
@@ -140,9 +140,9 @@ class App:
 
     async def tokenizer_info(self, request: Request) -> Response:
         """GET /tokenizer_info, likewise: what lm_eval asks for."""
-        self.served.needed_tokenizer()
+        begin = self.served.needed_tokenizer().decode(self.served.bounds.begin) or None
         template = self.served.template
-        specials = {"bos_token": None, "eos_token": self.served.end_of_text, "pad_token": None}
+        specials = {"bos_token": begin, "eos_token": self.served.end_of_text, "pad_token": None}
         return _json(specials | {"chat_template": template.source if template else None})
 
     async def metrics(self, request: Request) -> Response:
@@ -215,7 +215,8 @@ class Gate:
         if self.rules.key is None or request.url.path in OPEN_TO_ALL:
             return
         word, _, given = request.headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode("latin-1"), self.rules.key.encode())
+        # Of spaces only: a key may end in a byte that is one in Latin-1, as that of "à" is.
+        same = hmac.compare_digest(given.strip(" ").encode("latin-1"), self.rules.key.encode())
         if word.lower() != "bearer" or not same:
             raise ApiError(401, "a key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key")
 

@@ -63,6 +63,15 @@ def _biases(value: Any) -> dict[int, float]:
     return {int(token): float(bias) for token, bias in value.items()}
 
 
+def _text(value: Any) -> str:
+    """Of a message: by itself, or in parts."""
+    parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
+    texts = [part["text"] for part in parts if isinstance(part, dict) and part.get("type") == "text" and "text" in part]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise ValueError('wanted text, or a list of parts {"type": "text", "text": …}')
+    return "".join(texts)
+
+
 class Body(BaseModel):
     """An object of JSON. A field that is null is one that is not there; one that is not known is refused."""
 
@@ -110,24 +119,16 @@ class CompletionBody(Ask):
     logprobs: int | None = Field(None, ge=0, le=MAX_LIKELIEST)
 
 
-class ContentPart(Body):
-    """Of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
 class Message(Body):
     """Of a chat."""
 
     role: str
-    content: str | list[ContentPart] = ""
+    content: Annotated[Any, AfterValidator(_text)] = ""
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
         """As a template takes it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
+        return {"role": self.role, "content": self.content} | ({"name": self.name} if self.name else {})
 
 
 class ChatBody(Ask):
@@ -141,11 +142,11 @@ class ChatBody(Ask):
 
 
 class TokenizeBody(Body):
-    """POST /tokenize, as vLLM has it. add_special_tokens: none is ever added."""
+    """POST /tokenize, as vLLM has it. add_special_tokens: what begins a text, as a completion's prompt gets it."""
 
     prompt: str
     model: str | None = None
-    add_special_tokens: Literal[False] = False
+    add_special_tokens: bool = True
 
 
 class DetokenizeBody(Body):
@@ -176,7 +177,8 @@ def _words(kind: type[Body], error: Any, param: str | None) -> str:
         return f"{param} is not known here; wanted one of {', '.join(kind.model_fields)}"
     if error["type"] == "missing":
         return f"{param} is missing; give it"
-    return f"got {param}={error['input']!r:.60}; {error['msg'].removeprefix('Value error, ')}"
+    wanted = error["msg"].removeprefix("Value error, ").replace("Input should be", "wanted")
+    return f"got {param}={error['input']!r:.60}; {wanted}"
 
 
 def completion(body: CompletionBody, served: Served) -> Asked:
@@ -186,7 +188,7 @@ def completion(body: CompletionBody, served: Served) -> Asked:
     sampling = _sampling(body, served, logprobs=body.logprobs, prompt_logprobs=scored)
     echoed = None
     if body.echo:
-        echoed = tuple(prompt if isinstance(prompt, str) else served.decode(prompt) for prompt in body.prompt)
+        echoed = tuple(prompt if isinstance(prompt, str) else served.decode(prompt, "prompt") for prompt in body.prompt)
     requests = _requests(body.prompt, sampling, served, body.max_tokens, DEFAULT_TOKENS, "prompt")
     return _asked("completion", body, served, requests, echoed)
 
@@ -197,7 +199,8 @@ def chat(body: ChatBody, served: Served) -> Asked:
     if served.template is None:
         message = "the model's tokenizer brings no chat template; ask /v1/completions"
         raise ApiError(400, message, "messages", "no_chat_template")
-    prompt = served.template.render([message.plain() for message in body.messages])
+    text = served.template.render([message.plain() for message in body.messages])
+    prompt = served.encode(text)  # what begins it is the template's to say
     sampling = _sampling(body, served, logprobs=body.top_logprobs if body.logprobs else None)
     max_tokens = body.max_completion_tokens or body.max_tokens
     requests = _requests([prompt], sampling, served, max_tokens, served.n_places, "messages")
@@ -245,7 +248,7 @@ def _requests(
             raise ApiError(400, message, param, "context_length_exceeded")
         seeded = replace(sampling, n_tokens=n_tokens, seed=(sampling.seed + i) % 2**64)
         with _as_api_error():
-            request = request_of(ids, seeded, served.tokenizer)
+            request = request_of(ids, seeded, served.tokenizer, served.bounds)
             request.check(served.vocab_size, served.n_places)
         requests.append(request)
     return tuple(requests)

@@ -8,12 +8,26 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megagpt.data.tokenizers.files import read_tokenizer_file
 from megagpt.errors import UserError
-from megagpt.hf.tokenizer_folder import CHAT_TEMPLATE, SETTINGS
+from megagpt.hf.tokenizer_folder import CHAT_TEMPLATE, settings_in
 from megagpt.serve.api_error import ApiError
+
+
+class Generation(Extension):
+    """`{% generation %} … {% endgeneration %}`, which marks for training what a model says: as if it were not there."""
+
+    tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The block without its marks."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class ChatTemplate:
@@ -27,7 +41,7 @@ class ChatTemplate:
         self.source, self.specials = source, specials
         # As transformers sets it up (utils/chat_template_utils.py): what is written for it reads alike here.
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
         )
         environment.filters["tojson"] = _tojson
         environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
@@ -52,23 +66,15 @@ def template_beside(files: Sequence[Path]) -> ChatTemplate | None:
     """
     folders = [file.parent for file in files[:1]]
     for folder in folders:
-        settings = _read_settings(folder / SETTINGS)
+        settings = settings_in(folder)
         found = settings.get("chat_template")
         if (folder / CHAT_TEMPLATE).exists():
-            found = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+            found = read_tokenizer_file(folder / CHAT_TEMPLATE).decode(errors="replace")
         if isinstance(found, list):  # several, by name
             found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
         if isinstance(found, str):
             return ChatTemplate(found, _specials(settings))
     return None
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_bytes()) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})", remedy="mend it") from None
-    return settings if isinstance(settings, dict) else {}
 
 
 def _specials(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from megagpt.data.tokenizers.tokenizer import Tokenizer
+from megagpt.data.tokenizers.tokenizer import UNBOUND, Bounds, Tokenizer
 from megagpt.serve.api_error import ApiError
 from megagpt.serve.chat import ChatTemplate
 
@@ -18,7 +18,7 @@ ANCHOR = "a"  # a token's text is what it adds to this one's: some tokenizers dr
 class Served:
     """name: as clients call it.  n_places: tokens of its context.  max_texts: that may wait and be written at once.
 
-    template: None where the tokenizer brings none.  created: seconds since 1970.
+    template: None where the tokenizer brings none.  created: seconds since 1970.  bounds: `Trained.bounds`.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Served:
     max_texts: int
     template: ChatTemplate | None = None
     created: int = 0
+    bounds: Bounds = UNBOUND
 
     def check_name(self, name: str | None) -> None:
         """Raises ApiError 404 for another model; who names none means this one."""
@@ -55,18 +56,30 @@ class Served:
         tokenizer = self.needed_tokenizer()
         return [tokenizer.eod] if tokenizer.eod is not None and text == self.end_of_text else tokenizer.encode(text)
 
-    def prompt(self, text: str) -> list[int]:
-        """Ids of a text to go on from: an empty one is what follows the end of another."""
-        return self.encode(text or self.end_of_text or "")
+    def begun(self, text: str) -> list[int]:
+        """Ids of a text as the model has it begin."""
+        return list(self.bounds.begun(self.encode(text)))
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Their text, "" without a tokenizer. Raises ApiError 400 for an id that is none."""
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a text to go on from: an empty one, where no token begins a text, is what follows another's end."""
+        return self.begun(text) or self.encode(self.end_of_text or "")
+
+    def unseen(self, text: str, ids: Sequence[int]) -> int:
+        """Characters of the token that a prompt begins with, where its text does not name it."""
+        first = tuple(ids[: len(self.bounds.begin) or 1])
+        if self.tokenizer is None or first not in (self.bounds.begin, (self.tokenizer.eod,)):
+            return 0
+        named = "".join(map(self.token_text, first))
+        return 0 if text.startswith(named) else len(named)
+
+    def decode(self, tokens: Sequence[int], param: str = "tokens") -> str:
+        """Their text, "" without a tokenizer. Raises ApiError 400, of the field param, for an id that is none."""
         strange = [token for token in tokens if not 0 <= token < self.vocab_size]
         if strange:
             message = (
                 f"got token id {strange[0]}, wanted 0 to {self.vocab_size - 1}; give ids of the model's vocabulary"
             )
-            raise ApiError(400, message, "tokens")
+            raise ApiError(400, message, param)
         return self.tokenizer.decode(tokens) if self.tokenizer else ""
 
     def token_text(self, token: int) -> str:

@@ -111,6 +111,7 @@ def answer(
         max_texts=desk.max_texts,
         template=template,
         created=int(time.time()),
+        bounds=trained.bounds,
     )
     front = Front(App(served, desk, measures(desk, clerk, limits), door.rules), door.listener, desk)
     front.start()
@@ -141,7 +142,10 @@ def open_door(settings: Settings) -> Door:
         try:
             key = Path(settings.api_key_file).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            raise UserError(f"--api-key-file {settings.api_key_file} cannot be read ({error})") from None
+            why = os_reason(error) if isinstance(error, OSError) else "not UTF-8"
+            raise UserError(
+                f"--api-key-file {settings.api_key_file} cannot be read ({why})", remedy="name another"
+            ) from None
         require(bool(key), f"{settings.api_key_file} is empty;", "wanted a key", "write one into it")
     try:
         family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]

@@ -56,11 +56,13 @@ def test_one_prompt_is_printed_as_it_is_written_with_what_is_said_beside_it(comm
 
 def test_a_file_of_prompts_gives_a_json_line_a_text_in_its_order(command, tmp_path: Path, load: str):
     file = tmp_path / "prompts.txt"
-    file.write_text('plain words\n\n[13, 14, 15]\n{"prompt": "in an object"}\n"quoted"\n{"other": 1}\n')
+    file.write_text(
+        'plain words\n\n[13, 14, 15]\n{"prompt": "in an object"}\n"quo\u2028ted"\n{"other": 1}\n[true]\n', "utf-8"
+    )
     flags = ["--prompts", str(file), "--json", "--n-tokens", "5", "--n-samples", "2", "--logprobs", "2", "--batch", "3"]
     out, err = command(*flags, "--prompt-logprobs")
-    lines = [json.loads(line) for line in out.splitlines()]
-    prompts = ["plain words", [13, 14, 15], "in an object", "quoted", '{"other": 1}']
+    lines = [json.loads(line) for line in out.split("\n") if line]
+    prompts = ["plain words", [13, 14, 15], "in an object", "quo\u2028ted", '{"other": 1}', "[true]"]
     assert [(line["prompt"], line["sample"]) for line in lines] == [(p, i) for p in prompts for i in range(2)]
     assert all(len(line["tokens"]) == len(line["logprobs"]) == 5 and line["finish"] == "length" for line in lines)
     assert len(lines[2]["prompt_logprobs"]) == 3 and len(lines[0]["logprobs"][0]["likeliest"]) == 2
@@ -73,6 +75,8 @@ def test_a_file_of_prompts_gives_a_json_line_a_text_in_its_order(command, tmp_pa
     ("flags", "message"),
     [
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read as text"),
+        (["--batch", "0", "--json"], "got n_rows=0 for the cache wanted 1 or more"),
+        (["--logprobs", "1"], "got --logprobs or --prompt-logprobs which only --json prints"),
         (["--logit-bias", "x"], "--logit-bias got 'x' wanted ID=X"),
         (["--prompt-ids", "300"], r"got token id \[300\] in prompt wanted 0 to 256"),
         (["--top-p", "2"], "got top_p=2.0 wanted above 0, at most 1"),
@@ -86,7 +90,19 @@ def test_what_cannot_be_is_refused(command, flags, message):
         command(*flags)
 
 
-def test_lines_that_are_typed_are_answered(command, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("def f\n\nclass A"))
-    out, _ = command("--interactive", "--n-tokens", "3")
+def test_lines_that_are_typed_are_answered_one_that_cannot_be_too(command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"def f\n\n{'x' * 70}\nclass A"))
+    out, err = command("--interactive", "--n-tokens", "3")
     assert [line[:5] for line in out.splitlines() if line[:5] in ("def f", "class")] == ["def f", "class"]
+    assert "error: got a prompt of 70 tokens" in err and "x" * 70 not in out
+
+
+def test_lines_that_are_typed_are_answered_in_json(command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def f\n"))
+    out, _ = command("--interactive", "--n-tokens", "3", "--json", "--n-samples", "2")
+    assert [json.loads(line)["prompt"] for line in out.splitlines() if line] == ["def f", "def f"]
+
+
+def test_a_json_line_has_its_tokens_where_there_are_none(command):
+    out, _ = command("--json", "--n-tokens", "0")
+    assert json.loads(out.strip())["tokens"] == []

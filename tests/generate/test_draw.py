@@ -49,6 +49,22 @@ def test_penalties_are_those_of_the_papers():
     assert logits_V.tolist() == [2.0, -2.0, 1.0, 0.0, 3.0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "likely"),
+    [
+        ({"temperature": 1e-300}, {2}),
+        ({"logit_bias": {0: 1e300, 3: 1e39}}, {0, 3}),
+        ({"logit_bias": {2: -1e300}, "top_p": 0.5}, {0, 1, 3}),
+        ({"presence_penalty": 1e300}, {0, 1, 3}),
+        ({"repetition_penalty": 1e-300}, {2}),
+    ],
+)
+def test_settings_without_measure_draw_by_what_is_left(settings, likely):
+    logits_V = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    found = {draw(logits_V, Sampling(top_k=0, **settings), place / 10, [], [2]) for place in range(10)}
+    assert found <= likely, found
+
+
 def test_tokens_come_as_often_as_they_are_probable():
     logits_V, n = torch.tensor([0.0, 1.0, 2.0, -1.0]), 4000
     sampling = Sampling(temperature=0.5, top_k=3)

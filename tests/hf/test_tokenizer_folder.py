@@ -10,9 +10,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megagpt.data.tokenizers.same import same_ids
-from megagpt.data.tokenizers.tokenizer import build_tokenizer, tokenizer_of_run
+from megagpt.data.tokenizers.tokenizer import Bounds, build_tokenizer, tokenizer_of_run
 from megagpt.errors import UserError
-from megagpt.hf.tokenizer_folder import copy_tokenizer, find_tokenizer, special_ids
+from megagpt.hf.tokenizer_folder import bounds_of, copy_tokenizer, find_tokenizer, special_ids
 
 TEXT = "In 1984:    37.8 <|im_start|>user\n\nHi<|im_end|><|endoftext|>"
 CHAT = ["<|im_start|>", "<|im_end|>", "[PAD]"]
@@ -87,6 +87,40 @@ def test_added_tokens_and_the_ends_of_texts_come_along(tmp_path: Path):
     assert special_ids(copied) == {"bos_token_id": 0, "eos_token_id": [n - 2, 0]}
     settings = copied.transformers_settings
     assert (settings["eos_token"]["content"], settings["chat_template"]) == ("<|im_end|>", "{{ x }}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "begin"),
+    [
+        ("hf", {}, (0,)),
+        ("gpt2", {}, ()),
+        ("gpt2", {"add_bos_token": True}, (0,)),
+        ("hf", {"add_bos_token": True, "bos_token": "t"}, None),
+        ("hf", {"add_bos_token": False}, ()),
+    ],
+)
+def test_what_begins_and_ends_a_text_comes_along(tmp_path: Path, kind: str, settings: dict, begin: tuple | None):
+    whole = byte_level()
+    if kind == "hf":
+        whole.post_processor = processors.TemplateProcessing(
+            single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+        )
+    ids = {"bos_token_id": 0, "eos_token_id": [7, 0]}
+    source = write(
+        tmp_path / "bos", whole, tokenizer_config=settings | {"chat_template": "{{ x }}"}, generation_config=ids
+    )
+    found, _ = find_tokenizer(source)
+    assert found is not None and found.kind == kind
+    wanted = Bounds((found.encode("t")[0],) if begin is None else begin, (0, 7))
+    assert bounds_of(found, source) == wanted
+    copied = tokenizer_of_run(copy_tokenizer(source, found, tmp_path / "copy", tmp_path / "copy"))
+    assert copied is not None and bounds_of(copied, tmp_path / "copy") == wanted
+    assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())["chat_template"] == "{{ x }}"
+
+
+def test_a_folder_without_tokenizer_says_what_ends_a_text(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2, "bos_token_id": 1}')
+    assert bounds_of(None, tmp_path) == Bounds((), (2,))
 
 
 def gpt1() -> Tokenizer:

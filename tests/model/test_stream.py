@@ -1,4 +1,4 @@
-"""Tokens at positions of their own, and decoding with a cache: the logits of the whole sequence, token by token."""
+"""Decoding with a cache: the logits of the whole sequence, token by token."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from megagpt.config import ModelConfig
-from megagpt.model.cache import Cache
+from megagpt.generate.stage import Stage
+from megagpt.model.cache import Cache, View
 from megagpt.model.gpt import GPT
 from megagpt.model.position import POSITIONS
 from megagpt.model.stream import Stream
 from megagpt.parallel.axis import SINGLE
+from megagpt.parallel.mesh import single_process_mesh
 from megagpt.parallel.parameter import part_of
 from tests.tolerances import assert_close
 
@@ -50,12 +52,20 @@ def cache_of(config: ModelConfig, n_rows: int) -> Cache:
     return Cache(config, range(config.n_layers), 1, **places, dtype=torch.float32, device=torch.device("cpu"))
 
 
+def logits_at(model: GPT, tokens_BT: torch.Tensor, view: View) -> torch.Tensor:
+    """Of each token, by the way that the engine takes.  Of BASE only the vocabulary is asked, which all share."""
+    blocks = ((f"blocks.{i}", block) for i, block in enumerate(model.blocks))
+    layers = [("embedding", model.embedding), *blocks, ("head", model.head)]
+    stage = Stage(BASE, single_process_mesh(), layers)
+    return stage.logits(stage(tokens_BT, view).flatten(0, 1)).unflatten(0, tokens_BT.shape)
+
+
 def decode(model: GPT, cache: Cache, rows: list[list[int]], starts: list[int]) -> list[torch.Tensor]:
     """The logits of the next tokens of each row, which are padded to the longest."""
     n_tokens = max(map(len, rows))
     view = cache.view(0, starts, [len(row) for row in rows], n_tokens)
     tokens_BT = torch.tensor([row + [0] * (n_tokens - len(row)) for row in rows])
-    logits_BTV = model(tokens_BT, positions_BT=view.positions_BT, cache=view)
+    logits_BTV = logits_at(model, tokens_BT, view)
     return [logits_TV[: len(row)] for logits_TV, row in zip(logits_BTV, rows, strict=True)]
 
 
@@ -99,7 +109,7 @@ def test_a_step_over_all_places_is_the_same_step(name):
     positions_B1 = torch.tensor([[9], [4]])
     for _ in range(2):  # once more changes nothing
         next_B1 = tokens_BT.gather(1, positions_B1)
-        logits_B1V = model(next_B1, positions_BT=positions_B1, cache=cache.whole_view(positions_B1))
+        logits_B1V = logits_at(model, next_B1, cache.whole_view(positions_B1))
     whole_BTV = model(tokens_BT)
     assert_close(logits_B1V[:, 0], torch.stack([whole_BTV[0, 9], whole_BTV[1, 4]]), name)
 
@@ -116,28 +126,11 @@ def test_the_cache_of_a_window_does_not_grow_beyond_it_and_a_row_can_move():
     assert_close(found, model(tokens_BT[1:])[0, 13:], "row 1 in the place of row 0")
 
 
-@pytest.mark.parametrize("name", CASES)
-@torch.no_grad()
-def test_positions_count_and_not_the_order_of_the_tokens(name):
-    model, tokens_BT = model_of(CASES[name]), torch.randint(37, (2, 20))
-    order_BT = torch.stack([torch.randperm(20) for _ in range(2)])
-    logits_BTV = model(tokens_BT)
-    found = model(tokens_BT.gather(1, order_BT), positions_BT=order_BT)
-    assert_close(found, logits_BTV.gather(1, order_BT.unsqueeze(-1).expand_as(found)), name)
-
-
-def test_attention_dropout_has_no_masks_for_positions():
-    model = GPT(replace(BASE, dropout_attention=0.1), SINGLE)
-    tokens_BT = torch.zeros(1, 4, dtype=torch.int64)
+def test_attention_dropout_has_no_masks_for_a_cache():
+    model, cache = GPT(replace(BASE, dropout_attention=0.1), SINGLE), cache_of(BASE, 1)
     with pytest.raises(ValueError, match="attention dropout knows tokens by their place in the sample"):
-        model(tokens_BT, positions_BT=torch.arange(4)[None])
-    model.eval()(tokens_BT, positions_BT=torch.arange(4)[None])
-
-
-def test_a_cache_wants_positions():
-    view = cache_of(BASE, 1).view(0, [0], [1], 1)
-    with pytest.raises(ValueError, match="got a cache without positions_BT"):
-        GPT(BASE, SINGLE)(torch.zeros(1, 1, dtype=torch.int64), cache=view)
+        decode(model, cache, [[1, 2]], [0])
+    decode(model.eval(), cache, [[1, 2]], [0])
 
 
 def test_a_pipeline_hands_on_what_a_stream_is_made_from():

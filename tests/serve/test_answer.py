@@ -9,7 +9,7 @@ import pytest
 
 from megagpt.generate.request import Piece, TokenLogprobs
 from megagpt.serve.answer import Answer
-from tests.serve.test_asked import BARE, SERVED, chat, completion
+from tests.serve.test_asked import BARE, BEGUN, SERVED, chat, completion
 
 
 def whole(answer: Answer, *pieces: tuple[int, Piece]) -> dict[str, Any]:
@@ -120,3 +120,19 @@ def test_a_model_without_tokenizer_tells_ids(stream: bool):
     (choice,) = found["choices"]
     assert choice["token_ids"] == [5] and list(choice["prompt_token_ids"]) == [3, 4] and choice["text"] == ""
     assert choice["logprobs"]["tokens"] == ["token_id:5"] and choice["logprobs"]["token_logprobs"] == [-1.0]
+
+
+@pytest.mark.parametrize(("prompt", "offsets"), [("ab", [0, 0, 1, 2]), ("\x01ab", [0, 1, 2, 3])])
+def test_offsets_count_in_the_text_which_may_lack_what_begins_it(prompt: str, offsets: list[int]):
+    answer = Answer(completion(BEGUN, prompt=prompt, echo=True, logprobs=0), BEGUN)
+    (choice,) = whole(answer, (0, Piece(0, 0, (120,), "x", (WRITTEN,), (TokenLogprobs(1, None), *SCORED), "length")))[
+        "choices"
+    ]
+    assert choice["text"] == prompt + "x" and choice["logprobs"]["text_offset"] == offsets
+
+
+def test_a_part_of_a_character_has_no_bytes_of_text():
+    messages, entry = [{"role": "user", "content": "hi"}], TokenLogprobs(0xC3, -1.0)
+    answer = Answer(chat(messages=messages, logprobs=True), SERVED)
+    (choice,) = whole(answer, (0, Piece(0, 0, (0xC3,), "", (entry,), finish="length")))["choices"]
+    assert choice["logprobs"]["content"][0]["bytes"] is None

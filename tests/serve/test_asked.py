@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megagpt.data.tokenizers.bytes import ByteTokenizer
+from megagpt.data.tokenizers.tokenizer import Bounds
 from megagpt.generate.request import Request, Sampling
 from megagpt.serve import asked
 from megagpt.serve.api_error import ApiError
@@ -18,6 +19,7 @@ from megagpt.serve.served import Served
 from tests.serve.serving import CHATML
 
 SERVED = Served("small", ByteTokenizer(), 257, n_places=32, max_texts=8, template=ChatTemplate(CHATML, {}))
+BEGUN = replace(SERVED, bounds=Bounds(begin=(1,), ends=(4, 256)))  # as LLaMA's: a token begins a text, two may end it
 BARE = replace(SERVED, tokenizer=None, template=None)
 END = 256
 
@@ -44,6 +46,19 @@ def chat(served: Served = SERVED, /, **body: Any) -> Asked:
 )
 def test_prompts_are_text_or_ids_one_or_several(prompt: Any, ids: list[tuple[int, ...]]):
     assert [request.prompt for request in completion(prompt=prompt).requests] == ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"), [("a", (1, 97)), ("\x01a", (1, 97)), ("", (1,)), ([97], (97,)), ([1, 97], (1, 97))]
+)
+def test_what_begins_a_text_is_there_once(prompt: Any, ids: tuple[int, ...]):
+    (request,) = completion(BEGUN, prompt=prompt).requests
+    assert request.prompt == ids and request.ends == (4, 256)
+
+
+def test_what_begins_a_chat_is_the_templates_to_say():
+    (request,) = chat(BEGUN, messages=[{"role": "user", "content": "hi"}]).requests
+    assert request.prompt[0] == ord("<") and request.ends == (4, 256)
 
 
 def test_every_field_reaches_the_sampling():
@@ -155,3 +170,9 @@ def test_messages_that_are_none(messages: Any):
     with pytest.raises(ApiError) as failed:
         chat(messages=messages)
     assert failed.value.status == 400 and str(failed.value.param).startswith("messages")
+
+
+def test_a_part_of_a_message_that_is_no_text_is_named():
+    with pytest.raises(ApiError, match="wanted text, or a list of parts") as failed:
+        chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
+    assert failed.value.param == "messages.0.content"

@@ -54,10 +54,14 @@ def test_a_damaged_template_is_told(tmp_path: Path):
         template_beside(settings(tmp_path, chat_template="{% for"))
 
 
-def test_as_transformers_renders_it():
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}\n    {% if m.role == 'user' %}\n<{{ m.content }}>\n    {% endif %}\n{% endfor %}end",
+        "{% for m in messages %}\n{% generation %}\n{{ m.content }}{% endgeneration %}\n{% endfor %}end",
+    ],
+)
+def test_as_transformers_renders_it(source: str):
     transformers = pytest.importorskip("transformers")
-    source = (
-        "{% for m in messages %}\n    {% if m.role == 'user' %}\n<{{ m.content }}>\n    {% endif %}\n{% endfor %}end"
-    )
     theirs, _ = transformers.utils.chat_template_utils.render_jinja_template([MESSAGES], chat_template=source)
     assert ChatTemplate(source, {}).render(MESSAGES) == theirs[0]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,6 +73,12 @@ class HfTokenizer:
     def has_template(self) -> bool:
         """Whether the file says which tokens stand at the ends of a text, for those who apply that."""
         return self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0
+
+    @property
+    def begin(self) -> tuple[int, ...]:
+        """What its template puts before a text."""
+        whole = self._tokenizer.encode("a")
+        return tuple(i for i, _ in takewhile(itemgetter(1), zip(whole.ids, whole.special_tokens_mask, strict=True)))
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its name; None where there is none."""

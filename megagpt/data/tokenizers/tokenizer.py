@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -26,6 +27,25 @@ from megagpt.errors import UserError
 
 if TYPE_CHECKING:
     from megagpt.config import DataConfig
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Ids that a model wants around a text beyond what its tokenizer's `encode` gives: none for those trained here.
+
+    begin: before a prompt (LLaMA's <s>).  ends: each of these ends what is written; none: the tokenizer's `eod` does.
+    """
+
+    begin: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
+
+    def begun(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """A prompt with `begin` before it, once: its text may have named it already."""
+        there = tuple(ids)
+        return there if there[: len(self.begin)] == self.begin else self.begin + there
+
+
+UNBOUND = Bounds()
 
 
 class Tokenizer(Protocol):

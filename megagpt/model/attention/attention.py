@@ -74,12 +74,12 @@ class Attention(nn.Module):
 
     def forward(self, stream: Stream, epilogue: Epilogue | None = None) -> Tensor:
         q_BHTK, kv_BTGXK = self._project(stream.x, stream.positions_BT)
-        if stream.positions_BT is None:
+        if stream.cache is None:
             k_BGTK, v_BGTK = kv_BTGXK.permute(3, 0, 2, 1, 4)
             runs = attention_runs(self.choice, self.position_name, self.dropout.active)
             y_BHTK = IMPLEMENTATIONS[runs].attend(self, q_BHTK, k_BGTK, v_BGTK, stream.sample_ids_B)
         else:
-            y_BHTK = self._attend_anywhere(stream, q_BHTK, kv_BTGXK)
+            y_BHTK = self._attend_cached(q_BHTK, kv_BTGXK, stream.cache)
         return self.out(y_BHTK.transpose(1, 2).flatten(2), epilogue)
 
     def learned(self, compute: Callable[..., Tensor], *arguments: object) -> Tensor:
@@ -101,24 +101,13 @@ class Attention(nn.Module):
     def _turn(self, x_BTGXK: Tensor, positions_BT: Tensor | None, n_turned: int | None = None) -> Tensor:
         return self.position.turn(x_BTGXK, positions_BT, n_turned, self.rotary_kernels)
 
-    def _attend_anywhere(self, stream: Stream, q_BHTK: Tensor, kv_BTGXK: Tensor) -> Tensor:
-        """Of queries at any positions, to their own keys and those in the cache.
-
-        A key is seen by where it stands: positions that come twice in a row of the batch see each other's keys.
-        """
-        queries_BT = stream.positions_BT
-        assert queries_BT is not None
+    def _attend_cached(self, q_BHTK: Tensor, kv_BTGXK: Tensor, view: View) -> Tensor:
+        """Of queries where the view says, to their own keys and those in the cache."""
         if self.dropout.active:
-            raise ValueError("attention dropout knows tokens by their place in the sample; got other positions")
-        view = stream.cache
-        if view is not None:
-            k_BGSK, v_BGSK = view.extend(self.layer, kv_BTGXK)
-        else:
-            k_BGSK, v_BGSK = kv_BTGXK.permute(3, 0, 2, 1, 4)
-        if self.position.adds is None and view is not None and view.sees_all and not self.masks.rule.needs_mask:
-            mask = None
-        else:
-            mask = self._mask(view, q_BHTK, k_BGSK, queries_BT)
+            raise ValueError("attention dropout knows tokens by their place in the sample; got a cache")
+        k_BGSK, v_BGSK = view.extend(self.layer, kv_BTGXK)
+        sees_all = self.position.adds is None and view.sees_all and not self.masks.rule.needs_mask
+        mask = None if sees_all else self._mask(view, q_BHTK, k_BGSK)
         G, T = k_BGSK.shape[1], q_BHTK.shape[2]
         if T > 1 or not self.grouped:
             return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, enable_gqa=self.grouped)
@@ -128,15 +117,15 @@ class Attention(nn.Module):
         y_BGXK = F.scaled_dot_product_attention(q_BHTK.reshape(len(q_BHTK), G, -1, self.d_head), k_BGSK, v_BGSK, mask)
         return y_BGXK.view_as(q_BHTK)
 
-    def _mask(self, view: View | None, q_BHTK: Tensor, k_BGSK: Tensor, queries_BT: Tensor) -> Tensor:
+    def _mask(self, view: View, q_BHTK: Tensor, k_BGSK: Tensor) -> Tensor:
         """What is added to the scores: -inf where a key is not seen.  Shapes: → (B, H or 1, T, S).
 
         Layers of one pattern share it in a pass where positions add nothing that a layer learns.
         """
-        shared, kept = self.position.adds in (None, "slopes"), view.kept if view else {}
+        shared, kept, queries_BT = self.position.adds in (None, "slopes"), view.kept, view.positions_BT
         key = self.masks.pattern, self.layer if self.masks.rule.differs else None, k_BGSK.shape[2]
         if not shared or key not in kept:
-            keys_BS = view.key_positions(self.layer) if view else queries_BT
+            keys_BS = view.key_positions(self.layer)
             distance_BTS = queries_BT.unsqueeze(-1) - keys_BS.unsqueeze(-2)
             added_BHTS = self.learned(self.position.added, q_BHTK, k_BGSK, distance_BTS, self.heads)
             allowed_BTS = self.masks.between(queries_BT, keys_BS)
