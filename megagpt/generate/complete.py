@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from megagpt.data.tokenizers.tokenizer import UNBOUND, Bounds
-from megagpt.errors import UserError
+from megagpt.errors import UserError, require
 from megagpt.generate.engine import Engine
 from megagpt.generate.limits import ROWS, Limits, limits_for
 from megagpt.generate.request import Completion, Piece, Request, Sampling
@@ -79,7 +79,7 @@ def answer(
 def request_of(prompt: Prompt, sampling: Sampling, tokenizer: Tokenizer | None, bounds: Bounds = UNBOUND) -> Request:
     """A prompt as the engine takes it: a text as the model has it begin; an empty one with the end of another.
 
-    Raises UserError for a text without a tokenizer.
+    Raises UserError for a text without a tokenizer, or with parts of characters.
     """
     eod = tokenizer.eod if tokenizer else None
     end = () if eod is None else (eod,)
@@ -87,4 +87,6 @@ def request_of(prompt: Prompt, sampling: Sampling, tokenizer: Tokenizer | None, 
         return Request(tuple(prompt), sampling, bounds.ends or end)
     if tokenizer is None:
         raise UserError("got a prompt as text", "but the model has no tokenizer", "give token ids", ("prompt",))
+    whole = prompt == prompt.encode(errors="replace").decode()
+    require(whole, f"got the prompt {prompt!r:.60}", "wanted whole characters", "give it as UTF-8", "prompt")
     return Request(bounds.begun(tokenizer.encode(prompt)) or end, sampling, bounds.ends or end)

@@ -78,6 +78,7 @@ def test_a_file_of_prompts_gives_a_json_line_a_text_in_its_order(command, tmp_pa
         (["--batch", "0", "--json"], "got n_rows=0 for the cache wanted 1 or more"),
         (["--logprobs", "1"], "got --logprobs or --prompt-logprobs which only --json prints"),
         (["--logit-bias", "x"], "--logit-bias got 'x' wanted ID=X"),
+        (["--prompt", "a\udcff"], r"got the prompt 'a\\udcff' wanted whole characters"),
         (["--prompt-ids", "300"], r"got token id \[300\] in prompt wanted 0 to 256"),
         (["--top-p", "2"], "got top_p=2.0 wanted above 0, at most 1"),
         (["--pp", "2"], "got 1 processes for --pp 2 --dp 1 wanted a multiple of 2"),
