@@ -50,9 +50,6 @@ def copy_tokenizer(source: Path, tokenizer: Tokenizer, copy: Path, final: Path) 
     for path in (*tokenizer.files, *(source / name for name in (SETTINGS, _SPECIAL, CHAT_TEMPLATE))):
         if path.exists():
             shutil.copyfile(path, copy / path.name)
-    if tokenizer.kind != "hf":  # whose own file says it
-        settings = _object(source / SETTINGS) | {_BEGINS: bool(bounds_of(tokenizer, source).begin)}
-        (copy / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
     (copy / _IDS).write_text(json.dumps(_ids_in(source / "config.json") | _ids_in(source / _IDS)), encoding="utf-8")
     keys = {"model": "tokenizer_model"}
     named = {keys.get(option.key, option.key): str(final / option.name) for option in tokenizer.options}
@@ -81,15 +78,14 @@ def bounds_of(tokenizer: Tokenizer | None, folder: Path) -> Bounds:
 
 
 def _begin(tokenizer: Tokenizer, folder: Path, bos: Any) -> tuple[int, ...]:
-    """By the settings, else by the template of tokenizer.json, else as transformers' class for these files does."""
+    """By the settings, else by the template of tokenizer.json."""
     settings = settings_in(folder)
-    if _BEGINS not in settings and isinstance(tokenizer, HfTokenizer):
+    begins = settings.get(_BEGINS)
+    if begins is None and isinstance(tokenizer, HfTokenizer):
         return tokenizer.begin
     name = token_name(settings.get("bos_token"))
     if name is not None and isinstance(tokenizer, HfTokenizer):
         bos = tokenizer.id_of(name)
-    in_one = all(path.exists() for path in _files(folder, "hf"))  # which has no template, or it were taken
-    begins = settings.get(_BEGINS, tokenizer.kind == "sentencepiece" and not in_one)
     return (bos,) if begins and isinstance(bos, int) else ()
 
 
