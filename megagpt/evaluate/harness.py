@@ -56,6 +56,7 @@ class Harness(TemplateLM):
                 "give tokenizer=KIND and its files",
             )
         self.trained, self.tokens = trained, trained.tokenizer
+        self.ends = trained.bounds.ends or (trained.tokenizer.eod,)
         self.speaks = trained.mesh.rank == 0
 
     @classmethod
@@ -84,12 +85,18 @@ class Harness(TemplateLM):
         return self.tokens.eod
 
     @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is: the beginning of a text, where the model knows one, else the end of another."""
+        return self.trained.bounds.begin[0] if self.trained.bounds.begin else self.eot_token_id
+
+    @property
     def max_length(self) -> int:
         """Tokens that a context holds."""
         return self.trained.config.model.seq_len
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self.tokens.encode(string)
+        ids = self.tokens.encode(string)
+        return ids if add_special_tokens is False else list(self.trained.bounds.begun(ids))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -144,7 +151,7 @@ class Harness(TemplateLM):
             stop=tuple(until),
         )
         ids = self.tok_encode(context)[-room:] or [self.eot_token_id]
-        return Request(tuple(ids), sampling, (self.eot_token_id,))
+        return Request(tuple(ids), sampling, self.ends)
 
     def _progress(self, silent: bool) -> Progress:
         console = Console(stderr=True)

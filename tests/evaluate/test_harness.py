@@ -39,19 +39,22 @@ WRITTEN: list[tuple[str, dict[str, Any]]] = [
 Answers = tuple[list[tuple[float, bool]], list[float], list[str]]
 
 
-def write_tokenizer(folder: Path) -> int:
-    """A byte-level BPE of a few merges; returns the size of its vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def write_tokenizer(folder: Path, begins: bool) -> int:
+    """A byte-level BPE of a few merges, which may begin texts with a token, as LLaMA's; returns its vocabulary's size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast  # two seconds, which no rank needs
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)  # type: ignore[call-arg]
+    end, begin = "<|endoftext|>", "<s>"
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[end, begin], initial_alphabet=alphabet)  # type: ignore[call-arg]
     tokenizer.train_from_iterator([LONG], trainer)
-    end = "<|endoftext|>"
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end, unk_token=end)
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 1)])  # type: ignore[assignment]
+    settings = {"eos_token": end, "bos_token": begin if begins else end, "unk_token": end}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
     fast.save_pretrained(folder)
     return tokenizer.get_vocab_size()
 
@@ -81,7 +84,7 @@ def build(name: str, n_vocab: int) -> Any:
 def folder(request, tmp_path_factory) -> Path:
     """A model and its tokenizer, as transformers writes them."""
     made = tmp_path_factory.mktemp(request.param)
-    build(request.param, write_tokenizer(made)).save_pretrained(made)
+    build(request.param, write_tokenizer(made, begins=request.param == "llama")).save_pretrained(made)
     return made
 
 
