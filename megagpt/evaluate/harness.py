@@ -25,17 +25,17 @@ from megagpt.generate.request import Request, Sampling
 from megagpt.generate.trained import Trained, open_trained
 
 try:
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise UserError(
         f"the harness needs lm_eval ({error})", "which the extra eval brings", "pip install 'megagpt[eval]'"
     ) from None
 
 if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
 DEFAULT_WRITTEN = 256  # tokens, where a task does not say: as the harness's own models
 
@@ -160,7 +160,7 @@ class Harness(TemplateLM):
 
 def main() -> None:
     """The harness's own command line; the ranks beside the first one say nothing."""
-    from lm_eval.__main__ import cli_evaluate  # its own start: seconds
+    from lm_eval.__main__ import cli_evaluate  # its own start: seconds  # pyright: ignore[reportMissingImports]
 
     speaks = int(os.environ.get("RANK", "0")) == 0
     with open(os.devnull, "w") as nowhere, nullcontext() if speaks else redirect_stdout(nowhere):
