@@ -40,7 +40,7 @@ Answers = tuple[list[tuple[float, bool]], list[float], list[str]]
 
 
 def write_tokenizer(folder: Path, begins: bool) -> int:
-    """A byte-level BPE of a few merges, which may begin texts with a token (LLaMA); returns the size of its vocabulary."""
+    """A byte-level BPE of a few merges, which may begin texts with a token; returns the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast  # two seconds, which no rank needs
 
