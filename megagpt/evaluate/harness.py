@@ -22,7 +22,7 @@ from megagpt.errors import UserError, home_expanded, run_cli
 from megagpt.evaluate.score import Pair, score
 from megagpt.generate.complete import answer
 from megagpt.generate.request import Request, Sampling
-from megagpt.generate.trained import Trained, open_trained
+from megagpt.generate.trained import DTYPES, Trained, open_trained
 
 try:
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
@@ -53,7 +53,7 @@ class Harness(TemplateLM):
             raise UserError(
                 f"{trained.folder} has no tokenizer with an end of text",
                 "which the harness's texts need",
-                "give tokenizer=KIND and its files",
+                "give a run or folder that has one",
             )
         self.trained, self.tokens = trained, trained.tokenizer
         self.ends = trained.bounds.ends or (trained.tokenizer.eod,)
@@ -63,10 +63,11 @@ class Harness(TemplateLM):
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
         """From --model_args: load, pp, dp, precision; the model is open until the process ends."""
         layout = {key: value for key, value in arg_dict.items() if key != "load"}
-        if "load" not in arg_dict or layout.keys() - {"pp", "dp", "precision"}:
+        strange = layout.keys() - {"pp", "dp", "precision"} or layout.get("precision", "fp32") not in DTYPES
+        if "load" not in arg_dict or strange:
             raise UserError(
-                f"got --model_args with {', '.join(arg_dict)}",
-                "wanted load=RUN and perhaps pp=, dp=, precision=",
+                f"got --model_args {','.join(f'{key}={value}' for key, value in arg_dict.items())}",
+                f"wanted load=RUN and perhaps pp=N, dp=N, precision={'|'.join(DTYPES)}",
                 "change --model_args",
             )
         stack = ExitStack()
@@ -103,8 +104,8 @@ class Harness(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs: list[Pair] = [(context, continuation) for _, context, continuation in requests]
         with self._progress(disable_tqdm) as bar:
-            task = bar.add_task("scoring", total=-(-len(pairs) // self.trained.mesh.data.size))
-            found = score(self.trained.stage, pairs, lambda n: bar.advance(task, n))
+            task = bar.add_task("scoring", total=None)
+            found = score(self.trained.stage, pairs, lambda done, total: bar.update(task, completed=done, total=total))
         return [(one.logprob, one.greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megagpt.errors import UserError
 from megagpt.generate.complete import answer
-from megagpt.generate.request import Request, Sampling
+from megagpt.generate.request import Piece, Request, Sampling
 
 if TYPE_CHECKING:
     from megagpt.generate.stage import Stage
@@ -31,10 +31,12 @@ class Score:
     greedy: bool
 
 
-def score(stage: Stage, pairs: Sequence[Pair], done: Callable[[int], None] = lambda n: None) -> list[Score]:
+def score(
+    stage: Stage, pairs: Sequence[Pair], progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Score]:
     """Of each pair; where both together are longer than the context, its beginning is cut off, as lm-eval does.
 
-    done: told how many more pairs are read, of those that this replica reads; equal ones count once.
+    progress is told, after each pair, how many are done, and how many this replica reads; equal ones count once.
     Comm: those of `answer`, once for each power of two that lengths lie between.
     Raises UserError for a continuation that the context does not hold, or an empty one.
     """
@@ -44,10 +46,19 @@ def score(stage: Stage, pairs: Sequence[Pair], done: Callable[[int], None] = lam
     by_length: dict[int, list[Request]] = defaultdict(list)
     for request in sorted(distinct.values(), key=lambda request: -len(request.prompt)):
         by_length[len(request.prompt).bit_length()].append(request)
+    data, n_done = stage.mesh.data, 0
+    total = sum(len(range(data.rank, len(some), data.size)) for some in by_length.values())
+
+    def show(_: int, piece: Piece) -> None:
+        nonlocal n_done
+        if piece.finish:
+            n_done += 1
+            progress(n_done, total)
+
     found: dict[object, Score] = {}
     for some in by_length.values():
         n_rows = max(1, TOKENS // len(some[0].prompt))
-        texts = answer(stage, None, some, n_rows=n_rows, show=lambda _, piece: done(int(piece.finish is not None)))
+        texts = answer(stage, None, some, n_rows=n_rows, show=show)
         for request, (text,) in zip(some, texts, strict=True):
             entries = text.prompt_logprobs
             logprob = sum(entry.logprob or 0.0 for entry in entries)

@@ -25,9 +25,11 @@ PAIRS: list[Pair] = [
 
 def scores(tp: int, pp: int, dp: int) -> tuple[list[tuple[float, bool]], int]:
     """On a rank: and how many pairs it was told of."""
-    told: list[int] = []
+    told: list[tuple[int, int]] = []
     stage = build_stage(MODEL, build_mesh("cpu", pp=pp, dp=dp, tp=tp))
-    return [(one.logprob, one.greedy) for one in score(stage, PAIRS, told.append)], sum(told)
+    found = [(one.logprob, one.greedy) for one in score(stage, PAIRS, lambda *n: told.append(n))]
+    assert told == [(i + 1, len(told)) for i in range(len(told))]
+    return found, len(told)
 
 
 def expected() -> list[tuple[float, bool]]:
