@@ -13,6 +13,7 @@ from megagpt.errors import UserError, require
 from megagpt.generate.engine import Engine
 from megagpt.generate.limits import ROWS, Limits, limits_for
 from megagpt.generate.request import Completion, Piece, Request, Sampling
+from megagpt.parallel.axis import Axis
 
 if TYPE_CHECKING:
     from megagpt.data.tokenizers.tokenizer import Tokenizer
@@ -61,7 +62,7 @@ def answer(
     data = stage.mesh.data
     for request in requests:  # those of others too: what cannot be is refused on all ranks
         request.check(stage.config.vocab, limits.n_places if limits else stage.config.seq_len)
-    mine = {i: requests[i] for i in range(data.rank, len(requests), data.size)}
+    mine = {i: requests[i] for i in dealt(len(requests), data)}
     engine = Engine(stage, limits or limits_for(stage, mine.values(), n_rows), tokenizer)
     numbers = {engine.add(request): i for i, request in mine.items()}
     texts = {i: [Completion() for _ in range(mine[i].sampling.n_samples)] for i in numbers.values()}
@@ -74,6 +75,11 @@ def answer(
         dist.all_gather_object(gathered, texts, group=data.group)
         texts = {i: found for part in gathered for i, found in part.items()}
     return [texts[i] for i in range(len(requests))]
+
+
+def dealt(n: int, data: Axis) -> range:
+    """Of n requests, those that this replica answers: neighbours, which may share their beginning."""
+    return range(n * data.rank // data.size, n * (data.rank + 1) // data.size)
 
 
 def request_of(prompt: Prompt, sampling: Sampling, tokenizer: Tokenizer | None, bounds: Bounds = UNBOUND) -> Request:

@@ -75,7 +75,8 @@ def logprobs_of(logits_TV: Tensor, tokens: Sequence[int], n_likeliest: int) -> l
     """Of each token, by the logits of its place.  Shapes: logits_TV, T tokens."""
     logprobs_TV = logits_TV.float().log_softmax(-1)
     own = logprobs_TV[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
-    best = logprobs_TV.topk(min(n_likeliest, logits_TV.shape[-1]), dim=-1)
+    one = n_likeliest == 1  # of large vocabularies the faster way
+    best = logprobs_TV.max(-1, keepdim=True) if one else logprobs_TV.topk(min(n_likeliest, logits_TV.shape[-1]), dim=-1)
     likeliest = [
         tuple(zip(ids, values, strict=True))
         for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -21,7 +22,9 @@ from megagpt.generate.graphs import Graphs
 from megagpt.generate.limits import Limits
 from megagpt.generate.request import Piece, Request, TokenLogprobs
 from megagpt.generate.write import Writer
+from megagpt.inventory.attention import cached_places
 from megagpt.model.cache import Cache
+from megagpt.model.position.rotary import scaling_of
 from megagpt.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ class Engine:
         # Of one process: what a stage receives, and collectives, are left to the host.
         graphed = stage.weight.device.type == "cuda" and self.mesh.world_size == 1
         self.graphs = Graphs(stage, self.caches[0]) if graphed else None
-        self.batching = Batching([Group(i, n_rows, limits.chunk, c.move) for i, c in enumerate(self.caches)])
+        self.batching = Batching([self._group(i, n_rows) for i in range(n_groups)])
         self.in_flight: deque[Pass | None] = deque([None] * (n_groups - 1))  # by stage, between steps
         self.x_BTD: Tensor | None = None  # what came from the stage before
         self.writer = Writer(tokenizer, limits.n_places)  # at work where `draws`
@@ -63,6 +66,14 @@ class Engine:
             dtype=weight.dtype,
             device=weight.device,
         )
+
+    def _group(self, number: int, n_rows: int) -> Group:
+        """With what all stages say alike of the model, since each decides for itself."""
+        config, n_places = self.stage.config, self.limits.n_places
+        n_kept = min(cached_places(config, layer, n_places) for layer in range(config.n_layers))
+        scaling = scaling_of(config)
+        shares = scaling.length(1) == scaling.length(n_places)  # else keys turn by the length that they are read at
+        return Group(number, n_rows, self.limits.chunk, self.caches[number].move, n_kept, shares)
 
     @property
     def draws(self) -> bool:
@@ -106,64 +117,75 @@ class Engine:
         self.in_flight.appendleft(self.batching.next_pass())
         mine, before, leaving = self.in_flight[rank], self.in_flight[rank - 1], self.in_flight.pop()
         x_BTD = None if mine is None else self._run(mine)
-        self.x_BTD = self.stage.shift(x_BTD, None if before is None else (len(before.samples), before.n_tokens))
+        self.x_BTD = self.stage.shift(x_BTD, None if before is None else before.shape)
         if leaving is None:
             return []
         pieces = self._pieces(leaving, x_BTD) if x_BTD is not None and rank == self.mesh.pipe.size - 1 else []
         pieces = from_last_stage(pieces, self.mesh)
-        counts = leaving.counts
         for sample, piece in zip(leaving.samples, pieces, strict=True):
             sample.tokens += piece.tokens
             sample.finish = sample.finish or piece.finish
-        self.batching.passed(leaving, counts, self.limits.n_places)
+        self.batching.passed(leaving, self.limits.n_places)
         return [piece for piece in pieces if piece.tokens or piece.prompt or piece.finish or piece.text]
 
     def _run(self, mine: Pass) -> Tensor:
-        counts, device = mine.counts, self.stage.weight.device
-        view = self.caches[mine.group.number].view(mine.first_row, mine.starts, counts, mine.n_tokens)
+        device = self.stage.weight.device
+        view = self.caches[mine.group.number].view(mine.first_row, mine.starts, mine.counts, mine.n_tokens)
         if self.mesh.pipe.rank > 0:
             assert self.x_BTD is not None
             return self.stage(self.x_BTD, view)
-        rows = [sample.window(count) for sample, count in zip(mine.samples, counts, strict=True)]
-        tokens_BT = torch.tensor([row + [0] * (mine.n_tokens - len(row)) for row in rows], device=device)
-        if self.graphs and mine.n_tokens == 1 and mine.first_row == 0 and view.counts_B is None:
+        tokens = [token for sample, count in mine.items for token in sample.window(count)]
+        tokens_BT = torch.tensor(tokens, device=device).view(mine.shape)
+        if self.graphs and mine.n_tokens == 1 and mine.first_row == 0:
             return self.graphs.run(tokens_BT, view.positions_BT)
         return self.stage(tokens_BT, view)
 
     def _pieces(self, done: Pass, x_BTD: Tensor) -> list[Piece]:
         """What each row's text gets by a pass; empty ones on the ranks that do not draw."""
-        x_ND, T = x_BTD.flatten(0, 1), done.n_tokens
-        scored = [self._score(sample, x_ND[i * T : i * T + n]) for i, (sample, n) in enumerate(done.items)]
+        x_ND, ends = x_BTD.flatten(0, 1), list(accumulate(done.counts))
+        scored = self._score(done, x_ND)
         ended = [draws and sample.sampling.only_scores for sample, draws in zip(done.samples, done.draws, strict=True)]
         drawing = [i for i, draws in enumerate(done.draws) if draws and not ended[i]]
         logits_NV = None
         if drawing:
-            places = torch.tensor([i * T + done.counts[i] - 1 for i in drawing], device=x_ND.device)
-            logits_NV = self.stage.logits(x_ND[places])
+            logits_NV = self.stage.logits(x_ND[[ends[i] - 1 for i in drawing]])
         if not self.draws:
             return [Piece(0, 0)] * len(done.samples)
         pieces = [
-            Piece(s.number, s.index, prompt=p, finish=(s.finish or "length") if end else None)
+            Piece(s.number, s.index, prompt=tuple(p), finish=(s.finish or "length") if end else None)
             for s, p, end in zip(done.samples, scored, ended, strict=True)
         ]
         if logits_NV is not None:
             drawn = self.writer.write([done.samples[i] for i in drawing], logits_NV)
             for i, piece in zip(drawing, drawn, strict=True):
-                pieces[i] = replace(piece, prompt=scored[i])
+                pieces[i] = replace(piece, prompt=pieces[i].prompt)
         return pieces
 
-    def _score(self, sample: Sample, x_ND: Tensor) -> tuple[TokenLogprobs, ...]:
-        """Of the prompt's tokens that these places predict, if asked for; nothing predicts the first one."""
-        request, sampling, first = sample.request, sample.sampling, sample.n_dropped + sample.n_done + 1
-        if not sampling.prompt_logprobs or sample.n_written or first > len(request.prompt):
-            return ()
-        scored = [TokenLogprobs(request.prompt[0], None)] if first == 1 and sampling.first_scored == 0 else []
-        end = min(first + len(x_ND), len(request.prompt))
-        for start in range(max(first, sampling.first_scored), end, MAX_SCORED):
-            some = request.prompt[start : min(start + MAX_SCORED, end)]
-            logits_NV = self.stage.logits(x_ND[start - first : start - first + len(some)])
-            scored += logprobs_of(logits_NV, some, sampling.logprobs or 0)
-        return tuple(scored)
+    def _score(self, done: Pass, x_ND: Tensor) -> list[list[TokenLogprobs]]:
+        """By row, of the prompt's tokens that a pass predicts, if asked for; nothing predicts the first one.
+
+        The places of all rows are taken together, some at a time.
+        """
+        scored: list[list[TokenLogprobs]] = [[] for _ in done.samples]
+        wanted: list[tuple[int, int, int]] = []  # row, place in the pass, token
+        place = 0
+        for row, (sample, count) in enumerate(done.items):
+            request, first = sample.request, sample.n_dropped + sample.n_done + 1
+            if sample.sampling.prompt_logprobs and not sample.n_written:
+                if first == 1 and sample.sampling.first_scored == 0:
+                    scored[row].append(TokenLogprobs(request.prompt[0], None))
+                end = min(first + count, len(request.prompt))
+                numbers = range(max(first, sample.sampling.first_scored), end)
+                wanted += [(row, place + number - first, request.prompt[number]) for number in numbers]
+            place += count
+        for start in range(0, len(wanted), MAX_SCORED):
+            rows, places, tokens = zip(*wanted[start : start + MAX_SCORED], strict=True)
+            n_likeliest = [done.samples[row].sampling.logprobs or 0 for row in rows]
+            most = max(n_likeliest)
+            found = logprobs_of(self.stage.logits(x_ND[list(places)]), tokens, most)
+            for row, n, entry in zip(rows, n_likeliest, found, strict=True):
+                scored[row].append(entry if n == most else replace(entry, likeliest=entry.likeliest[:n]))
+        return scored
 
 
 def from_last_stage(value: M, mesh: Mesh) -> M:

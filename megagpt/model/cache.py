@@ -47,10 +47,10 @@ class Cache:
         }
         self.n_places, self.device = n_places, device
 
-    def move(self, row: int, to: int) -> None:
-        """Copy a row over another one."""
+    def move(self, row: int, to: int, n: int) -> None:
+        """Copy the first n places of a row over those of another one."""
         for kv_RGXSK in self.layers.values():
-            kv_RGXSK[to] = kv_RGXSK[row]
+            kv_RGXSK[to, :, :, :n] = kv_RGXSK[row, :, :, :n]
 
     def view(self, first_row: int, starts: Sequence[int], counts: Sequence[int], n_tokens: int) -> View:
         """For a pass of neighbouring rows: where each begins, and how many of its n_tokens are tokens."""
@@ -58,9 +58,12 @@ class Cache:
         end = max(start + count for start, count in zip(starts, counts, strict=True))
         sees_all = n_tokens == 1 and min(starts) == max(starts) and min(counts) == 1
         starts_B, counts_B = torch.tensor(starts), torch.tensor(counts)
-        places_BT = torch.arange(n_tokens).minimum((counts_B - 1).clamp(min=0)[:, None])
-        positions_BT = (starts_B[:, None] + places_BT).to(self.device)
-        return View(self, rows, positions_BT, None if min(counts) == n_tokens else counts_B, end, sees_all)
+        times_T = torch.arange(n_tokens)
+        positions_BT = (starts_B[:, None] + times_T.minimum((counts_B - 1).clamp(min=0)[:, None])).to(self.device)
+        if min(counts) == n_tokens:
+            return View(self, rows, positions_BT, None, end, sees_all)
+        packed_N = (times_T < counts_B[:, None]).flatten().nonzero()[:, 0].to(self.device)
+        return View(self, rows, positions_BT, counts_B, end, sees_all, packed_N)
 
     def whole_view(self, positions_B1: Tensor) -> View:
         """For a token of each of the first rows, which looks at every place: the same work wherever they stand."""
@@ -71,7 +74,8 @@ class Cache:
 class View:
     """The rows of a cache that a pass reads and adds to.
 
-    counts_B: tokens of each row, where these are not all; the others are padding, seen by nobody.
+    counts_B: tokens of each row, where these are not all; the others are padding, seen by nobody. Only attention has
+    padding: elsewhere the tokens lie packed, one row's after another's.  packed_N: which of all B x T these are.
     end: the furthest position of any row, and one.
     sees_all: whether each row has one token, and all at the same position: then they see all keys, of a window too.
     kept: masks that layers share in this pass.  written: where layers with so many places write.
@@ -83,8 +87,20 @@ class View:
     counts_B: Tensor | None  # noqa: N815
     end: int
     sees_all: bool
+    packed_N: Tensor | None = None  # noqa: N815
     kept: dict[object, Tensor] = field(default_factory=dict)
     written: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def packed(self, x_BTX: Tensor) -> Tensor:
+        """The tokens without padding, where there is any.  Shapes: (B, T, …) → (1, N, …)."""
+        return x_BTX if self.packed_N is None else x_BTX.flatten(0, 1)[self.packed_N][None]
+
+    def by_row(self, x_1NX: Tensor) -> Tensor:
+        """With padding again.  Shapes: (1, N, …) → (B, T, …)."""
+        if self.packed_N is None:
+            return x_1NX
+        x_RX = x_1NX.new_zeros(self.positions_BT.numel(), *x_1NX.shape[2:])
+        return x_RX.index_copy_(0, self.packed_N, x_1NX[0]).unflatten(0, self.positions_BT.shape)
 
     def extend(self, layer: int, kv_BTGXK: Tensor) -> tuple[Tensor, Tensor]:
         """Add these; returns all keys and values: (B, G, S, K) twice."""

@@ -18,7 +18,7 @@ class Stream(NamedTuple):
 
     x: activations (B, T, D); before the embedding, tokens (B, T).
     sample_ids_B: positions of the samples in the run, by which dropout masks are drawn.
-    cache: what the tokens before left; these attend it, and are added to it.
+    cache: what the tokens before left; these attend it, and are added to it. Rows of unequal length then lie packed.
     """
 
     x: Tensor
@@ -28,7 +28,7 @@ class Stream(NamedTuple):
     @property
     def positions_BT(self) -> Tensor | None:  # noqa: N802
         """Where the tokens stand in their texts; None: at 0 … T - 1, as in training."""
-        return None if self.cache is None else self.cache.positions_BT
+        return None if self.cache is None else self.cache.packed(self.cache.positions_BT)
 
     @staticmethod
     def of(inputs: Stream | tuple[Tensor, Tensor]) -> Stream:

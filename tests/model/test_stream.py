@@ -61,12 +61,12 @@ def logits_at(model: GPT, tokens_BT: torch.Tensor, view: View) -> torch.Tensor:
 
 
 def decode(model: GPT, cache: Cache, rows: list[list[int]], starts: list[int]) -> list[torch.Tensor]:
-    """The logits of the next tokens of each row, which are padded to the longest."""
-    n_tokens = max(map(len, rows))
-    view = cache.view(0, starts, [len(row) for row in rows], n_tokens)
-    tokens_BT = torch.tensor([row + [0] * (n_tokens - len(row)) for row in rows])
-    logits_BTV = logits_at(model, tokens_BT, view)
-    return [logits_TV[: len(row)] for logits_TV, row in zip(logits_BTV, rows, strict=True)]
+    """The logits of the next tokens of each row, packed where they are of unequal length."""
+    counts = [len(row) for row in rows]
+    view = cache.view(0, starts, counts, max(counts))
+    shape = (1, sum(counts)) if min(counts) < max(counts) else (len(counts), max(counts))
+    tokens_BT = torch.tensor([token for row in rows for token in row]).view(shape)
+    return list(logits_at(model, tokens_BT, view).flatten(0, 1).split(counts))
 
 
 @pytest.mark.parametrize("sizes", [[1] * 20, [7, 1, 1, 5, 6]], ids=["token by token", "a prompt, then more"])
@@ -121,7 +121,7 @@ def test_the_cache_of_a_window_does_not_grow_beyond_it_and_a_row_can_move():
     assert [kv.shape[3] for kv in cache.layers.values()] == [5, 20]
     model, tokens_BT = model_of(config), torch.randint(37, (2, 20))
     decode(model, cache, tokens_BT[:, :13].tolist(), [0, 0])
-    cache.move(1, to=0)
+    cache.move(1, to=0, n=13)
     (found,) = decode(model, cache, tokens_BT[1:, 13:].tolist(), [13])
     assert_close(found, model(tokens_BT[1:])[0, 13:], "row 1 in the place of row 0")
 
