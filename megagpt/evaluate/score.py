@@ -1,17 +1,20 @@
 """Log-probabilities of continuations after their contexts: what tasks with given answers ask of a model.
 
-A few long pairs and many short ones fill a pass alike: those of about one length are read together.
+A few long pairs and many short ones fill a pass alike: those of about one length are read together, and those that
+begin alike, as answers to one question do, side by side: the engine reads their beginning once.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megagpt.errors import UserError
-from megagpt.generate.complete import answer
+from megagpt.generate.batching import common
+from megagpt.generate.complete import answer, dealt
 from megagpt.generate.request import Piece, Request, Sampling
 
 if TYPE_CHECKING:
@@ -20,7 +23,8 @@ if TYPE_CHECKING:
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context, one at least, and of what follows it, one at least."""
 
-TOKENS = 4096  # that are read together, at most
+TOKENS = 4096  # that are read together, about
+PLACES = 16384  # of the cache, which holds them with all that precedes them
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,9 @@ def score(
     asked = [request_of_pair(pair, stage.config.seq_len) for pair in pairs]
     keys = [(request.prompt, request.sampling.first_scored) for request in asked]
     distinct = dict(zip(keys, asked, strict=True))  # what comes twice is read once
-    by_length: dict[int, list[Request]] = defaultdict(list)
-    for request in sorted(distinct.values(), key=lambda request: -len(request.prompt)):
-        by_length[len(request.prompt).bit_length()].append(request)
+    lots = by_length(distinct.values())
     data, n_done = stage.mesh.data, 0
-    total = sum(len(range(data.rank, len(some), data.size)) for some in by_length.values())
+    total = sum(len(dealt(len(some), data)) for some in lots)
 
     def show(_: int, piece: Piece) -> None:
         nonlocal n_done
@@ -56,15 +58,40 @@ def score(
             progress(n_done, total)
 
     found: dict[object, Score] = {}
-    for some in by_length.values():
-        n_rows = max(1, TOKENS // len(some[0].prompt))
-        texts = answer(stage, None, some, n_rows=n_rows, show=show)
+    for some in lots:
+        texts = answer(stage, None, some, n_rows=rows_for(some), show=show)
         for request, (text,) in zip(some, texts, strict=True):
             entries = text.prompt_logprobs
             logprob = sum(entry.logprob or 0.0 for entry in entries)
             greedy = all(entry.token == entry.likeliest[0][0] for entry in entries)
             found[request.prompt, request.sampling.first_scored] = Score(logprob, greedy)
     return [found[key] for key in keys]
+
+
+def by_length(requests: Iterable[Request]) -> list[list[Request]]:
+    """In lots of about one length, the longest first; in a lot neighbours share as much as they can.
+
+    Texts that are the same for the most part stay together, whatever their lengths.
+    """
+    families: list[list[Request]] = []
+    for request in sorted(requests, key=lambda request: request.prompt):
+        last = families[-1][-1].prompt if families else ()
+        if 2 * common(last, request.prompt) > len(last):
+            families[-1].append(request)
+        else:
+            families.append([request])
+    lots: dict[int, list[Request]] = defaultdict(list)
+    for family in families:
+        lots[max(len(request.prompt) for request in family).bit_length()] += family
+    return [lots[size] for size in sorted(lots, reverse=True)]
+
+
+def rows_for(requests: Sequence[Request]) -> int:
+    """As many as bring TOKENS to a pass, of which each reads what its neighbour before it does not, and PLACES hold."""
+    lengths = [len(request.prompt) for request in requests]
+    shared = (common(one.prompt, other.prompt) for one, other in pairwise(requests))
+    wanted = TOKENS * len(requests) // (sum(lengths) - sum(shared))
+    return max(1, min(wanted, PLACES // max(lengths)))
 
 
 def request_of_pair(pair: Pair, n_places: int) -> Request:
