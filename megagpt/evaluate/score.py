@@ -7,15 +7,17 @@ begin alike, as answers to one question do, side by side: the engine reads their
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from megagpt.errors import UserError
 from megagpt.generate.batching import common
 from megagpt.generate.complete import answer, dealt
-from megagpt.generate.request import Piece, Request, Sampling
+from megagpt.generate.request import Completion, Piece, Request, Sampling
 
 if TYPE_CHECKING:
     from megagpt.generate.stage import Stage
@@ -25,14 +27,30 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 TOKENS = 4096  # that are read together, about
 PLACES = 16384  # of the cache, which holds them with all that precedes them
+SLICE = 16 * TOKENS  # after which what is known by then is told
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Score:
-    """logprob: of the whole continuation, in nats.  greedy: whether each of its tokens is the likeliest one."""
+    """Of each token of a continuation, in nats.
 
-    logprob: float
-    greedy: bool
+    logprobs: what the model gave it.  best: what it gave the likeliest token there.  hits: whether that is it.
+    Shapes: [tokens of the continuation] each.
+    """
+
+    logprobs: np.ndarray
+    best: np.ndarray
+    hits: np.ndarray
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole continuation."""
+        return float(self.logprobs.sum(dtype=np.float64))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each of its tokens is the likeliest one."""
+        return bool(self.hits.all())
 
 
 def score(
@@ -40,16 +58,28 @@ def score(
 ) -> list[Score]:
     """Of each pair; where both together are longer than the context, its beginning is cut off, as lm-eval does.
 
-    progress is told, after each pair, how many are done, and how many this replica reads; equal ones count once.
-    Comm: those of `answer`, once for each power of two that lengths lie between.
-    Raises UserError for a continuation that the context does not hold, or an empty one.
+    progress: as in `scores_by_slice`; equal pairs count once.
+    Comm, errors: those of `scores_by_slice` and `request_of_pair`.
     """
     asked = [request_of_pair(pair, stage.config.seq_len) for pair in pairs]
-    keys = [(request.prompt, request.sampling.first_scored) for request in asked]
-    distinct = dict(zip(keys, asked, strict=True))  # what comes twice is read once
-    lots = by_length(distinct.values())
+    distinct = {key_of(request): request for request in asked}  # what comes twice is read once
+    found: dict[object, Score] = {}
+    for requests, scores in scores_by_slice(stage, list(distinct.values()), progress):
+        found |= zip(map(key_of, requests), scores, strict=True)
+    return [found[key_of(request)] for request in asked]
+
+
+def scores_by_slice(
+    stage: Stage, requests: Sequence[Request], progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[tuple[list[Request], list[Score]]]:
+    """Those of `request_of_pair`, the longest first, in slices of some minutes at most; each is known on all ranks.
+
+    progress is told, after each request, how many are done, and how many this replica reads.
+    Comm: those of `answer`, once a slice.
+    """
+    slices = [some for lot in by_length(requests) for some in sliced(lot)]
     data, n_done = stage.mesh.data, 0
-    total = sum(len(dealt(len(some), data)) for some in lots)
+    total = sum(len(dealt(len(some), data)) for some in slices)
 
     def show(_: int, piece: Piece) -> None:
         nonlocal n_done
@@ -57,15 +87,23 @@ def score(
             n_done += 1
             progress(n_done, total)
 
-    found: dict[object, Score] = {}
-    for some in lots:
+    for some in slices:
         texts = answer(stage, None, some, n_rows=rows_for(some), show=show)
-        for request, (text,) in zip(some, texts, strict=True):
-            entries = text.prompt_logprobs
-            logprob = sum(entry.logprob or 0.0 for entry in entries)
-            greedy = all(entry.token == entry.likeliest[0][0] for entry in entries)
-            found[request.prompt, request.sampling.first_scored] = Score(logprob, greedy)
-    return [found[key] for key in keys]
+        yield some, [_score_of(text) for (text,) in texts]
+
+
+def _score_of(text: Completion) -> Score:
+    entries = text.prompt_logprobs
+    return Score(
+        np.array([entry.logprob for entry in entries], dtype=np.float32),
+        np.array([entry.likeliest[0][1] for entry in entries], dtype=np.float32),
+        np.array([entry.likeliest[0][0] == entry.token for entry in entries], dtype=bool),
+    )
+
+
+def key_of(request: Request) -> tuple[tuple[int, ...], int]:
+    """What makes two pairs' requests the same one."""
+    return request.prompt, request.sampling.first_scored
 
 
 def by_length(requests: Iterable[Request]) -> list[list[Request]]:
@@ -86,6 +124,20 @@ def by_length(requests: Iterable[Request]) -> list[list[Request]]:
     return [lots[size] for size in sorted(lots, reverse=True)]
 
 
+def sliced(lot: Sequence[Request]) -> Iterator[list[Request]]:
+    """A lot in order, cut where SLICE tokens are reached."""
+    some: list[Request] = []
+    n_tokens = 0
+    for request in lot:
+        some.append(request)
+        n_tokens += len(request.prompt)
+        if n_tokens >= SLICE:
+            yield some
+            some, n_tokens = [], 0
+    if some:
+        yield some
+
+
 def rows_for(requests: Sequence[Request]) -> int:
     """As many as bring TOKENS to a pass, of which each reads what its neighbour before it does not, and PLACES hold."""
     lengths = [len(request.prompt) for request in requests]
@@ -95,7 +147,10 @@ def rows_for(requests: Sequence[Request]) -> int:
 
 
 def request_of_pair(pair: Pair, n_places: int) -> Request:
-    """The model reads all but the last token, so that there is room for one more than its context holds."""
+    """The model reads all but the last token, so that there is room for one more than its context holds.
+
+    Raises UserError for a continuation that the context does not hold, or an empty one.
+    """
     context, continuation = pair
     if not (context and 0 < len(continuation) <= n_places):
         raise UserError(
