@@ -38,7 +38,8 @@ class Answers:
     """
 
     def __init__(self, trained: Trained, kept: Path | None = None, show: Show = silent) -> None:
-        """kept: file of what is known, one JSON object a line: of this model and of others.
+        """kept: file of what is known, one JSON object a line: of this model and of others.  n_cut, counted: questions
+        that lost their beginning, since the context does not hold them.
 
         Raises UserError for a model without a tokenizer, or a file that cannot be read.
         """
@@ -49,7 +50,7 @@ class Answers:
                 "name one: --tokenizer KIND and its files",
             )
         self.trained, self.tokenizer, self.kept, self.show = trained, trained.tokenizer, kept, show
-        self.speaks = trained.mesh.rank == 0
+        self.speaks, self.n_cut = trained.mesh.rank == 0, 0
         self.model = together(lambda: model_key(trained))
         box = [together(lambda: read_known(kept, self.model) if kept and self.speaks else {})]
         dist.broadcast_object_list(box, src=0)
@@ -82,6 +83,8 @@ class Answers:
     def scores(self, pairs: Sequence[Pair]) -> list[Score]:
         """Of each pair's continuation: see `score`."""
         asked = [request_of_pair(pair, self.seq_len) for pair in pairs]
+        self._check([request.prompt for request in asked])
+        self.n_cut += sum(len(c) + len(t) > len(r.prompt) for (c, t), r in zip(pairs, asked, strict=True))
         keys = [self._key(key_of(request)) for request in asked]
         new = {key: request for key, request in zip(keys, asked, strict=True) if key not in self.known}
         by_request = {key_of(request): key for key, request in new.items()}
@@ -103,6 +106,8 @@ class Answers:
             )
         ends = self.trained.bounds.ends or (() if self.tokenizer.eod is None else (self.tokenizer.eod,))
         asked = [Request(tuple(prompt)[-room:], sampling, ends) for prompt in prompts]
+        self._check([request.prompt for request in asked])
+        self.n_cut += sum(len(prompt) > room for prompt in prompts)
         keys = [self._key((request.prompt, asdict(sampling), ends)) for request in asked]
         new = {key: request for key, request in zip(keys, asked, strict=True) if key not in self.known}
         todo = sorted(new, key=lambda key: -len(new[key].prompt))
@@ -112,6 +117,16 @@ class Answers:
             self._keep({key: text.text for key, (text,) in zip(some, found, strict=True)})
             self.show("writing", min(start + AT_ONCE, len(todo)), len(todo))
         return [self.known[key] for key in keys]
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises UserError for a token that the model does not know."""
+        largest, vocab = max((max(prompt) for prompt in prompts), default=0), self.trained.config.model.vocab
+        if largest >= vocab:
+            raise UserError(
+                f"the tokenizer ({self.tokenizer.kind}, {self.tokenizer.vocab_size:,} tokens) gives token id {largest}",
+                f"wanted 0 to {vocab - 1}, those that the model was trained with",
+                "name its own tokenizer: --tokenizer KIND and its files",
+            )
 
     def _key(self, question: object) -> str:
         return hashlib.sha256(json.dumps([self.model, question], sort_keys=True).encode()).hexdigest()

@@ -27,7 +27,7 @@ Figure = Callable[[Sequence[Record]], float]
 class Task:
     """One row of a table, or several: one for each figure.
 
-    about: what is asked, in a line.  protocol: how, as it stands beside the number.  source: paper, origin of the files.
+    about: what is asked, in a line.  protocol: how, as it stands beside the number.  source: paper, origin of files.
     files: what is read, below --data.
     read: (paths of these) -> documents, in the order of the files.
     ask: (answers, documents, shots) -> a record for each; shots: by document, those that stand before it as examples.

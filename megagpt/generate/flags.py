@@ -8,14 +8,15 @@ from contextlib import AbstractContextManager
 from megagpt.checkpoint.strict import Allowed
 from megagpt.data.tokenizers.flags import add_tokenizer_flags, named_tokenizer
 from megagpt.errors import ArgumentParser, home_expanded
-from megagpt.generate.trained import DTYPES, Trained, open_trained
+from megagpt.generate.trained import DTYPES, Trained, load_trained, open_trained
+from megagpt.parallel.mesh import Mesh
 
 
-def add_load_flags(parser: ArgumentParser) -> None:
-    """Add what `open_from` reads."""
+def add_load_flags(parser: ArgumentParser, *, several: bool = False) -> None:
+    """Add what `open_from` reads; several models: `load_from`."""
     add = parser.add_argument_group("the model").add_argument
     what = "run folder, RUN@best, RUN@STEP, checkpoint, or folder of transformers"
-    add("--load", required=True, type=home_expanded, help=what)
+    add("--load", required=True, type=home_expanded, nargs="+" if several else None, help=what)
     add("--load-fallback", action="store_true", help="where it is damaged, take the one before it")
     add("--weights", choices=("last", "ema"), default="last", help="ema: their moving average")
     add("--allow-missing", action="store_true", help="first values for tensors that it lacks")
@@ -35,3 +36,9 @@ def open_from(args: argparse.Namespace) -> AbstractContextManager[Trained]:
     """Load what the flags say: see `open_trained`."""
     layout = {"pp": args.pp, "dp": args.dp, "precision": args.precision}
     return open_trained(args.load, args.load_fallback, args.weights, allowed_by(args), named_tokenizer(args), **layout)
+
+
+def load_from(args: argparse.Namespace, path: str, mesh: Mesh) -> Trained:
+    """One of several models, on processes that are laid out: see `load_trained`."""
+    tokenizer, allowed = named_tokenizer(args), allowed_by(args)
+    return load_trained(path, mesh, args.load_fallback, args.weights, allowed, tokenizer, precision=args.precision)
