@@ -12,10 +12,10 @@ replicas share out the questions.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -39,9 +39,6 @@ from megagpt.train.plot import labels_of
 
 def main() -> None:
     """Put each task to each model, and print one table."""
-    if "--list" in sys.argv[1:]:
-        list_tasks()
-        return
     args = parse()
     with laid_out(pp=args.pp, dp=args.dp) as (mesh, _):
         tasks = together(lambda: checked(args))
@@ -64,7 +61,7 @@ def parse() -> argparse.Namespace:
     add("--data", type=Path, required=True, metavar="DIR", help="folder of the tasks' files")
     add("--few-shot", type=int, metavar="K", help="examples before each question (default: as the task has it)")
     add("--limit", type=int, metavar="N", help="the first N documents of each task only")
-    add("--list", action="store_true", help="show the tasks and end")
+    add("--list", action=ListTasks, nargs=0, help="show the tasks and end")
     add = parser.add_argument_group("what is written").add_argument
     add("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="folder of all that is kept (./evaluation)")
     add("--json", type=Path, metavar="FILE", help="the figures as JSON")
@@ -72,10 +69,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def list_tasks() -> None:
-    """Name, what it asks, and files, of each task."""
-    for task in ALL.values():
-        print(f"{task.name}\n    {task.about}; {task.protocol}\n    {', '.join(task.files)}: {task.source}")
+class ListTasks(argparse.Action):
+    """Of each task its name, what it asks, and its files; and end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        for task in ALL.values():
+            print(f"{task.name}\n    {task.about}; {task.protocol}\n    {', '.join(task.files)}: {task.source}")
+        parser.exit()
 
 
 def checked(args: argparse.Namespace) -> list[Task]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -148,26 +149,28 @@ def model_key(trained: Trained) -> str:
 
 
 def read_known(path: Path, model: str) -> dict[str, Any]:
-    """This model's answers; what a run that was killed left of a last line is left out."""
+    """This model's answers; what a run that was killed left of a last line is cut off.
+
+    Raises UserError for a file that is none of answers.
+    """
     known: dict[str, Any] = {}
     if not path.exists():
         return known
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: {error}", "wanted answers of an evaluation", "remove it, or name another --out"
-        ) from None
-    for i, line in enumerate(lines):
+        text = path.read_bytes()
+        lines = text[: text.rfind(b"\n") + 1].splitlines()
+        os.truncate(path, text.rfind(b"\n") + 1)
+    except OSError as error:
+        raise UserError(f"{path}: {error}", "wanted answers of an evaluation", "name another --out") from None
+    for i, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             if entry.pop("model") == model:
                 known |= entry
-        except (json.JSONDecodeError, KeyError, AttributeError):
-            if i < len(lines) - 1:
-                raise UserError(
-                    f"{path}:{i + 1} is no answer of an evaluation", "wanted a JSON object a line", "remove the file"
-                ) from None
+        except (ValueError, KeyError, AttributeError):
+            raise UserError(
+                f"{path}:{i} is no answer of an evaluation,", "a JSON object a line", "remove the file"
+            ) from None
     return known
 
 

@@ -63,6 +63,7 @@ PARSED = {  # program or module: why its arguments are parsed only
     "tools/config_reference.py": "writes a page of this checkout; tests/tools compare it",
     "tools/models_page.py": "writes a page of this checkout; tests/tools compare it",
     "megagpt.ops": "writes into this checkout; tests/tools/test_new_op.py lays an op in a copy",
+    "tools/evaluate.py": "reads files of tasks, which are not in this repository; tests/evaluate runs it",
     "tests": "tests of their own, and soaks of hours",
     "megagpt.evaluate.harness": "the harness's own arguments; tests/evaluate asks its methods",
     "benchmarks": "minutes to hours; tests/benchmarks runs what it can",
