@@ -168,9 +168,7 @@ def read_known(path: Path, model: str) -> dict[str, Any]:
             if entry.pop("model") == model:
                 known |= entry
         except (ValueError, KeyError, AttributeError):
-            raise UserError(
-                f"{path}:{i} is no answer of an evaluation,", "a JSON object a line", "remove the file"
-            ) from None
+            raise UserError(f"{path}:{i} is no answer of an evaluation", remedy="remove the file") from None
     return known
 
 
