@@ -43,9 +43,18 @@ def tasks_named(names: Sequence[str]) -> list[Task]:
     return [ALL[name] for name in names]
 
 
-def files_of(task: Task, data: Path) -> list[Path]:
-    """The task's files, its training files last.  Raises UserError that names what is missing, and its source."""
-    paths = [data / name for name in (*task.files, *task.training)]
+def shots_of(task: Task, shots: int | None) -> int:
+    """How many examples stand before each question; None: as many as the task has."""
+    return task.shots if shots is None else shots
+
+
+def files_of(task: Task, data: Path, shots: int | None = None) -> list[Path]:
+    """The task's files, where examples are shown its training files last.
+
+    Raises UserError that names what is missing, and its source.
+    """
+    training = task.training if shots_of(task, shots) else ()
+    paths = [data / name for name in (*task.files, *training)]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"{task.name} needs {', '.join(missing)}", "which is not there", f"get it: {task.source}")
@@ -58,8 +67,8 @@ def run_task(task: Task, answers: Answers, data: Path, *, shots: int | None = No
     shots: examples before each question; None: as many as the task has.  limit: the first documents only.
     Comm: those of `Answers`.  Raises UserError for files that are missing or damaged.
     """
-    docs, pool = together(lambda: _read(task, data))
-    n_shots = task.shots if shots is None else shots
+    n_shots = shots_of(task, shots)
+    docs, pool = together(lambda: _read(task, data, n_shots))
     n_docs = len(docs) if limit is None else min(limit, len(docs))
     own = not task.training
     chosen = together(lambda: [_shots(pool, i if own else None, i, n_shots, task) for i in range(n_docs)])
@@ -76,13 +85,14 @@ def run_task(task: Task, answers: Answers, data: Path, *, shots: int | None = No
     )
 
 
-def _read(task: Task, data: Path) -> tuple[list[Doc], list[Doc]]:
+def _read(task: Task, data: Path, shots: int) -> tuple[list[Doc], list[Doc]]:
     """Documents, and those that examples are taken from."""
-    paths = files_of(task, data)
+    paths = files_of(task, data, shots)
     docs = task.read(paths[: len(task.files)])
     if not docs:
         raise UserError(f"{task.name}: {paths[0]} has no documents", "wanted one or more", "get the file anew")
-    return docs, task.read(paths[len(task.files) :]) if task.training else docs
+    training = paths[len(task.files) :]
+    return docs, task.read(training) if training else docs
 
 
 def _shots(pool: Sequence[Doc], itself: int | None, number: int, n: int, task: Task) -> list[Doc]:
