@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megagpt.errors import UserError, nearest
@@ -51,8 +52,11 @@ def shots_of(task: Task, shots: int | None) -> int:
 def files_of(task: Task, data: Path, shots: int | None = None) -> list[Path]:
     """The task's files, where examples are shown its training files last.
 
+    Of a task of parts: those of the parts whose files are there.
     Raises UserError that names what is missing, and its source.
     """
+    if task.parts:
+        return [path for part in parts_there(task, data) for path in files_of(part, data, shots)]
     training = task.training if shots_of(task, shots) else ()
     paths = [data / name for name in (*task.files, *training)]
     missing = [str(path) for path in paths if not path.is_file()]
@@ -61,12 +65,23 @@ def files_of(task: Task, data: Path, shots: int | None = None) -> list[Path]:
     return paths
 
 
+def parts_there(task: Task, data: Path) -> list[Task]:
+    """The parts whose files are there.  Raises UserError where none is."""
+    there = [part for part in task.parts if all((data / name).is_file() for name in part.files)]
+    if not there:
+        names = ", ".join(sorted({name for part in task.parts for name in part.files}))
+        raise UserError(f"{task.name} needs some of {names} in {data}", "none is there", f"get them: {task.source}")
+    return there
+
+
 def run_task(task: Task, answers: Answers, data: Path, *, shots: int | None = None, limit: int | None = None) -> Result:
     """Put a task to a model.
 
     shots: examples before each question; None: as many as the task has.  limit: the first documents only.
     Comm: those of `Answers`.  Raises UserError for files that are missing or damaged.
     """
+    if task.parts:
+        return _run_parts(task, answers, data, shots, limit)
     n_shots = shots_of(task, shots)
     docs, pool = together(lambda: _read(task, data, n_shots))
     n_docs = len(docs) if limit is None else min(limit, len(docs))
@@ -82,6 +97,24 @@ def run_task(task: Task, answers: Answers, data: Path, *, shots: int | None = No
         {name: standard_error(records, name) for name in task.figures},
         answers.n_cut - n_cut,
         records,
+    )
+
+
+def _run_parts(task: Task, answers: Answers, data: Path, shots: int | None, limit: int | None) -> Result:
+    """The mean over the parts that are there; the protocol says which are not."""
+    there = together(lambda: parts_there(task, data))
+    missing = [part.name for part in task.parts if part not in there]
+    protocol = f"{task.protocol}; without {', '.join(missing)}, whose files are missing" if missing else task.protocol
+    results = [run_task(part, answers, data, shots=shots, limit=limit) for part in there]
+    own = {result.task.name: next(iter(result.figures.values())) for result in results}
+    return Result(
+        replace(task, protocol=protocol),
+        sum(result.n for result in results),
+        0,
+        {task.name: math.fsum(own.values()) / len(own), **own},
+        dict.fromkeys((task.name, *own)),
+        sum(result.n_cut for result in results),
+        [{"task": result.task.name, **record} for result in results for record in result.records],
     )
 
 

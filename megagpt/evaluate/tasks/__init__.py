@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megagpt.evaluate.task import Task
-from megagpt.evaluate.tasks import arc, glue, hellaswag, lambada, openbookqa, piqa, superglue, winogrande
+from megagpt.evaluate.tasks import arc, core, glue, hellaswag, lambada, openbookqa, piqa, superglue, winogrande
 
 ALL: dict[str, Task] = {
     task.name: task
@@ -16,6 +16,7 @@ ALL: dict[str, Task] = {
         openbookqa,
         superglue,
         glue,
+        core,
     )
     for task in file.TASKS
 }

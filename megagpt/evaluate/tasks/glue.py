@@ -46,8 +46,9 @@ def _task(
     names: Sequence[str] = (),
     source: str = "",
 ) -> Task:
-    """One of them.  answers: what the model writes for each label of the file; columns: the label last; parts: files, the
-    training file last."""
+    """One of them.  answers: what the model writes for each label of the file; columns: the label last;
+    parts: files, the training file last.
+    """
     labels = list(answers)
 
     def question(doc: Doc) -> Choices:
@@ -131,15 +132,9 @@ TASKS = (
         answers=NO_YES,
         figures={"acc": mean("acc"), "f1": f1("gold", "choice")},
     ),
-    _task("mnli", "what follows", "MNLI", _mnli, (*PAIR, "gold_label"), answers=MNLI, parts=("dev_matched", "train")),
-    _task(
-        "mnli_mismatch",
-        "what follows",
-        "MNLI",
-        _mnli,
-        (*PAIR, "gold_label"),
-        answers=MNLI,
-        parts=("dev_mismatched", "train"),
+    *(
+        _task(name, "what follows", "MNLI", _mnli, (*PAIR, "gold_label"), answers=MNLI, parts=(part, "train"))
+        for name, part in (("mnli", "dev_matched"), ("mnli_mismatch", "dev_mismatched"))
     ),
     _task(
         "qnli",
