@@ -86,7 +86,7 @@ def checked(args: argparse.Namespace) -> list[Task]:
             raise UserError(f"got --{name.replace('_', '-')} {value}", f"wanted {least} or more", "change it")
     tasks = tasks_named(args.tasks)
     for task in tasks:
-        files_of(task, args.data)
+        files_of(task, args.data, args.few_shot)
     args.out.mkdir(parents=True, exist_ok=True)
     return tasks
 

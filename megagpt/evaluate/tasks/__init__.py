@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from megagpt.evaluate.task import Task
-from megagpt.evaluate.tasks import lambada, piqa
+from megagpt.evaluate.tasks import arc, core, glue, hellaswag, lambada, openbookqa, piqa, superglue, winogrande
 
 ALL: dict[str, Task] = {
     task.name: task
     for file in (
         lambada,
+        hellaswag,
+        winogrande,
         piqa,
+        arc,
+        openbookqa,
+        superglue,
+        glue,
+        core,
     )
     for task in file.TASKS
 }
