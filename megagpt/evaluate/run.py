@@ -10,6 +10,8 @@ from pathlib import Path
 
 from megagpt.errors import UserError, nearest
 from megagpt.evaluate.answers import Answers
+from megagpt.evaluate.language import dataset_task, strided, text_task
+from megagpt.evaluate.split import SPLITS
 from megagpt.evaluate.task import Doc, Record, Task, standard_error
 from megagpt.evaluate.tasks import ALL
 from megagpt.processes.agree import together
@@ -34,14 +36,28 @@ class Result:
     records: list[Record]
 
 
-def tasks_named(names: Sequence[str]) -> list[Task]:
-    """Raises UserError for a name that none has."""
-    for name in names:
-        if name not in ALL:
-            near = nearest(name, ALL)
-            hint = f"did you mean {near}?" if near else "--list shows all"
-            raise UserError(f"got the task {name}", f"wanted some of the {len(ALL)} tasks", hint)
-    return [ALL[name] for name in names]
+def tasks_named(names: Sequence[str], stride: int | None = None) -> list[Task]:
+    """By name; text:FILE and dataset:PREFIX[:SPLIT] are made here.  stride: of the windows of texts as a whole.
+
+    Raises UserError for a name that none has.
+    """
+    return [strided(task_named(name), stride) for name in names]
+
+
+def task_named(name: str) -> Task:
+    """See `tasks_named`."""
+    kind, colon, rest = name.partition(":")
+    if kind == "text" and colon:
+        return text_task(rest)
+    if kind == "dataset" and colon:
+        prefix, _, split = rest.rpartition(":")
+        return dataset_task(prefix, split) if split in SPLITS else dataset_task(rest)
+    if name not in ALL:
+        near = nearest(name, ALL)
+        hint = f"did you mean {near}?" if near else "--list shows all"
+        wanted = f"wanted some of the {len(ALL)} tasks, text:FILE or dataset:PREFIX"
+        raise UserError(f"got the task {name}", wanted, hint)
+    return ALL[name]
 
 
 def shots_of(task: Task, shots: int | None) -> int:

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from megagpt.evaluate.task import Task
-from megagpt.evaluate.tasks import arc, core, glue, hellaswag, lambada, openbookqa, piqa, superglue, winogrande
+from megagpt.evaluate.tasks import (
+    arc,
+    core,
+    glue,
+    hellaswag,
+    lambada,
+    lm1b,
+    openbookqa,
+    piqa,
+    ptb,
+    superglue,
+    wikipedia_bytes,
+    wikitext,
+    winogrande,
+)
 
 ALL: dict[str, Task] = {
     task.name: task
@@ -17,6 +31,10 @@ ALL: dict[str, Task] = {
         superglue,
         glue,
         core,
+        wikitext,
+        ptb,
+        lm1b,
+        wikipedia_bytes,
     )
     for task in file.TASKS
 }
