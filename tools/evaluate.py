@@ -3,7 +3,6 @@
 
     python tools/evaluate.py --load runs/a --tasks lambada_openai piqa --data DIR
     python tools/evaluate.py --load runs/a@all --tasks wikitext2 --data DIR         # a curve over its checkpoints
-    python tools/evaluate.py --load runs/a --tasks text:book.txt --stride 256       # any text
     torchrun --nproc-per-node 4 tools/evaluate.py --load FOLDER --pp 2 --tasks piqa --data DIR
     python tools/evaluate.py --list                                                 # the tasks, and the files they read
 
@@ -26,9 +25,11 @@ from megagpt.console import console_here
 from megagpt.console import show as print_table
 from megagpt.errors import ArgumentParser, UserError, run_cli
 from megagpt.evaluate.answers import Answers, Show
+from megagpt.evaluate.diagnose.diagnose import diagnose
+from megagpt.evaluate.diagnose.show import show_findings
 from megagpt.evaluate.report import Subject, as_json, draw, table, write_records
 from megagpt.evaluate.run import Result, files_of, run_task, tasks_named
-from megagpt.evaluate.task import Task
+from megagpt.evaluate.task import Task, text_of_record
 from megagpt.evaluate.tasks import ALL
 from megagpt.files import json_text, replace_text
 from megagpt.generate.flags import add_load_flags, load_from
@@ -49,6 +50,8 @@ def main() -> None:
             trained = load_from(args, load, mesh)
             subjects.append(subject_of(trained, load, name, args))
             results.append(evaluated(trained, tasks, args, name))
+            if args.diagnose:
+                diagnosed(trained, results[-1], args, name)
         if mesh.rank == 0:
             report(subjects, results, args)
 
@@ -58,11 +61,15 @@ def parse() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add_load_flags(parser, several=True)
     add = parser.add_argument_group("what is asked").add_argument
-    add("--tasks", nargs="+", required=True, metavar="NAME", help="of --list, text:FILE, dataset:PREFIX[:SPLIT]")
-    add("--data", type=Path, default=Path(), metavar="DIR", help="folder of the tasks' files (default: here)")
+    add("--tasks", nargs="+", required=True, metavar="NAME", help="--list shows them")
+    add("--data", type=Path, required=True, metavar="DIR", help="folder of the tasks' files")
     add("--few-shot", type=int, metavar="K", help="examples before each question (default: as the task has it)")
-    add("--stride", type=int, metavar="N", help="of texts as a whole: tokens that a window scores (default: all)")
     add("--limit", type=int, metavar="N", help="the first N documents of each task only")
+    add(
+        "--diagnose",
+        action="store_true",
+        help="why a number is odd: also in OUT/MODEL-diagnosis.json",
+    )
     add("--list", action=ListTasks, nargs=0, help="show the tasks and end")
     add = parser.add_argument_group("what is written").add_argument
     add("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="folder of all that is kept (./evaluation)")
@@ -86,9 +93,9 @@ def checked(args: argparse.Namespace) -> list[Task]:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"got --{name.replace('_', '-')} {value}", f"wanted {least} or more", "change it")
-    tasks = tasks_named(args.tasks, args.stride)
+    tasks = tasks_named(args.tasks)
     for task in tasks:
-        files_of(task, args.data, args.few_shot)
+        files_of(task, args.data)
     args.out.mkdir(parents=True, exist_ok=True)
     return tasks
 
@@ -128,6 +135,17 @@ def evaluated(trained: Trained, tasks: Sequence[Task], args: argparse.Namespace,
             answers.show = shown(bar, f"{name}: {task.name}")
             results.append(run_task(task, answers, args.data, shots=args.few_shot, limit=args.limit))
     return results
+
+
+def diagnosed(trained: Trained, results: Sequence[Result], args: argparse.Namespace, name: str) -> None:
+    """Tell, and write, what may be wrong with a model on the texts that the tasks asked it about."""
+    answers = Answers(trained, args.out / "answers.jsonl")
+    findings = diagnose(answers, [text_of_record(record) for result in results for record in result.records])
+    if trained.mesh.rank == 0:
+        print(f"\n{name}")
+        show_findings(console_here(), findings)
+        written = args.out / f"{name.replace('/', '-')}-diagnosis.json"
+        replace_text(written, json_text(findings.as_json(), indent=2) + "\n")
 
 
 @contextmanager

@@ -170,3 +170,10 @@ def test_what_is_kept_comes_back_and_strange_lines_are_told(tmp_path: Path):
     (tmp_path / "answers.jsonl").write_text('{"model": "m", "k": 1}\n{"model": "other", "k": 2}\nno\n{"model": "m"}\n')
     with pytest.raises(UserError, match=r"answers\.jsonl:3 is no answer"):
         read_known(tmp_path / "answers.jsonl", "m")
+
+
+def test_diagnose_tells_what_is_suspected_and_writes_it(command, run: str, tmp_path: Path):
+    out = command("--load", run, "--tasks", "lambada_openai", "--diagnose")
+    found = json.loads((tmp_path / "out" / "run-diagnosis.json").read_text())
+    assert "nats per token over" in out and found["n_documents"] == len(PASSAGES)
+    assert found["suspicions"][0]["claim"][:30] in out  # an untrained model has something to be suspected of
