@@ -170,7 +170,9 @@ def test_bf16_is_read_again_in_fp32_and_told_in_80_columns():
 def test_planted_causes_come_first(tmp_path: Path):
     from benchmarks.diagnose import CASES, first_of, run_cases  # a program, with what it needs
 
-    for case, findings in run_cases(CASES, sentences(2500), tmp_path, steps=200, n_evaluation=100):
+    # The healthy ones are the benchmark's: after so few steps this small one is unsure of itself, and rightly told so.
+    planted = [case for case in CASES if case.wanted]
+    for case, findings in run_cases(planted, sentences(2500), tmp_path, steps=200, n_evaluation=100):
         assert (case.name, first_of(findings)) == (case.name, case.wanted)
 
 
