@@ -3,6 +3,7 @@
 
     python tools/evaluate.py --load runs/a --tasks lambada_openai piqa --data DIR
     python tools/evaluate.py --load runs/a@all --tasks wikitext2 --data DIR         # a curve over its checkpoints
+    python tools/evaluate.py --load runs/a --tasks text:book.txt --stride 256       # any text
     torchrun --nproc-per-node 4 tools/evaluate.py --load FOLDER --pp 2 --tasks piqa --data DIR
     python tools/evaluate.py --list                                                 # the tasks, and the files they read
 
@@ -61,15 +62,12 @@ def parse() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add_load_flags(parser, several=True)
     add = parser.add_argument_group("what is asked").add_argument
-    add("--tasks", nargs="+", required=True, metavar="NAME", help="--list shows them")
-    add("--data", type=Path, required=True, metavar="DIR", help="folder of the tasks' files")
+    add("--tasks", nargs="+", required=True, metavar="NAME", help="of --list, text:FILE, dataset:PREFIX[:SPLIT]")
+    add("--data", type=Path, default=Path(), metavar="DIR", help="folder of the tasks' files (default: here)")
     add("--few-shot", type=int, metavar="K", help="examples before each question (default: as the task has it)")
+    add("--stride", type=int, metavar="N", help="of texts as a whole: tokens that a window scores (default: all)")
     add("--limit", type=int, metavar="N", help="the first N documents of each task only")
-    add(
-        "--diagnose",
-        action="store_true",
-        help="why a number is odd: also in OUT/MODEL-diagnosis.json",
-    )
+    add("--diagnose", action="store_true", help="why a number is odd: also in OUT/MODEL-diagnosis.json")
     add("--list", action=ListTasks, nargs=0, help="show the tasks and end")
     add = parser.add_argument_group("what is written").add_argument
     add("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="folder of all that is kept (./evaluation)")
@@ -93,9 +91,9 @@ def checked(args: argparse.Namespace) -> list[Task]:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"got --{name.replace('_', '-')} {value}", f"wanted {least} or more", "change it")
-    tasks = tasks_named(args.tasks)
+    tasks = tasks_named(args.tasks, args.stride)
     for task in tasks:
-        files_of(task, args.data)
+        files_of(task, args.data, args.few_shot)
     args.out.mkdir(parents=True, exist_ok=True)
     return tasks
 
