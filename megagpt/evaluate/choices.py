@@ -31,7 +31,8 @@ def choose(made: Callable[[Doc], Choices], *, between: str = "\n\n") -> Ask:
     """Ask for the likeliest of the choices.
 
     Records: acc: whether it is the right one by the sum of its log-probabilities; acc_norm: by the sum over its length
-    in characters, as lm-eval does; acc_token: by the mean over its tokens.
+    in characters, as lm-eval does: without the blank before it; acc_token: by the mean over its tokens.  choice: the
+    likeliest.
     between: stands after each example.
     """
 
@@ -48,13 +49,15 @@ def choose(made: Callable[[Doc], Choices], *, between: str = "\n\n") -> Ask:
         for one, begin in zip(asked, before, strict=True):
             found = [next(scores) for _ in one.options]
             sums = [score.logprob for score in found]
-            by_length = [s / len(text.strip()) for s, (_, text) in zip(sums, one.options, strict=True)]
+            lengths = [len(text.removeprefix(" ")) for _, text in one.options]
+            by_length = [s / max(n, 1) for s, n in zip(sums, lengths, strict=True)]
             by_token = [s / len(score.logprobs) for s, score in zip(sums, found, strict=True)]
             records.append(
                 {
                     "prompt": begin + one.options[0][0],
                     "choices": [text for _, text in one.options],
                     "gold": one.gold,
+                    "choice": best(sums),
                     "logprobs": sums,
                     "acc": float(best(sums) == one.gold),
                     "acc_norm": float(best(by_length) == one.gold),

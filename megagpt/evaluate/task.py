@@ -33,18 +33,20 @@ class Task:
     ask: (answers, documents, shots) -> a record for each; shots: by document, those that stand before it as examples.
     figures: by name; the first is the task's own.  shots: how many where --few-shot does not say.
     training: a file whose documents the shots are taken from; else they are others of the same files.
+    parts: tasks that this one, which reads and asks nothing itself, is the mean of, by the first figure of each.
     """
 
     name: str
     about: str
     protocol: str
     source: str
-    files: tuple[str, ...]
-    read: Callable[[Sequence[Path]], list[Doc]]
-    ask: Callable[[Answers, Sequence[Doc], Sequence[Sequence[Doc]]], list[Record]]
+    files: tuple[str, ...] = ()
+    read: Callable[[Sequence[Path]], list[Doc]] = lambda paths: []
+    ask: Callable[[Answers, Sequence[Doc], Sequence[Sequence[Doc]]], list[Record]] = lambda answers, docs, shots: []
     figures: Mapping[str, Figure] = field(default_factory=lambda: {"acc": mean("acc")})
     shots: int = 0
     training: tuple[str, ...] = ()
+    parts: tuple[Task, ...] = ()
 
 
 def mean(key: str) -> Figure:
@@ -64,7 +66,9 @@ def perplexity(key: str = "logprob", per: str | None = None) -> Figure:
 
 
 def text_of_record(record: Record) -> str:
-    """What the model was asked, with the right answer where the record has it."""
+    """What the model was asked, with the right answer where the record has it; a text as a whole as it is."""
+    if "text" in record:
+        return record["text"]
     answer = record["choices"][record["gold"]] if "choices" in record else record.get("continuation", "")
     return record.get("prompt", "") + answer
 

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 from megagpt.evaluate.task import Task
-from megagpt.evaluate.tasks import lambada, piqa
+from megagpt.evaluate.tasks import (
+    arc,
+    core,
+    glue,
+    hellaswag,
+    lambada,
+    lm1b,
+    openbookqa,
+    piqa,
+    ptb,
+    superglue,
+    wikipedia_bytes,
+    wikitext,
+    winogrande,
+)
 
 ALL: dict[str, Task] = {
     task.name: task
     for file in (
         lambada,
+        hellaswag,
+        winogrande,
         piqa,
+        arc,
+        openbookqa,
+        superglue,
+        glue,
+        core,
+        wikitext,
+        ptb,
+        lm1b,
+        wikipedia_bytes,
     )
     for task in file.TASKS
 }
