@@ -14,9 +14,10 @@ from megagpt.evaluate.tasks import ALL
 from megagpt.generate.trained import load_trained
 from megagpt.parallel.mesh import build_mesh
 from megagpt.processes.local import run_ranks
-from tests.evaluate.test_harness import SEQ_LEN, build, write_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm_eval is missing, which is heavy: pip install 'megagpt[eval]'")
+from tests.evaluate.test_harness import SEQ_LEN, build, write_tokenizer  # which needs it too
+
 pytestmark = pytest.mark.timeout(300)
 
 Docs = tuple[str, list[Any], list[dict[str, Any]]]
