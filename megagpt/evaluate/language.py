@@ -61,15 +61,15 @@ def windows(ids: Sequence[int], seq_len: int, stride: int | None = None, *, befo
     starts = range(1 + seq_len, len(text), stride or seq_len)
     for start, end in pairwise([1, *starts, len(text)]):
         if start < end:
-            yield text[max(0, end - 1 - seq_len) : start], text[start - (start > 1):end]
+            yield text[max(0, end - 1 - seq_len) : start], text[start:end]
 
 
 @dataclass(frozen=True)
 class Windowed:
     """What language modelling asks: the likelihood of each token of a text.
 
-    Records: text; tokens, and of each its logprobs, best, hits (as of `Score`) and n_context, the tokens that the model
-    saw before it, as arrays [n_tokens]; logprob, n_tokens, and what is counted of the text.
+    Records: tokens, and of each its logprobs, best, hits (as of `Score`) and n_context, the tokens that the model saw
+    before it, as arrays [n_tokens]; logprob, n_tokens, and what is counted of the text.
     how: the protocol but for its windows.  read: ids and counts of documents.
     """
 
