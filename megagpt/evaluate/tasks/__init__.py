@@ -5,6 +5,7 @@ from __future__ import annotations
 from megagpt.evaluate.task import Task
 from megagpt.evaluate.tasks import (
     arc,
+    cbt,
     core,
     glue,
     hellaswag,
@@ -13,9 +14,13 @@ from megagpt.evaluate.tasks import (
     openbookqa,
     piqa,
     ptb,
+    questions,
+    summaries,
     superglue,
+    translation,
     wikipedia_bytes,
     wikitext,
+    winograd,
     winogrande,
 )
 
@@ -23,6 +28,11 @@ ALL: dict[str, Task] = {
     task.name: task
     for file in (
         lambada,
+        cbt,
+        winograd,
+        questions,
+        summaries,
+        translation,
         hellaswag,
         winogrande,
         piqa,
