@@ -68,8 +68,8 @@ def windows(ids: Sequence[int], seq_len: int, stride: int | None = None, *, befo
 class Windowed:
     """What language modelling asks: the likelihood of each token of a text.
 
-    Records: tokens, and of each its logprobs, best, hits (as of `Score`) and n_context, the tokens that the model saw
-    before it, as arrays [n_tokens]; logprob, n_tokens, and what is counted of the text.
+    Records: text; tokens, and of each its logprobs, best, hits (as of `Score`) and n_context, the tokens that the model
+    saw before it, as arrays [n_tokens]; logprob, n_tokens, and what is counted of the text.
     how: the protocol but for its windows.  read: ids and counts of documents.
     """
 

@@ -120,6 +120,7 @@ def test_wikitext_counts_before_and_after_its_detokeniser(folder: Path, data: Pa
     assert "(born 1.5)" in first["text"] and '"a naïve café"' in first["text"]
     assert second["text"] == " = Du Fu =\n\nDu Fu's poems; 8-year\n\n"
     original = PAGES[PAGES.index(" = Du Fu") :]
+    assert first["n_bytes"] + second["n_bytes"] == len(PAGES.encode()) - 3  # without the first line, and one line end
     assert (second["n_words"], second["n_bytes"]) == (len(original.split()) + 2, len(original.encode()))
     assert (second["n_words_after"], second["n_bytes_after"]) == (8 + 2, len(second["text"].encode()))
     nats = -(first["logprob"] + second["logprob"])
