@@ -89,7 +89,7 @@ def test_natural_questions():
 
 def test_coqa_asks_after_all_that_was_said(tmp_path: Path):
     turns = [{"input_text": text} for text in ("Who?", "Why?")]
-    answers = [[{"input_text": text} for text in some] for some in (("Ann", "rain"), ("Ann", "Rain"), ("A", "wet"))]
+    answers = [[{"input_text": text} for text in some] for some in (("Ann", "rain"), ("A", "wet"), ("Ann", "Rain"))]
     dialogue = {"story": "S.", "questions": turns, "answers": answers[0]}
     dialogue["additional_answers"] = dict(zip("01", answers[1:], strict=True))
     (tmp_path / "dev.json").write_text(json.dumps({"data": [dialogue]}))

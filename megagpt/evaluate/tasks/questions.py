@@ -27,9 +27,11 @@ def turns(paths: Sequence[Path]) -> list[Doc]:
             answers = [[turn["input_text"] for turn in one] for one in by_annotator]
             for i in range(len(questions)):
                 said = "".join(f"Q: {q}\n\nA: {a}\n\n" for q, a in zip(questions[:i], answers[0][:i], strict=True))
-                golds = list({one[i].lower(): one[i] for one in reversed(answers)}.values())[::-1]
+                golds: dict[str, str] = {}
+                for one in answers:
+                    golds.setdefault(one[i].lower(), one[i])
                 prompt = f"{dialogue['story']}\n\n{said}Q: {questions[i]}\n\nA:"
-                found.append({"prompt": prompt, "golds": golds, "last": i == len(questions) - 1})
+                found.append({"prompt": prompt, "golds": list(golds.values()), "last": i == len(questions) - 1})
     except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"{path}: {error!r}", "wanted CoQA's dialogues", "get the file anew") from None
     return found
