@@ -22,7 +22,7 @@ def last_word(doc: Doc) -> tuple[str, str]:
 
 
 def stop_words() -> list[str]:
-    """NLTK's list of English; the GPT-2 paper does not give its own."""
+    """Common English ones, a list of ours: the GPT-2 paper does not give its own."""
     return (resources.files("megagpt") / "evaluate" / "stop_words.txt").read_text().split()
 
 
@@ -98,7 +98,7 @@ TASKS = (
     ),
     Task(
         name="lambada_gpt2",
-        protocol="last token, the likeliest that is no stop word (NLTK's list); OpenAI's text; GPT-2 paper",
+        protocol="last token, the likeliest that is no stop word (a list of ours); OpenAI's text; GPT-2 paper",
         ask=last_token_filtered,
         figures={**FIGURES, "acc_all": mean("acc_all")},
         **OPENAI,

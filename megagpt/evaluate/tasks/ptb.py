@@ -26,7 +26,7 @@ def read(paths: Sequence[Path]) -> list[Passage]:
     return [Passage(detokenised(text), text)] if text else []
 
 
-HOW = "the file as one stream, detokenised; words of the file and an end a line"
+HOW = "the file as one stream, detokenised by rules of ours; words of the file and an end a line"
 ASK = Windowed(HOW, of_passages(words_and_line_ends))
 TASKS = (
     Task(
