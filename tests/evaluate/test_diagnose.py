@@ -167,6 +167,7 @@ def test_bf16_is_read_again_in_fp32_and_told_in_80_columns():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_planted_causes_come_first(tmp_path: Path):
     from benchmarks.diagnose import CASES, first_of, run_cases  # a program, with what it needs
 

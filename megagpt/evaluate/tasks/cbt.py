@@ -53,7 +53,8 @@ def _task(name: str, kind: str, words: str) -> Task:
     return Task(
         name=name,
         about=f"which of ten {words} was left out",
-        protocol="the likeliest with the rest of its sentence, after 20 sentences, detokenised by rules of ours; GPT-2 paper",
+        protocol="the likeliest with the rest of its sentence, after 20 sentences, detokenised by rules of ours; "
+        "GPT-2 paper",
         source=f"Hill et al. 2016; CBTest.tgz of the authors: cbtest_{kind}_test_2500ex.txt",
         files=(f"cbt/cbtest_{kind}_test_2500ex.txt",),
         read=read,
