@@ -21,6 +21,16 @@ class Choices:
     options: tuple[tuple[str, str], ...]
     gold: int
 
+    def told(self, begin: str) -> Record:
+        """For the user to read: prompt, and choices; contexts, which stand between them, where each choice has its own.
+
+        begin: stands before all.
+        """
+        contexts, choices = zip(*self.options, strict=True)
+        if len({*contexts}) == 1:
+            return {"prompt": begin + contexts[0], "choices": list(choices)}
+        return {"prompt": begin, "contexts": list(contexts), "choices": list(choices)}
+
     @property
     def shown(self) -> str:
         """As an example before another question: with the right answer."""
@@ -54,8 +64,7 @@ def choose(made: Callable[[Doc], Choices], *, between: str = "\n\n") -> Ask:
             by_token = [s / len(score.logprobs) for s, score in zip(sums, found, strict=True)]
             records.append(
                 {
-                    "prompt": begin + one.options[0][0],
-                    "choices": [text for _, text in one.options],
+                    **one.told(begin),
                     "gold": one.gold,
                     "choice": best(sums),
                     "logprobs": sums,

@@ -28,7 +28,7 @@ class Task:
     """One row of a table, or several: one for each figure.
 
     about: what is asked, in a line.  protocol: how, as it stands beside the number.  source: paper, origin of files.
-    files: what is read, below --data.
+    files: what is read, below --data.  example: what these may hold, made up: docs/tasks.md shows what is asked of it.
     read: (paths of these) -> documents, in the order of the files.
     ask: (answers, documents, shots) -> a record for each; shots: by document, those that stand before it as examples.
     figures: by name; the first is the task's own.  shots: how many where --few-shot does not say.
@@ -41,6 +41,7 @@ class Task:
     protocol: str
     source: str
     files: tuple[str, ...] = ()
+    example: tuple[str, ...] = ()
     read: Callable[[Sequence[Path]], list[Doc]] = lambda paths: []
     ask: Callable[[Answers, Sequence[Doc], Sequence[Sequence[Doc]]], list[Record]] = lambda answers, docs, shots: []
     figures: Mapping[str, Figure] = field(default_factory=lambda: {"acc": mean("acc")})
@@ -69,8 +70,10 @@ def text_of_record(record: Record) -> str:
     """What the model was asked, with the right answer where the record has it; a text as a whole as it is."""
     if "text" in record:
         return record["text"]
-    answer = record["choices"][record["gold"]] if "choices" in record else record.get("continuation", "")
-    return record.get("prompt", "") + answer
+    if "choices" not in record:
+        return record["prompt"] + record.get("continuation", "")
+    own = record["contexts"][record["gold"]] if "contexts" in record else ""
+    return record["prompt"] + own + record["choices"][record["gold"]]
 
 
 def standard_error(records: Sequence[Record], key: str) -> float | None:

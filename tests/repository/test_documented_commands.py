@@ -62,6 +62,7 @@ PARSED = {  # program or module: why its arguments are parsed only
     "tools/parity.py": "walks for minutes; tests/parity runs it",
     "tools/config_reference.py": "writes a page of this checkout; tests/tools compare it",
     "tools/models_page.py": "writes a page of this checkout; tests/tools compare it",
+    "tools/tasks_page.py": "writes a page of this checkout; tests/tools compare it",
     "megagpt.ops": "writes into this checkout; tests/tools/test_new_op.py lays an op in a copy",
     "tools/evaluate.py": "reads files of tasks, which are not in this repository; tests/evaluate runs it",
     "tests": "tests of their own, and soaks of hours",

@@ -14,6 +14,12 @@ def question(doc: Doc) -> Choices:
     return Choices(tuple((context, " " + choice["text"]) for choice in choices), labels.index(doc["answerKey"]))
 
 
+EXAMPLE = (
+    '{"question": {"stem": "Which is a rock?", "choices": [{"text": "granite", "label": "A"}, '
+    '{"text": "a cat", "label": "B"}]}, "answerKey": "A"}'
+)
+
+
 def _task(name: str, kind: str) -> Task:
     folder = f"arc/ARC-V1-Feb2018-2/{kind}/{kind}"
     return Task(
@@ -22,6 +28,7 @@ def _task(name: str, kind: str) -> Task:
         protocol="likeliest answer, sum (acc) and by characters (acc_norm); as lm-eval's task of this name",
         source=f"Clark et al. 2018; {kind}-Test.jsonl of the authors' ARC-V1-Feb2018.zip",
         files=(f"{folder}-Test.jsonl",),
+        example=(EXAMPLE,),
         training=(f"{folder}-Train.jsonl",),
         read=lambda paths: json_lines(paths, "question", "answerKey"),
         ask=choose(question),

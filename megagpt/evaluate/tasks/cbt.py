@@ -49,7 +49,12 @@ def question(doc: Doc) -> Choices:
     return Choices(tuple((context, text[len(context) :]) for text in texts), doc["gold"])
 
 
-def _task(name: str, kind: str, words: str) -> Task:
+def _example(sentence: str, answer: str, choices: str) -> str:
+    before = [f"{i} The hen laid egg {i} , and slept .\n" for i in range(1, 21)]
+    return "".join(before) + f"21 {sentence}\t{answer}\t\t{choices}\n"
+
+
+def _task(name: str, kind: str, words: str, example: str) -> Task:
     return Task(
         name=name,
         about=f"which of ten {words} was left out",
@@ -57,9 +62,16 @@ def _task(name: str, kind: str, words: str) -> Task:
         "GPT-2 paper",
         source=f"Hill et al. 2016; CBTest.tgz of the authors: cbtest_{kind}_test_2500ex.txt",
         files=(f"cbt/cbtest_{kind}_test_2500ex.txt",),
+        example=(example,),
         read=read,
         ask=choose(question),
     )
 
 
-TASKS = (_task("cbt_cn", "CN", "common nouns"), _task("cbt_ne", "NE", "named entities"))
+CHOICES = "barn|bed|cart|cat|cow|dog|egg|field|fox|road"
+NAMES = "Al|Ann|Bea|Bob|Dan|Eve|Ida|Joe|Kim|Leo"
+
+TASKS = (
+    _task("cbt_cn", "CN", "common nouns", _example("`` Then the XXXXX came , '' said Ann .", "fox", CHOICES)),
+    _task("cbt_ne", "NE", "named entities", _example("`` Then the fox came , '' said XXXXX .", "Ann", NAMES)),
+)

@@ -69,7 +69,7 @@ class Part:
     def record(self, doc: Doc, scores: Sequence[Score]) -> Record:
         """acc: whether the answer with the highest mean log-probability a token is right; of text: each token is."""
         if self.kind == "text":
-            return {"answer": doc["continuation"], "acc": float(scores[0].greedy), "logprobs": [scores[0].logprob]}
+            return {"acc": float(scores[0].greedy), "logprobs": [scores[0].logprob]}
         means = [score.logprob / len(score.logprobs) for score in scores]
         return {"gold": doc["gold"], "choice": best(means), "acc": float(best(means) == doc["gold"]), "logprobs": means}
 
@@ -80,9 +80,19 @@ class Part:
         pairs = [self.pairs([(*answers.empty, *answers.tokenizer.encode(t)) for t in some]) for some in texts]
         scores = iter(answers.scores([pair for some in pairs for pair in some]))
         return [
-            {"prompt": of_doc[0], **self.record(doc, [next(scores) for _ in some])}
-            for doc, of_doc, some in zip(docs, texts, pairs, strict=True)
+            {**self.question(doc, begin), **self.record(doc, [next(scores) for _ in some])}
+            for doc, begin, some in zip(docs, before, pairs, strict=True)
         ]
+
+    def question(self, doc: Doc, begin: str) -> Record:
+        """What was asked, for the user to read.  begin: the examples before it."""
+        texts = self.texts(doc)
+        if self.kind == "text":
+            return {"prompt": begin + texts[0], "continuation": texts[1][len(texts[0]) :]}
+        if self.kind == "choice":
+            return {"prompt": begin + doc["query"], "choices": [text[len(doc["query"]) :] for text in texts]}
+        ends = [text[len(context) :] for text, context in zip(texts, doc["context_options"], strict=True)]
+        return {"prompt": begin, "contexts": doc["context_options"], "choices": ends}
 
     def read(self, paths: Sequence[Path]) -> list[Doc]:
         """In an order that says nothing."""
@@ -99,12 +109,20 @@ class Part:
             protocol=f"{PROTOCOLS[self.kind]}; centred: of what guessing ({self.baseline:g}%) leaves",
             source=f"Li et al. 2024; {self.file}.jsonl of llm-foundry's scripts/eval/local_data",
             files=(f"icl/{self.file}.jsonl",),
+            example=(EXAMPLES[self.kind],),
             read=self.read,
             ask=self.ask,
             figures={"centred": centred(self.baseline / 100), "acc": mean("acc")},
             shots=self.shots,
         )
 
+
+EXAMPLES = {
+    "choice": '{"query": "Question: Which is a rock?", "choices": ["granite", "a cat"], "gold": 0}',
+    "schema": '{"context_options": ["The cup is not in the box: the cup", "The cup is not in the box: the box"], '
+    '"continuation": "is small.", "gold": 1}',
+    "text": '{"context": "Question: What is the capital of France?", "continuation": "Paris"}',
+}
 
 PROTOCOLS = {
     "choice": "the answer with the highest mean log-probability a token",

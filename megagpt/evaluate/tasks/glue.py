@@ -40,6 +40,7 @@ def _task(
     prompt: Callable[[Doc], str],
     columns: Sequence[str],
     *,
+    example: str,
     answers: Mapping[str, str],
     figures: Mapping[str, Figure] | None = None,
     parts: Sequence[str] = ("dev", "train"),
@@ -47,7 +48,7 @@ def _task(
     source: str = "",
 ) -> Task:
     """One of them.  answers: what the model writes for each label of the file; columns: the label last;
-    parts: files, the training file last.
+    parts: files, the training file last.  example: of the first file.
     """
     labels = list(answers)
 
@@ -63,6 +64,7 @@ def _task(
         protocol="likeliest answer; as lm-eval's task of this name",
         source=source or f"Wang et al. 2018; GLUE's {folder}.zip",
         files=tuple(f"glue/{folder}/{part}.tsv" for part in parts[:-1]),
+        example=(example, *[""] * (len(parts) - 2)),
         training=(f"glue/{folder}/{parts[-1]}.tsv",),
         read=table(columns, names),
         ask=choose(question),
@@ -94,6 +96,7 @@ TASKS = (
         "CoLA",
         lambda doc: f"{doc['sentence']}\nQuestion: Does this sentence make sense?\nAnswer:",
         ("sentence", "label"),
+        example="gj04\t1\t\tThe road was closed.\n",
         answers=NO_YES,
         figures={"mcc": matthews("gold", "choice")},
         parts=("in_domain_dev", "out_of_domain_dev", "in_domain_train"),  # which are GLUE's dev and train
@@ -106,6 +109,7 @@ TASKS = (
         "SST-2",
         lambda doc: f"{doc['sentence']}\nQuestion: Is this sentence positive or negative?\nAnswer:",
         ("sentence", "label"),
+        example="sentence\tlabel\na quiet , lovely film \t1\n",
         answers={"0": "negative", "1": "positive"},
     ),
     _task(
@@ -117,6 +121,7 @@ TASKS = (
             "Question: Do both sentences mean the same thing?\nAnswer:"
         ),
         ("#1 String", "#2 String", "Quality"),
+        example="Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tRoads are closed .\tThe roads were shut .\n",
         answers=NO_YES,
         figures={"acc": mean("acc"), "f1": f1("gold", "choice")},
     ),
@@ -129,11 +134,21 @@ TASKS = (
             "Question: Do both questions ask the same thing?\nAnswer:"
         ),
         ("question1", "question2", "is_duplicate"),
+        example="id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\tHow old is Ann?\tWhat is Ann's age?\t1\n",
         answers=NO_YES,
         figures={"acc": mean("acc"), "f1": f1("gold", "choice")},
     ),
     *(
-        _task(name, "what follows", "MNLI", _mnli, (*PAIR, "gold_label"), answers=MNLI, parts=(part, "train"))
+        _task(
+            name,
+            "what follows",
+            "MNLI",
+            _mnli,
+            (*PAIR, "gold_label"),
+            example="index\tsentence1\tsentence2\tgold_label\n0\tAnn fed the hens.\tThe hens ate\tneutral\n",
+            answers=MNLI,
+            parts=(part, "train"),
+        )
         for name, part in (("mnli", "dev_matched"), ("mnli_mismatch", "dev_mismatched"))
     ),
     _task(
@@ -142,6 +157,7 @@ TASKS = (
         "QNLI",
         lambda doc: f"{doc['question']}\n{doc['sentence']}\nQuestion: Does this response answer the question?\nAnswer:",
         ("question", "sentence", "label"),
+        example="index\tquestion\tsentence\tlabel\n0\tWho fed the hens?\tAnn fed them.\tentailment\n",
         answers={"entailment": "yes", "not_entailment": "no"},
     ),
     _task(
@@ -150,6 +166,7 @@ TASKS = (
         "RTE",
         _follows,
         (*PAIR, "label"),
+        example="index\tsentence1\tsentence2\tlabel\n0\tAnn fed the hens.\tThe hens ate.\tentailment\n",
         answers={"entailment": "True", "not_entailment": "False"},
     ),
     _task(
@@ -158,6 +175,7 @@ TASKS = (
         "WNLI",
         _follows,
         (*PAIR, "label"),
+        example="index\tsentence1\tsentence2\tlabel\n0\tThe cup is not in the box: it is big.\tIt is big.\t1\n",
         answers={"0": "False", "1": "True"},
     ),
 )

@@ -27,6 +27,10 @@ TASKS = (
         protocol="likeliest ending, sum (acc) and by characters (acc_norm); as lm-eval's task of this name",
         source="Zellers et al. 2019; hellaswag_val.jsonl of the authors",
         files=("hellaswag/hellaswag_val.jsonl",),
+        example=(
+            '{"activity_label": "Roofs", "ctx_a": "[header] How to mend it [title] Bring a ladder.", "ctx_b": "you", '
+            '"endings": ["climb it.", "eat it.", "sing [substeps] to it.", "sell it."], "label": 0}',
+        ),
         training=("hellaswag/hellaswag_train.jsonl",),
         read=lambda paths: json_lines(paths, "activity_label", "ctx_a", "ctx_b", "endings", "label"),
         ask=choose(question),

@@ -31,10 +31,18 @@ def last_token(answers: Answers, docs: Sequence[Doc], shots: Sequence[Sequence[D
 
     Comm: those of `Answers`.
     """
-    ids = [answers.trained.bounds.begun(answers.tokenizer.encode(doc["text"])) for doc in docs]
+    begun, encode, decode = answers.trained.bounds.begun, answers.tokenizer.encode, answers.tokenizer.decode
+    texts = [encode(doc["text"]) for doc in docs]
+    scores = answers.scores([(begun(ids[:-1]), ids[-1:]) for ids in texts])
     return [
-        {"prompt": doc["text"], "n_tokens": 1, "logprob": score.logprob, "acc": float(score.greedy)}
-        for doc, score in zip(docs, answers.scores([(one[:-1], one[-1:]) for one in ids]), strict=True)
+        {
+            "prompt": decode(ids[:-1]),
+            "continuation": decode(ids[-1:]),
+            "n_tokens": 1,
+            "logprob": score.logprob,
+            "acc": float(score.greedy),
+        }
+        for ids, score in zip(texts, scores, strict=True)
     ]
 
 
@@ -68,6 +76,7 @@ OPENAI = {
     "about": "the last word of a passage",
     "source": "Paperno et al. 2016; the test set as OpenAI has it (lambada_test.jsonl)",
     "files": ("lambada/lambada_test.jsonl",),
+    "example": ('{"text": "Ann took her red scarf off. Who had seen it, she asked later. Nobody had seen the scarf"}',),
     "read": lambda paths: json_lines(paths, "text"),
 }
 
@@ -85,6 +94,7 @@ TASKS = (
         protocol="whole last word, greedy; original text, tokenised and in lower case; as lm-eval's task of this name",
         source="Paperno et al. 2016; lambada_test_plain_text.txt of the authors' lambada-dataset.tar.gz",
         files=("lambada/lambada_test_plain_text.txt",),
+        example=("ann took her red scarf off . `` who has seen it ? '' she asked later . nobody had seen the scarf\n",),
         read=plain_text,
         ask=finish(last_word),
         figures=FIGURES,

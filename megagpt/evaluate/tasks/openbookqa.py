@@ -21,6 +21,10 @@ TASKS = (
         protocol="likeliest answer, sum (acc) and by characters (acc_norm); as lm-eval's task of this name",
         source="Mihaylov et al. 2018; Data/Main of the authors' OpenBookQA-V1-Sep2018.zip",
         files=("openbookqa/Main/test.jsonl",),
+        example=(
+            '{"question": {"stem": "A rock that was molten is", "choices": [{"text": "granite", "label": "A"}, '
+            '{"text": "chalk", "label": "B"}]}, "answerKey": "A"}',
+        ),
         training=("openbookqa/Main/train.jsonl",),
         read=lambda paths: json_lines(paths, "question", "answerKey"),
         ask=choose(question),

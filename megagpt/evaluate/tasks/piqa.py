@@ -33,6 +33,7 @@ TASKS = (
         protocol="likeliest answer, sum (acc) and by characters (acc_norm); as lm-eval's task of this name",
         source="Bisk et al. 2020; valid.jsonl, valid-labels.lst of the authors",
         files=("piqa/valid.jsonl", "piqa/valid-labels.lst"),
+        example=('{"goal": "Open a jar.", "sol1": "Turn its lid.", "sol2": "Turn its label."}', "0\n"),
         read=read,
         ask=choose(question),
         figures={"acc": mean("acc"), "acc_norm": mean("acc_norm")},

@@ -54,6 +54,10 @@ def _coqa(name: str, only_last: bool, protocol: str) -> Task:
         protocol=protocol,
         source="Reddy et al. 2019; coqa-dev-v1.0.json of the authors",
         files=("coqa/coqa-dev-v1.0.json",),
+        example=(
+            '{"data": [{"story": "Ann fed the hens.", "questions": [{"input_text": "Who did it?"}, '
+            '{"input_text": "What?"}], "answers": [{"input_text": "Ann"}, {"input_text": "fed hens"}]}]}',
+        ),
         read=lambda paths: [doc for doc in turns(paths) if doc["last"] or not only_last],
         ask=write(lambda doc: (doc["prompt"], " " + doc["golds"][0]), agreed, greedy(256, "\nQ:")),
         figures={"f1": mean("f1"), "em": mean("em")},
@@ -67,6 +71,7 @@ TASKS = (
         protocol="written greedily; exact match with any answer, case, punctuation, articles aside; as lm-eval's task",
         source="Kwiatkowski et al. 2019; NQ-open.dev.jsonl of natural-questions/nq_open",
         files=("nq_open/NQ-open.dev.jsonl",),
+        example=('{"question": "what is the capital of france", "answer": ["Paris"]}',),
         read=lambda paths: json_lines(paths, "question", "answer"),
         ask=write(
             nq,

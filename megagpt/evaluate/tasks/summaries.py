@@ -26,6 +26,7 @@ TASKS = (
         protocol="after TL;DR:, 100 tokens drawn among the two likeliest, the first three sentences; GPT-2 paper",
         source="Nallapati et al. 2016, See et al. 2017; version 3.0.0, non-anonymised: article and highlights a line",
         files=("cnn_dailymail/test.jsonl",),
+        example=('{"article": "It rained for a week. Roads are closed.", "highlights": "Rain closes roads."}',),
         training=("cnn_dailymail/train.jsonl",),
         read=lambda paths: json_lines(paths, "article", "highlights"),
         ask=write(

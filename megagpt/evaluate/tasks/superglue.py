@@ -28,6 +28,7 @@ TASKS = (
         protocol="likelier answer; as lm-eval's task of this name",
         source="Clark et al. 2019; val.jsonl of SuperGLUE's BoolQ.zip",
         files=("superglue/BoolQ/val.jsonl",),
+        example=('{"passage": "Tin is a metal, and soft.", "question": "is tin a metal", "label": true}',),
         training=("superglue/BoolQ/train.jsonl",),
         read=lambda paths: json_lines(paths, "passage", "question", "label"),
         ask=choose(boolq),
@@ -38,6 +39,9 @@ TASKS = (
         protocol="likelier sentence; as lm-eval's task of this name",
         source="Roemmele et al. 2011; val.jsonl of SuperGLUE's COPA.zip",
         files=("superglue/COPA/val.jsonl",),
+        example=(
+            '{"premise": "The man fell.", "choice1": "It hurt.", "choice2": "Rain.", "question": "effect", "label": 0}',
+        ),
         training=("superglue/COPA/train.jsonl",),
         read=lambda paths: json_lines(paths, "premise", "choice1", "choice2", "question", "label"),
         ask=choose(copa),

@@ -18,6 +18,9 @@ def read(paths: Sequence[Path]) -> list[Doc]:
     return [{"source": a, "gold": b} for a, b in zip(ours, theirs, strict=True)]
 
 
+EXAMPLE = {"en": "The road is closed.\n", "fr": "La route est fermée.\n"}
+
+
 def _task(source: str, target: str) -> Task:
     return Task(
         name=f"wmt14_{source}_{target}",
@@ -25,6 +28,7 @@ def _task(source: str, target: str) -> Task:
         protocol="after pairs 'sentence = sentence', greedy, the first line; BLEU by sacrebleu, 13a; GPT-2 paper",
         source=f"Bojar et al. 2014; newstest2014 by sacrebleu -t wmt14/full -l {source}-{target} --echo src (or ref)",
         files=(f"wmt14/newstest2014.{source}", f"wmt14/newstest2014.{target}"),
+        example=(EXAMPLE[source], EXAMPLE[target]),
         read=read,
         ask=write(
             lambda doc: (f"{doc['source']} =", " " + doc["gold"]),

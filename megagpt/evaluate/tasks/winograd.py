@@ -25,6 +25,10 @@ TASKS = tuple(
         protocol=f"likelier {what} ({made.__name__} scoring); GPT-2 paper",
         source="Levesque et al. 2012; winograd_wsc.jsonl of llm-foundry's scripts/eval/local_data",
         files=("icl/winograd_wsc.jsonl",),
+        example=(
+            '{"context_options": ["The cup is not in the box: the cup", "The cup is not in the box: the box"], '
+            '"continuation": "is small.", "gold": 1}',
+        ),
         read=lambda paths: json_lines(paths, "context_options", "continuation", "gold"),
         ask=choose(made),
     )

@@ -20,6 +20,10 @@ TASKS = (
         protocol="which makes the rest of the sentence likelier (partial scoring); as lm-eval's task of this name",
         source="Sakaguchi et al. 2019; dev.jsonl of the authors' winogrande_1.1.zip",
         files=("winogrande/dev.jsonl",),
+        example=(
+            '{"sentence": "The cup is not in the box, since the _ is small.", "option1": "cup", "option2": "box", '
+            '"answer": "2"}',
+        ),
         training=("winogrande/train_xl.jsonl",),
         read=lambda paths: json_lines(paths, "sentence", "option1", "option2", "answer"),
         ask=choose(question),
