@@ -85,9 +85,7 @@ class Windowed:
         return f"{self.how}; windows of the model's context, each scoring its last {self.stride:,} tokens"
 
     def __call__(self, answers: Answers, docs: Sequence[Doc], shots: Sequence[Sequence[Doc]]) -> list[Record]:
-        """Raises UserError for examples before a text, and a stride that the context does not hold."""
-        if any(shots):
-            raise UserError("got --few-shot", "wanted none for texts as a whole", "leave it out, or these tasks")
+        """Raises UserError for a stride that the context does not hold.  shots: none (`shots_of`)."""
         if self.stride is not None and not 1 <= self.stride <= answers.seq_len:
             raise UserError(
                 f"got --stride {self.stride}", f"wanted 1 to {answers.seq_len:,}, the model's context", "change it"

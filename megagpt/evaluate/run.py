@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megagpt.errors import UserError, nearest
 from megagpt.evaluate.answers import Answers
-from megagpt.evaluate.language import dataset_task, strided, text_task
+from megagpt.evaluate.language import Windowed, dataset_task, strided, text_task
 from megagpt.evaluate.split import SPLITS
 from megagpt.evaluate.task import Doc, Record, Task, standard_error
 from megagpt.evaluate.tasks import ALL
@@ -61,7 +61,9 @@ def task_named(name: str) -> Task:
 
 
 def shots_of(task: Task, shots: int | None) -> int:
-    """How many examples stand before each question; None: as many as the task has."""
+    """How many examples stand before each question; None: as many as the task has. Texts as a whole have none."""
+    if isinstance(task.ask, Windowed):
+        return 0
     return task.shots if shots is None else shots
 
 

@@ -18,7 +18,7 @@ from megagpt.data.tokenizers.bytes import ByteTokenizer
 from megagpt.errors import UserError
 from megagpt.evaluate.answers import Answers
 from megagpt.evaluate.language import dataset_task, strided, text_task, windows
-from megagpt.evaluate.run import Result, run_task
+from megagpt.evaluate.run import Result, run_task, shots_of
 from megagpt.evaluate.task import Task
 from megagpt.evaluate.tasks import ALL, lm1b, ptb, wikipedia_bytes, wikitext
 from megagpt.generate.trained import load_trained, open_trained
@@ -184,6 +184,7 @@ def test_a_stride_stands_in_the_protocol_and_fits_the_context(folder: Path, data
     assert "do not overlap" in ALL["wikitext2"].protocol
     assert "each scoring its last 512 tokens" in strided(ALL["wikitext2"], 512).protocol
     assert strided(ALL["piqa"], 512) is ALL["piqa"]
+    assert shots_of(ALL["wikitext2"], 5) == 0 and shots_of(ALL["piqa"], 5) == 5
     with pytest.raises(UserError, match="got --stride 17"):
         found(folder, text_task(data / "a.txt", stride=17), data)
 

@@ -25,13 +25,17 @@ def calibration(case: Case) -> Evidence:
         rows.append((f"{said.min():.3f} to {said.max():.3f}", f"{said.mean():.3f}", f"{right.mean():.3f}"))
         gain_N[of_n] = np.where(right, np.log(rate / said), np.log((1 - rate) / (1 - said)))
         off += (said.mean() - right.mean()) * len(of_n) / len(said_N)
-    more = "sure of itself" if off > 0 else "unsure"
+    sure = off > 0
     suspicions = case.suspicion(
         "calibration",
         reading.by_document(gain_N),
-        f"Probabilities that are not those of being right: the model is too {more}.",
+        f"Probabilities that are not those of being right: the model is too {'sure of itself' if sure else 'unsure'}.",
         [f"the likeliest token is right in {right_N.mean():.1%}; said: {said_N.mean():.1%}"],
-        "Too sure: other text than in training, or overfitted (compare with its training loss). Look also at "
-        "logit_scale, and the scale of weights after a conversion.",
+        (
+            "Other text than in training, or overfitted: compare with its training loss. "
+            if sure
+            else "Too few steps, or too low a learning rate: see whether its training loss still falls. "
+        )
+        + "Look also at logit_scale, and the scale of weights after a conversion.",
     )
     return Evidence("calibration of the likeliest token", ("said", "mean", "right"), tuple(rows), tuple(suspicions))

@@ -68,7 +68,8 @@ TASKS = (
     Task(
         name="nq_open",
         about="a question, without a text that answers it",
-        protocol="written greedily; exact match with any answer, case, punctuation, articles aside; as lm-eval's task",
+        protocol="written greedily, 64 tokens at most; exact match with any answer, case, punctuation, articles aside; "
+        "prompts and match as lm-eval's task, examples from the same file",
         source="Kwiatkowski et al. 2019; NQ-open.dev.jsonl of natural-questions/nq_open",
         files=("nq_open/NQ-open.dev.jsonl",),
         example=('{"question": "what is the capital of france", "answer": ["Paris"]}',),
