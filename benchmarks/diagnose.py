@@ -9,6 +9,7 @@ healthy model must get no strong one. The causes:
 | cause | planted |
 |---|---|
 | rare tokens | the training text lacks digits and capitals, the evaluation has them |
+| rare tokens, data gone | likewise, and the training data is not there any more |
 | detokeniser | the evaluation text is written as WikiText writes it (" , ", " @-@ ", " 's"), the training text is not |
 | separators | training documents do not end with the end of text |
 | beyond context | learned positions for 128 tokens, of which training reached 32 |
@@ -25,13 +26,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.machine import conditions
+from megagpt.config.values import DataPath
 from megagpt.console import console_here
 from megagpt.errors import ArgumentParser, UserError, run_cli
 from megagpt.evaluate.answers import Answers
@@ -63,10 +65,17 @@ def as_wikitext(text: str) -> str:
     return re.sub(r" +", " ", re.sub(r"(?<!@)([,.;:!?()])(?!@)", r" \1 ", text)).strip()
 
 
-def moved_logits(trained: Trained) -> None:
+def moved_logits(trained: Trained) -> Trained:
     """Another number for the same model: a constant added to all logits."""
     head: Any = trained.stage.layers[-1]
     head.bias.add_(600)
+    return trained
+
+
+def without_data(trained: Trained) -> Trained:
+    """As a model from elsewhere."""
+    data = replace(trained.config.data, data_path=DataPath(("gone",)))
+    return replace(trained, config=replace(trained.config, data=data))
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Case:
     flags: tuple[str, ...] = ()
     evaluated_on: Callable[[str], str] = as_it_is
     precision: str = "fp32"
-    change: Callable[[Trained], None] = lambda trained: None
+    change: Callable[[Trained], Trained] = lambda trained: trained
 
     @property
     def run(self) -> tuple[object, ...]:
@@ -95,6 +104,7 @@ CASES = (
     Case("healthy", None),
     Case("healthy in bf16", None, precision="bf16"),
     Case("rare tokens", "tokens", trained_on=without_digits_and_capitals),
+    Case("rare tokens, data gone", "tokens", trained_on=without_digits_and_capitals, change=without_data),
     Case("detokeniser", "detokenise", evaluated_on=as_wikitext),
     Case("separators", "ends", append_eod=False),
     Case(
@@ -153,8 +163,8 @@ def run_cases(
             runs[case.run] = train(case, texts[n_evaluation:], folder / f"run-{case.name.replace(' ', '-')}", steps)
         trained_s = time.perf_counter() - start
         with open_trained(runs[case.run], precision=case.precision) as trained, torch.no_grad():
-            case.change(trained)
-            findings = diagnose(Answers(trained), [case.evaluated_on(text) for text in texts[:n_evaluation]])
+            answers = Answers(case.change(trained))
+            findings = diagnose(answers, [case.evaluated_on(text) for text in texts[:n_evaluation]])
         found.append((case, findings))
         print(f"\n=== {case.name}: wanted {case.wanted}, first {first_of(findings)}")
         print(f"trained in {trained_s:.0f} s, diagnosed in {time.perf_counter() - start - trained_s:.0f} s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +30,11 @@ from megagpt.evaluate.diagnose.precision import precision
 from megagpt.evaluate.diagnose.reading import LOST, read
 from megagpt.evaluate.diagnose.show import show_findings
 from megagpt.evaluate.diagnose.tokens import tokens
+from megagpt.evaluate.diagnose.untrained import untrained
 from megagpt.evaluate.score import Pair, Score
 from megagpt.generate.stage import build_stage
 from megagpt.generate.trained import Trained
+from megagpt.inventory.layers import TIED
 from megagpt.parallel.mesh import build_mesh
 from megagpt.processes.local import run_ranks
 
@@ -122,6 +124,36 @@ def test_a_detector_names_its_cause_and_no_other_speaks_louder(
     (own,) = (one for one in detector(case_of(made, counted(lacking))).suspicions if one.strong)
     assert own == found[0] and evidence in " ".join(own.evidence)
     assert not any(one.strong for one in suspicions(case_of(Made(healthy), counted())))
+
+
+def test_tokens_that_look_untrained_are_named_where_the_data_is_gone():
+    made = Made(lambda before, token: 12.0 if token == ord("T") else HEALTHY)
+    case = case_of(made)
+    assert not tokens(case).suspicions and "not known" in tokens(case).title
+    (found,) = tokens(replace(case, untrained=np.arange(257) == ord("T"))).suspicions
+    assert found.strong and found.evidence[1].endswith("the most: 'T'")
+
+
+def rows_apart(like: str, pp: int, tp: int) -> np.ndarray | None:
+    """On a rank: which tokens look untrained, where those of `like` are as those that no text gives; none: nothing."""
+    model = ModelConfig(n_layers=2, d_model=8, n_heads=2, seq_len=8, vocab_size=257)
+    stage = build_stage(model, build_mesh("cpu", pp=pp, dp=1, tp=tp))
+    draw = torch.Generator().manual_seed(0)
+    rows_VD = torch.randn(257, 8, generator=draw)
+    if like:
+        alike = [*range(128, 256), *like.encode()]
+        rows_VD[alike] = 1.0 + 0.01 * torch.randn(len(alike), 8, generator=draw)
+    for named in stage.canonical_parameters():
+        if named.name == TIED:
+            named.part.unpadded(named.parameter.data).copy_(named.part.take(rows_VD))
+    return untrained(Answers(Trained(stage, RunConfig(model=model), ByteTokenizer(), Path(), 0)))
+
+
+@pytest.mark.parametrize(("pp", "tp"), [(1, 1), (2, 1), (1, 2)])
+def test_untrained_tokens_are_told_by_their_rows(pp: int, tp: int):
+    for found in run_ranks(rows_apart, pp * tp, "xQ", pp, tp):
+        assert found is not None and [*np.flatnonzero(found)] == [*sorted(b"xQ"), *range(128, 256)]
+    assert run_ranks(rows_apart, 1, "", 1, 1) == [None]
 
 
 def suspicions(case: Case) -> list[Suspicion]:

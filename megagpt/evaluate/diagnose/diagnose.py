@@ -25,6 +25,7 @@ from megagpt.evaluate.diagnose.precision import precision
 from megagpt.evaluate.diagnose.reading import read
 from megagpt.evaluate.diagnose.tokens import tokens
 from megagpt.evaluate.diagnose.training_counts import training_counts
+from megagpt.evaluate.diagnose.untrained import untrained
 
 DETECTORS: tuple[Detector, ...] = (losses, tokens, position, classes, calibration, ends, detokenise, precision)
 TOKENS = 32_768  # that are read, each about ten times
@@ -64,7 +65,7 @@ def diagnose(answers: Answers, documents: Sequence[str], n_tokens: int = TOKENS)
     if not texts:
         raise UserError("got no text to diagnose", "wanted a document that is not empty", "name another file")
     reading = read(answers, ids_D)
-    case = Case(answers, texts, ids_D, reading, training_counts(answers.trained))
+    case = Case(answers, texts, ids_D, reading, training_counts(answers.trained), untrained(answers))
     return Findings(reading.loss, len(reading.ids), len(texts), tuple(detect(case) for detect in DETECTORS))
 
 

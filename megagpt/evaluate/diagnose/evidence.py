@@ -48,7 +48,8 @@ class Case:
     """A model and the texts that it was read on.
 
     ids: tokens of each text, the end of text behind each where there is one.  reading: as an evaluation reads them.
-    counts: how often each token is in the training data; None where that is not known.
+    counts: how often each token is in the training data; None where that is not known.  untrained: which tokens look,
+    by their embedding, as if they were not in it; None likewise.
     """
 
     answers: Answers
@@ -56,6 +57,7 @@ class Case:
     ids: Sequence[Sequence[int]]
     reading: Reading
     counts: np.ndarray | None
+    untrained: np.ndarray | None = None
 
     def suspicion(
         self, kind: str, excess_D: np.ndarray, claim: str, evidence: Sequence[str], remedy: str

@@ -13,15 +13,16 @@ NAMED = 8
 def tokens(case: Case) -> Evidence:
     """Suspects them of what they cost beyond their share of the texts. The end of text is the affair of `ends`."""
     columns = ("seen in training", "tokens", "share of text", "mean loss", "share of loss")
-    reading, counts_V = case.reading, case.counts
-    if counts_V is None:
+    reading, end_N = case.reading, case.reading.ids == case.answers.tokenizer.eod
+    if case.counts is not None:
+        title = "tokens seen in training"
+        never_N, rarely_N = by_counts(case, case.counts)
+    elif case.untrained is not None:
+        title = "tokens seen in training, by their embedding (the dataset is not there)"
+        never_N, rarely_N = case.untrained[reading.ids], np.zeros(len(end_N), dtype=bool)
+    else:
         return Evidence("tokens seen in training: not known, the run's dataset is not there", columns, ())
-    counts_V = np.pad(counts_V, (0, max(0, int(reading.ids.max()) + 1 - len(counts_V))))
-    seen_N = counts_V[reading.ids] / max(1, counts_V.sum())
-    here_N = np.exp(-reading.surprise)
-    end_N = reading.ids == case.answers.tokenizer.eod
-    never_N = (seen_N == 0) & ~end_N
-    rarely_N = (seen_N < here_N / RARER) & ~never_N & ~end_N
+    never_N, rarely_N = never_N & ~end_N, rarely_N & ~end_N
     groups = {"never": never_N, "rarely": rarely_N, "as here": ~never_N & ~rarely_N & ~end_N, "(end of text)": end_N}
     total = reading.losses.sum()
     rows = [
@@ -45,4 +46,12 @@ def tokens(case: Case) -> Evidence:
         "Compare how training and evaluation texts were made (filters, lower case, normalisation, another tokenizer "
         "or version); train on text that has these tokens, or leave such texts out and say so.",
     )
-    return Evidence("tokens seen in training", columns, tuple(rows), tuple(suspicions))
+    return Evidence(title, columns, tuple(rows), tuple(suspicions))
+
+
+def by_counts(case: Case, counts_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the texts' tokens training never showed, and which it showed rarely.  Shapes: → [N], [N] bool."""
+    ids_N = case.reading.ids
+    counts_V = np.pad(counts_V, (0, max(0, int(ids_N.max()) + 1 - len(counts_V))))
+    seen_N = counts_V[ids_N] / max(1, counts_V.sum())
+    return seen_N == 0, (seen_N > 0) & (seen_N < np.exp(-case.reading.surprise) / RARER)
