@@ -2,7 +2,7 @@
 
     pip install --no-build-isolation -e .        or        python setup.py build_ext --inplace
 
-- `megagpt._index_builder` needs a C++ compiler and pybind11.
+- `megagpt._index_builder` and `megagpt._normal` need a C++ compiler and pybind11.
 - `megagpt._C`, the ops, needs an importable torch too (hence no build isolation). CUDA sources are compiled
   iff a CUDA torch and an nvcc that fits it are there; a GPU is not asked for, so that a login node can build.
 
@@ -38,10 +38,14 @@ except ImportError as error:
 
     NO_TORCH = f"torch is not importable here ({error}); install it and use --no-build-isolation"
 
-INDEX_BUILDER = "csrc/index_builder.cpp"
-OPS = sorted(set(glob("csrc/*.cpp")) - {INDEX_BUILDER})
+BY_PYBIND11 = {"megagpt._index_builder": "csrc/index_builder.cpp", "megagpt._normal": "csrc/normal.cpp"}
+OPS = sorted(set(glob("csrc/*.cpp")) - set(BY_PYBIND11.values()))
 LOG = Path("build/build.log")
-FALLBACK = {"megagpt._index_builder": "NumPy code", "megagpt._C": "PyTorch reference code"}
+FALLBACK = {
+    "megagpt._index_builder": "NumPy code",
+    "megagpt._normal": "slower PyTorch code",
+    "megagpt._C": "PyTorch reference code",
+}
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 # Only torch's stable ABI of 2.11 is used, so that one build loads into every later torch.
 STABLE_ABI = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -52,10 +56,14 @@ CXX_FLAGS = [*STABLE_ABI, "-O3", *VECTORISE, *X86, *OPENMP]
 NVCC_FLAGS = [*STABLE_ABI, "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
 
 
-def index_builder() -> Extension:
-    """The sample maps. No fused multiply-add (a default on ARM): it would choose other samples than NumPy."""
-    flags = ["-O3", "-ffp-contract=off"]
-    return Pybind11Extension("megagpt._index_builder", [INDEX_BUILDER], cxx_std=17, extra_compile_args=flags)
+def by_pybind11() -> list[Extension]:
+    """Sample maps and first weights. No fused multiply-add: NumPy and PyTorch, without it, give other numbers."""
+    flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", *X86]
+    headers = sorted(glob("csrc/*.h"))
+    return [
+        Pybind11Extension(name, [source], cxx_std=17, depends=headers, extra_compile_args=flags)
+        for name, source in BY_PYBIND11.items()
+    ]
 
 
 def op_library() -> Extension:
@@ -142,7 +150,7 @@ class Build(BaseBuild):
 
     def run(self) -> None:
         if NO_PYBIND11:
-            explain(["megagpt._index_builder"], NO_PYBIND11)
+            explain(list(BY_PYBIND11), NO_PYBIND11)
         if NO_TORCH:
             explain(["megagpt._C"], NO_TORCH)
         elif torch.version.cuda and (why := why_no_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)):
@@ -248,7 +256,7 @@ def main() -> None:
     """Hand the extensions to setuptools."""
     extensions: list[Extension] = []
     if not NO_PYBIND11:
-        extensions.append(index_builder())
+        extensions += by_pybind11()
     if not NO_TORCH:
         extensions.append(op_library())
     setup(ext_modules=extensions, cmdclass={"build_ext": Build})

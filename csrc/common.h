@@ -24,17 +24,7 @@
 #include <vector>
 
 #include "branches.h"
-
-// Compile a hot loop for several instruction sets and pick the best one when the library is loaded, so that one
-// binary is fast everywhere. Goes in front of a function or function template whose loops take plain pointers; what
-// it calls must be MEGAGPT_INLINE. Only GCC on x86-64 Linux offers this; elsewhere the plain build is used.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#define MEGAGPT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MEGAGPT_CLONES
-#endif
-
-#define MEGAGPT_INLINE inline __attribute__((always_inline))
+#include "clones.h"
 
 // MEGAGPT_CPU_KERNELS(m) { m.impl("name", TORCH_BOX(&name_cpu)); } registers kernels under the schemas of megagpt/ops.
 #define MEGAGPT_CPU_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(megagpt, CPU, m)
@@ -120,6 +110,13 @@ inline std::string shape_of(const Tensor& x) {
   std::string text = "(";
   for (int64_t d = 0; d < x.dim(); ++d) text += (d ? ", " : "") + std::to_string(x.size(d));
   return text + ")";
+}
+
+// The kernels read an id for each sample of x, which has that and at least `least - 1` more dimensions.
+inline void check_sample_ids(const char* op, const Tensor& x, const Tensor& sample_ids, int64_t least = 1) {
+  STD_TORCH_CHECK(x.dim() >= least && sample_ids.dim() == 1 && sample_ids.numel() == x.size(0), op, ": got x ",
+                  shape_of(x), " and sample_ids ", shape_of(sample_ids), ", wanted an id for each sample");
+  STD_TORCH_CHECK(sample_ids.scalar_type() == ScalarType::Long, op, ": got sample_ids of another type than int64");
 }
 
 }  // namespace megagpt

@@ -1,10 +1,11 @@
 // Philox 4x32-10, the counter-based generator of Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3").
 // Four words are a pure function of (counter, key): no state, so any process computes any element by itself.
 //
-// How dropout uses it, on the CPU (philox_cpu.h draws many blocks at once) and in CUDA: megagpt/ops/dropout.py.
+// Who uses it: dropout, on the CPU (philox_cpu.h draws many blocks at once) and in CUDA (megagpt/ops/dropout.py); the
+// first weights of a model (megagpt/philox.py).
 #pragma once
 
-#include "common.h"
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define MEGAGPT_HD __host__ __device__ __forceinline__
@@ -71,12 +72,5 @@ struct DropoutMask {
     }
   }
 };
-
-// The kernels read an id for each sample of x, which has that and at least `least - 1` more dimensions.
-inline void check_sample_ids(const char* op, const Tensor& x, const Tensor& sample_ids, int64_t least = 1) {
-  STD_TORCH_CHECK(x.dim() >= least && sample_ids.dim() == 1 && sample_ids.numel() == x.size(0), op, ": got x ",
-                  shape_of(x), " and sample_ids ", shape_of(sample_ids), ", wanted an id for each sample");
-  STD_TORCH_CHECK(sample_ids.scalar_type() == ScalarType::Long, op, ": got sample_ids of another type than int64");
-}
 
 }  // namespace megagpt

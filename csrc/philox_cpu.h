@@ -1,7 +1,12 @@
 // Philox for many blocks at once, on the CPU: what the dropout kernels spend most of their instructions on.
 #pragma once
 
-#include "common.h"
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "clones.h"
 #include "philox.h"
 
 namespace megagpt {

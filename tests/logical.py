@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from megagpt.inventory.parameter import Init
+from megagpt.parallel.beginning import Beginning
 from megagpt.parallel.parameter import Part, part_of
 
 Parts = dict[str, tuple[Part, Tensor]]
+
+
+def drawn(init: Init, shape: tuple[int, ...], name: str, seed: int) -> Tensor:
+    """A whole logical tensor as a run begins with it."""
+    whole = Part(shape, dim=None, start=0, length=0)
+    return Beginning(init, whole, shape, seed, name).elements(0, math.prod(shape)).view(shape)
 
 
 def filled(module: nn.Module, logical: Mapping[str, Tensor]) -> nn.Module:

@@ -104,11 +104,15 @@ class Stage(nn.Module):
         return received
 
 
-def build_stage(config: ModelConfig, mesh: Mesh) -> Stage:
-    """This process's stage in evaluation mode, at the first weights of seed 0; stages are cut to take the same time."""
+def build_stage(config: ModelConfig, mesh: Mesh, empty: bool = False) -> Stage:
+    """This process's stage in evaluation mode; stages are cut to take the same time.
+
+    It has the first weights of seed 0; or it is `empty` (`Declared`), for who loads others.
+    """
     bounds = stage_bounds(Partition("flops"), inventory.layers(config), mesh.pipe.size)
     mine = slice(bounds[mesh.pipe.rank], bounds[mesh.pipe.rank + 1])
-    layers = [(blueprint.name, blueprint.build()) for blueprint in layer_list(config, mesh.model, seed=0)[mine]]
+    blueprints = layer_list(config, mesh.model, seed=0, empty=empty)[mine]
+    layers = [(blueprint.name, blueprint.build()) for blueprint in blueprints]
     if mesh.pipe.size == 1 and config.tied_embeddings:
         first, last = layers[0][1], layers[-1][1]
         assert isinstance(first, Embedding) and isinstance(last, Head)

@@ -26,6 +26,7 @@ from megagpt.hf.tokenizer_folder import bounds_of, find_tokenizer
 from megagpt.inventory.layers import canonical
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.parameter import give_memory
 from megagpt.plan.fit import check_model
 from megagpt.processes.agree import together
 from megagpt.processes.launched import n_processes
@@ -135,9 +136,14 @@ def load_trained(
         source = _ours(path, fallback, weights, allowed, tokenizer, say)
     layout = ParallelConfig(tp=mesh.model.size, pp=mesh.pipe.size)
     together(lambda: check_model(replace(source.config, parallel=layout)))
-    stage = build_stage(source.config.model, mesh)
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[precision]
+    if allowed.missing:  # what is missing has first weights
+        stage = build_stage(source.config.model, mesh).to(device, dtype)
+    else:
+        stage = build_stage(source.config.model, mesh, empty=True)
+        for named in stage.canonical_parameters():
+            give_memory(named.parameter, device, dtype)
     together(lambda: source.fill(stage))
-    stage.to("cuda" if torch.cuda.is_available() else "cpu", DTYPES[precision])
     found, bounds = together(source.tokenizer)
     return Trained(stage, source.config, found, source.folder, source.step, bounds)
 

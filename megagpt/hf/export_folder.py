@@ -31,7 +31,7 @@ from megagpt.inventory.parameter import WEIGHT
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.embedding import gather_logits
-from megagpt.parallel.parameter import part_of
+from megagpt.parallel.parameter import give_memory, part_of
 
 # Share of the largest logit. Sums in another order differ by 3e-6 after a few layers in fp32 (tests/tolerances.py), a
 # tensor that is missing, transposed or permuted by 1e-1. Weights that blow round-off up, as untrained large ones do,
@@ -131,9 +131,10 @@ def _difference(a_BTV: Tensor, b_BTV: Tensor) -> float:
 
 
 def _our_logits(source: Path, config: ModelConfig, tokens_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    model = GPT(config, SINGLE, kernels=Kernels.parse("reference"))
+    model = GPT(config, SINGLE, kernels=Kernels.parse("reference"), empty=True)
     with Reader(source) as reader:
         for name, parameter in model.named_parameters():
+            give_memory(parameter)
             part_of(parameter).unpadded(parameter).copy_(_read(reader, name))
     return gather_logits(model.to(dtype).eval()(tokens_BT), config.vocab, SINGLE)
 

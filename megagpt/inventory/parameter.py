@@ -19,7 +19,7 @@ AVERAGE = "ema"  # exponential moving average of the weights
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter is drawn, by (seed, canonical name).
+    """How a parameter begins: an element is a function of (seed, canonical name, its place in the logical tensor).
 
     normal: N(0, scale²).  zeros, ones.  rotations: 2x2 matrices in the last dims that turn pairs by angles of their
     own, times scale.
@@ -76,13 +76,17 @@ class Parameter:
         """The dim that tp ranks cut; None where each holds all."""
         return None if self.heads is not None and self.heads < tp else self.sharded
 
-    def local_size(self, tp: int) -> int:
-        """Elements that one of tp ranks holds, padding included."""
+    def local_shape(self, tp: int) -> Shape:
+        """Of what one of tp ranks holds, padding included."""
         dim = self.dim(tp)
         if dim is None:
-            return self.size
+            return self.shape
         rows = -(-self.shape[dim] // tp)
-        return self.size // self.shape[dim] * (-(-rows // self.pad_to) * self.pad_to)
+        return (*self.shape[:dim], -(-rows // self.pad_to) * self.pad_to, *self.shape[dim + 1 :])
+
+    def local_size(self, tp: int) -> int:
+        """Elements of that."""
+        return math.prod(self.local_shape(tp))
 
 
 Parameters = Mapping[str, Parameter]

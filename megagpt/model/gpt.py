@@ -5,7 +5,7 @@ Shapes: B batch, T time, D model, V this rank's part of the vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,7 +70,7 @@ class Head(nn.Module):
         self.axis, self.kernels, self.scale = axis, kernels["cross_entropy"], config.logit_scale
         self.norm = Norm(config, declared.at("norm"), kernels) if config.final_norm else None
         if config.tied_embeddings:
-            tied = Declared("embedding", inventory.tied_matrix(config), declared.seed)
+            tied = replace(declared, name="embedding", parameters=inventory.tied_matrix(config))
             self.tokens = tokens or VocabParallelEmbedding(tied.at("tokens"), axis)
         else:
             self.tokens = VocabParallelEmbedding(declared.at("tokens"), axis)
@@ -118,10 +118,16 @@ class Blueprint:
 
 
 def layer_list(
-    config: ModelConfig, axis: Axis, seed: int, recompute: bool = False, kernels: Kernels = AUTO
+    config: ModelConfig,
+    axis: Axis,
+    seed: int,
+    recompute: bool = False,
+    kernels: Kernels = AUTO,
+    empty: bool = False,
 ) -> list[Blueprint]:
-    """The whole model in order: embedding, blocks.0 …, head."""
-    embedding, *blocks, head = (Declared(layer.name, layer.parameters, seed) for layer in inventory.layers(config))
+    """The whole model in order: embedding, blocks.0 …, head. empty: see `Declared`."""
+    listed = inventory.layers(config)
+    embedding, *blocks, head = (Declared(layer.name, layer.parameters, seed, empty) for layer in listed)
     return [
         Blueprint("embedding", Embedding, (config, axis, embedding, kernels)),
         *(Blueprint(b.name, Block, (config, i, axis, b, recompute, kernels)) for i, b in enumerate(blocks)),
@@ -134,13 +140,20 @@ class GPT(nn.Module):
 
     Shapes: forward(tokens_BT, sample_ids_B) → logits_BTV, of this rank's part of the vocabulary and without padding: on
     one process all of it, as torch's cross_entropy wants them. With labels_BT → mean loss, a scalar.
+    empty: see `Declared`.
     """
 
     def __init__(
-        self, config: ModelConfig, axis: Axis, seed: int = 0, recompute: bool = False, kernels: Kernels = AUTO
+        self,
+        config: ModelConfig,
+        axis: Axis,
+        seed: int = 0,
+        recompute: bool = False,
+        kernels: Kernels = AUTO,
+        empty: bool = False,
     ) -> None:
         super().__init__()
-        embedding, *blocks, head = layer_list(config, axis, seed, recompute, kernels)
+        embedding, *blocks, head = layer_list(config, axis, seed, recompute, kernels, empty)
         self.embedding = Embedding(*embedding.arguments)
         self.blocks = nn.ModuleList(block.build() for block in blocks)
         self.head = Head(*head.arguments, tokens=self.embedding.tokens if config.tied_embeddings else None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megagpt.ops.library import call, define, differentiable, require_same_device, runs_kernel
+from megagpt.philox import philox_reference
 
 
 def dropout(
@@ -41,19 +42,6 @@ def require_mask(op: str, x: Tensor, sample_ids_B: Tensor, p: float) -> None:
         raise ValueError(f"{op}: got p={p}, wanted 0 <= p < 1")
     if x.dim() == 0 or sample_ids_B.shape != x.shape[:1]:
         raise ValueError(f"{op}: got x {tuple(x.shape)} and ids {tuple(sample_ids_B.shape)}, wanted an id per sample")
-
-
-def philox_reference(counter_lo: Tensor, counter_hi: Tensor, key: tuple[int, int]) -> list[Tensor]:
-    """Four words (int64 tensors) of Philox4x32-10 for counters of two 64-bit halves, broadcast together."""
-    low = 0xFFFFFFFF
-    c0, c1 = counter_lo & low, (counter_lo >> 32) & low
-    c2, c3 = counter_hi & low, (counter_hi >> 32) & low
-    k0, k1 = key[0] & low, key[1] & low
-    for _ in range(10):
-        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps in int64; the 64 bits are right all the same
-        c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return [c0, c1, c2, c3]
 
 
 def dropout_reference(x: Tensor, sample_ids: Tensor, p: float, seed: int, site: int, offset: int) -> Tensor:

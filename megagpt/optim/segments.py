@@ -12,7 +12,7 @@ checkpoint holds of a logical tensor (checkpoint/pieces.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,11 @@ from megagpt.parallel.axis import Axis
 from megagpt.parallel.collectives import all_reduce
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.parameter import Named, Part
+
+Elements = Callable[[int, int], Tensor]
+"""(start, length) -> so many elements of a flattened tensor-parallel part, wherever they come from."""
+
+_AT_ONCE = 1 << 22  # elements, 16 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +145,13 @@ class Segments:
             flat = all_reduce(flat, axis)
         sizes = [v.numel() for v in values]
         return [t.view(v.shape).to(v.device) for t, v in zip(flat.split(sizes), values, strict=True)]
+
+
+def copy_elements(elements: Elements, start: int, to_N: Tensor) -> None:
+    """Take the elements from `start` on into to_N, a few at a time: so they need hardly any memory of their own."""
+    for done in range(0, len(to_N), _AT_ONCE):
+        some = to_N[done : done + _AT_ONCE]
+        some.copy_(elements(start + done, len(some)))
 
 
 def _broadcast(full: Tensor, axis: Axis, source: int) -> None:

@@ -7,16 +7,17 @@ padding belongs to nobody: it stays zero and never reaches a checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megagpt.errors import UserError
-from megagpt.inventory.parameter import Init, Parameter
+from megagpt.inventory.parameter import Parameter
 from megagpt.parallel.axis import Axis
+from megagpt.parallel.beginning import Beginning
 
 
 @dataclass(frozen=True)
@@ -47,28 +48,14 @@ def declared_of(parameter: Tensor) -> Parameter:
     return parameter.declared  # type: ignore[attr-defined]
 
 
-def replicated(full: Tensor) -> nn.Parameter:
-    """A parameter that every rank of the model axis holds whole, with equal gradients."""
-    return _tagged(full, Part(shape=tuple(full.shape), dim=None, start=0, length=0))
-
-
-def sharded(full: Tensor, dim: int, axis: Axis, pad_to: int = 1) -> nn.Parameter:
-    """This rank's chunk of `full` along dim, padded with zeros to a multiple of `pad_to`."""
-    size = full.shape[dim]
-    chunk = -(-size // axis.size)
-    start = min(axis.rank * chunk, size)
-    part = Part(shape=tuple(full.shape), dim=dim, start=start, length=min(chunk, size - start))
-    local_shape = list(full.shape)
-    local_shape[dim] = -(-chunk // pad_to) * pad_to
-    local = full.new_zeros(local_shape)
-    part.unpadded(local).copy_(part.take(full))
-    return _tagged(local, part)
-
-
-def _tagged(local: Tensor, part: Part) -> nn.Parameter:
-    parameter = nn.Parameter(local)
-    parameter.part = part  # type: ignore[attr-defined]
-    return parameter
+def held(declared: Parameter, axis: Axis) -> Part:
+    """The part that a rank of the axis has of a parameter: its chunk, or all of it where that is not cut."""
+    dim, shape = declared.dim(axis.size), declared.shape
+    if dim is None:
+        return Part(shape, dim=None, start=0, length=0)
+    chunk = -(-shape[dim] // axis.size)
+    start = min(axis.rank * chunk, shape[dim])
+    return Part(shape, dim, start, length=min(chunk, shape[dim] - start))
 
 
 @dataclass(frozen=True)
@@ -76,23 +63,28 @@ class Declared:
     """What a module makes its parameters from: those that its layer declares under the module's name.
 
     name: canonical, of the module.  parameters: by their names within it.  seed: of the run, for the first values.
+    empty: parameters are made without memory, for `give_memory`, or for ZeRO 3, which shards them before they get any;
+    whoever asked for that gives them values.
     """
 
     name: str
     parameters: Mapping[str, Parameter] = field(repr=False)
     seed: int = 0
+    empty: bool = False
 
     def at(self, part: str) -> Declared:
         """The same of a module inside of it; with no parameters where there is no such module."""
         inside = {n.removeprefix(f"{part}."): p for n, p in self.parameters.items() if n.startswith(f"{part}.")}
-        return Declared(f"{self.name}.{part}", inside, self.seed)
+        return replace(self, name=f"{self.name}.{part}", parameters=inside)
 
     def make(self, name: str, axis: Axis) -> nn.Parameter:
-        """This rank's part of a parameter, drawn whole by (seed, canonical name): the layout plays no part."""
+        """This rank's part of a parameter, born as such, with its first values unless `empty`."""
         declared = self.parameters[name]
-        full, dim = drawn(declared.init, declared.shape, f"{self.name}.{name}", self.seed), declared.dim(axis.size)
-        parameter = replicated(full) if dim is None else sharded(full, dim, axis, declared.pad_to)
-        parameter.declared = declared  # type: ignore[attr-defined]
+        shape, part = declared.local_shape(axis.size), held(declared, axis)
+        parameter: Any = nn.Parameter(torch.empty(()).expand(shape) if self.empty else torch.empty(shape))
+        parameter.part, parameter.declared = part, declared
+        if not (self.empty or parameter.is_meta):
+            Beginning(declared.init, part, shape, self.seed, f"{self.name}.{name}").fill(parameter.data.view(-1))
         return parameter
 
     def make_if_any(self, name: str, axis: Axis) -> nn.Parameter | None:
@@ -100,25 +92,13 @@ class Declared:
         return self.make(name, axis) if name in self.parameters else None
 
 
-def drawn(init: Init, shape: tuple[int, ...], name: str, seed: int) -> Tensor:
-    """A logical tensor at the start of a run; uninitialised on the meta device."""
-    if init.kind == "zeros":
-        return torch.zeros(shape)
-    if init.kind == "ones":
-        return torch.ones(shape)
-    if init.kind == "normal":
-        return _normal(init.scale, shape, name, seed)
-    pairs = _normal(1.0, shape[:-1], name, seed)
-    cos, sin = (pairs / pairs.norm(dim=-1, keepdim=True)).unbind(-1)
-    return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2) * init.scale
-
-
-def _normal(std: float, shape: tuple[int, ...], name: str, seed: int) -> Tensor:
-    if torch.get_default_device().type == "meta":
-        return torch.empty(shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+def give_memory(parameter: Tensor, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    """Memory for one that was made `empty`: its values are any, those of its padding zero."""
+    parameter.data = torch.empty(parameter.shape, device=device, dtype=dtype)
+    part = part_of(parameter)
+    if part.dim is not None:
+        n_padding = parameter.shape[part.dim] - part.length
+        parameter.data.narrow(part.dim, part.length, n_padding).zero_()
 
 
 @dataclass(frozen=True)
@@ -144,6 +124,10 @@ class Named:
         """What its layer says of it."""
         self._require("declared")
         return declared_of(self.parameter)
+
+    def beginning(self, shape: tuple[int, ...], seed: int) -> Beginning:
+        """Its first values in a run.  shape: of this rank's part, with padding (ZeRO 3 leaves the parameter none)."""
+        return Beginning(self.declared.init, self.part, shape, seed, self.name)
 
     def _require(self, what: str) -> None:
         if not hasattr(self.parameter, what):

@@ -133,7 +133,9 @@ def _due(step: int, interval: int | None) -> bool:
 
 
 def _start_engine(run: Run) -> Engine:
-    engine, kernels = Engine(run.config, run.plan, run.mesh), run.config.train.kernels
+    # What a checkpoint may lack begins as in a new run.
+    begin = run.resume_from is None or run.config.checkpoint.allow_missing
+    engine, kernels = Engine(run.config, run.plan, run.mesh, begin), run.config.train.kernels
     together(lambda: check_kernels(kernels, ops_used(run.config.model, kernels), engine.device.type))
     return engine
 

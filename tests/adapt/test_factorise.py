@@ -12,7 +12,7 @@ from megagpt.adapt.factorise import factorise, multiplied
 from megagpt.config import ModelConfig
 from megagpt.model.mlp import MLPS
 from megagpt.model.mlp.kind import Direction
-from megagpt.parallel.parameter import drawn
+from tests.logical import drawn
 from tests.model.mlp.plain_factorised import butterfly_dense, monarch_dense
 from tests.tolerances import assert_close
 

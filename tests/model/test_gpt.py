@@ -21,9 +21,9 @@ from megagpt.ops.dropout import dropout
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.embedding import gather_logits
 from megagpt.parallel.mesh import build_mesh
-from megagpt.parallel.parameter import drawn, part_of
+from megagpt.parallel.parameter import part_of
 from megagpt.processes.local import run_ranks
-from tests.logical import Parts, assemble, gradient_parts
+from tests.logical import Parts, assemble, drawn, gradient_parts
 from tests.tolerances import assert_close, assert_equal
 
 PLAIN = ModelConfig(n_layers=2, d_model=32, n_heads=4, seq_len=16, vocab_size=211)

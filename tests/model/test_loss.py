@@ -10,12 +10,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megagpt.inventory.parameter import ZEROS, Parameter
 from megagpt.model.loss import vocab_parallel_cross_entropy
 from megagpt.ops import cross_entropy as op_module
 from megagpt.ops.library import MISSING_KERNELS
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.mesh import build_mesh
-from megagpt.parallel.parameter import Part, part_of, sharded
+from megagpt.parallel.parameter import Part, held
 from megagpt.processes.local import run_ranks
 from tests.tolerances import assert_close, assert_equal
 
@@ -31,8 +32,8 @@ SETTINGS = [
 
 def part_on(axis: Axis, vocab_size: int) -> tuple[Part, int]:
     """The rows of the output matrix that a rank holds, and how many it has with padding."""
-    weight = sharded(torch.zeros(vocab_size, 1), 0, axis, pad_to=8)
-    return part_of(weight), len(weight)
+    declared = Parameter((vocab_size,), "vector", ZEROS, sharded=0, pad_to=8)
+    return held(declared, axis), declared.local_size(axis.size)
 
 
 def local_loss(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megagpt.ops.bias_dropout_add import bias_dropout_add
-from megagpt.ops.dropout import dropout, philox_reference
+from megagpt.ops.dropout import dropout
 from megagpt.ops.library import EMULATED_CUDA, KERNEL_DTYPES, MISSING_KERNELS, has_kernel, kernel_status
+from megagpt.philox import philox_reference
 from tests.tolerances import assert_equal
 
 needs_kernel = pytest.mark.skipif(not has_kernel("dropout", "cpu"), reason=f"no compiled kernel: {MISSING_KERNELS}")

@@ -6,13 +6,22 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megagpt.errors import UserError
-from megagpt.inventory.parameter import ONES, ZEROS, Init, column
+from megagpt.inventory.parameter import ONES, ZEROS, Init, Parameter, column
 from megagpt.parallel.axis import SINGLE, Axis
-from megagpt.parallel.parameter import Declared, declared_of, drawn, named_parameters, part_of, replicated, sharded
+from megagpt.parallel.parameter import Declared, declared_of, named_parameters, part_of
+from tests.logical import drawn
 from tests.tolerances import assert_close, assert_equal
+
+
+def of(full: Tensor, dim: int | None, axis: Axis, pad_to: int = 1) -> nn.Parameter:
+    """A parameter of this shape, filled with the part of `full` that a rank has."""
+    declared = Declared("a", {"w": Parameter(tuple(full.shape), "map", NORMAL, sharded=dim, pad_to=pad_to)})
+    parameter = declared.make("w", axis)
+    part_of(parameter).unpadded(parameter.data).copy_(part_of(parameter).take(full))
+    return parameter
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -21,23 +30,23 @@ def test_shards_are_the_chunks_of_torch(size, n_ranks, dim):
     full = torch.randn((size, 3) if dim == 0 else (3, size))
     chunks = [*full.chunk(n_ranks, dim=dim), *[full.narrow(dim, 0, 0)] * n_ranks][:n_ranks]
     for rank, chunk in enumerate(chunks):
-        parameter = sharded(full, dim, Axis(group=None, rank=rank, size=n_ranks), pad_to=8)
+        parameter = of(full, dim, Axis(group=None, rank=rank, size=n_ranks), pad_to=8)
         part = part_of(parameter)
         assert_equal(part.take(full), chunk)
         assert_equal(part.unpadded(parameter.detach()), chunk)
         assert parameter.shape[dim] % 8 == 0 and parameter.count_nonzero() == chunk.numel()
 
 
-def test_replicated_parameter_is_whole_everywhere():
+def test_a_parameter_that_is_not_cut_is_whole_everywhere():
     full = torch.randn(3, 2)
-    parameter = replicated(full)
+    parameter = of(full, None, Axis(group=None, rank=1, size=2))
     assert_equal(part_of(parameter).take(full), full)
     assert_equal(part_of(parameter).unpadded(parameter.detach()), full)
 
 
 def test_part_follows_a_parameter_through_dtype_changes():
     module = torch.nn.Module()
-    module.weight = sharded(torch.randn(4, 2), 0, SINGLE)
+    module.weight = of(torch.randn(4, 2), 0, SINGLE)
     part = part_of(module.weight)
     assert part_of(module.to(torch.float64).weight) is part
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megagpt.data.loader import MicroBatch
-from megagpt.optim.segments import Segment, Segments
+from megagpt.optim.segments import Elements, Segment, Segments
 from megagpt.parallel.parameter import Named
 
 SKIPPED = "skipped_steps"
@@ -36,7 +36,8 @@ class Backend(Protocol):
     """The model of a run, spread over the mesh, and all that happens to it in a step.
 
     layers: this rank's, in order, by canonical name. parameters: theirs. tied: weights that other pipeline stages have
-    copies of, each with the group of those stages. optimizer: steps the masters that `segments` describes, and
+    copies of, each with the group of those stages. Weights have no values yet: `Masters` gives them some.
+    optimizer: steps the masters that `segments` describes, and
     optimizer_name says in the log which one it is. data_replicas: whether each rank of the data axis holds all the
     weights of its layers, equal to the others'; ZeRO 3 shards them.
     """
@@ -85,8 +86,8 @@ class Backend(Protocol):
         """
         ...
 
-    def set_weight(self, segment: Segment, local: Tensor) -> None:
-        """Follow a master that was written: set what the model computes with. local: the whole part, with padding."""
+    def set_weight(self, segment: Segment, elements: Elements) -> None:
+        """Follow a master that was written: set what the model computes with. elements: of the part, with padding."""
         ...
 
     def close(self) -> None:

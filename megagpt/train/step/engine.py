@@ -45,12 +45,17 @@ class StepResult:
 class Engine:
     """The model, its optimizer and what a run knows of its steps, spread over the mesh."""
 
-    def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
-        """Comm: collective over all ranks.  Raises UserError where the machine or a DeepSpeed JSON does not fit."""
+    def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh, begin: bool = True) -> None:
+        """begin: with first weights; else `load` must follow, which gives it all of them.
+
+        Comm: collective over all ranks.  Raises UserError where the machine or a DeepSpeed JSON does not fit.
+        """
         self.config, self.plan, self.mesh, self.schedule = config, plan, mesh, Schedule(config)
         self.backend: Backend = start_deepspeed(config, plan, mesh)
         self.parameters, self.device = self.backend.parameters, self.backend.device
         self.masters = Masters(self.backend, config.optim)
+        if begin:
+            self.masters.begin(config.train.seed)
         if config.optim.ema_decay is not None:
             keep_average(self.backend.optimizer, config.optim.ema_decay)
         self._before = self.counters

@@ -16,7 +16,7 @@ from megagpt.config import OptimConfig
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.optim.mesh_optimizer import MeshOptimizer
 from megagpt.optim.rules import rule_of, statistic_shape
-from megagpt.optim.segments import Segment
+from megagpt.optim.segments import Elements, Segment, copy_elements
 from megagpt.parallel.parameter import Named
 from megagpt.train.step.backend import Backend
 
@@ -68,9 +68,22 @@ class Masters:
         segment = self.segments.of[named.name]
         local = torch.zeros(segment.shape, dtype=torch.float32, device=value.device)
         named.part.unpadded(local).copy_(value)
-        segment.of(self._values(segment, key).detach()).copy_(segment.cut(local))
-        if key == WEIGHT:
-            self._backend.set_weight(segment, local)
+        self._set(segment, key, lambda start, length: local.view(-1).narrow(0, start, length))
+
+    def begin(self, seed: int) -> None:
+        """Set the first weights of a run, and the average with them: each rank draws what it holds. Comm: none."""
+        for named in self.parameters:
+            segment = self.segments.of[named.name]
+            elements = named.beginning(segment.shape, seed).elements
+            self._set(segment, WEIGHT, elements)
+            if AVERAGE in self._optimizer.state[segment.master]:
+                self._set(segment, AVERAGE, elements)
+
+    def _set(self, segment: Segment, key: str, elements: Elements) -> None:
+        values = segment.of(self._values(segment, key).detach())
+        copy_elements(elements, segment.start, values)
+        if key == WEIGHT and segment.master is not segment.named.parameter:
+            self._backend.set_weight(segment, elements)
 
     def set_step(self, step: int) -> None:
         """Set the optimizer's own count of its steps, which the bias correction of Adam's moments needs."""

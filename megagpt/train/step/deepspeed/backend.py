@@ -22,14 +22,14 @@ from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import PLAIN, LossTerms
 from megagpt.optim.build import build_optimizer
-from megagpt.optim.segments import Segment
+from megagpt.optim.segments import Elements, Segment
 from megagpt.parallel.collectives import all_reduce
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.parameter import Named, named_parameters
 from megagpt.train.step.backend import SKIPPED, Backend, Outcome
 from megagpt.train.step.deepspeed import zero
 from megagpt.train.step.deepspeed.settings import deepspeed_settings
-from megagpt.train.step.deepspeed.stages import GPTStage, loss_terms
+from megagpt.train.step.deepspeed.stages import GPTStage, give_memory_here, loss_terms
 from megagpt.train.step.grad_norm import clip, global_grad_norm, nan_to_gradient
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def start_deepspeed(config: RunConfig, plan: Plan, mesh: Mesh) -> Backend:
-    """Build this rank's layers, and start the engine that trains them.
+    """Build this rank's layers, whose weights have no values yet, and start the engine that trains them.
 
     Comm: collective over all ranks.  Raises UserError where the machine or the user's JSON does not fit.
     """
@@ -58,6 +58,10 @@ class _DeepSpeedBackend(ABC):
         self.parameters: list[Named]
         self.tied: list[tuple[Tensor, dist.ProcessGroup]]
         module = self._build(config, plan, mesh)
+        settings = deepspeed_settings(config, plan, on_gpu=torch.cuda.is_available())
+        mpu = None if mesh.pipe.size > 1 else _ModelParallelUnit(mesh)  # pipelines bring their own grid
+        if plan.zero_stage == 3:
+            zero.shard_at_birth(module, settings, mpu)
         _mark_sharded(self.parameters)
         self.optimizer, self.optimizer_name = build_optimizer(self.parameters, config)
         if plan.zero_stage == 0:
@@ -68,8 +72,8 @@ class _DeepSpeedBackend(ABC):
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=self.optimizer,
-                config=deepspeed_settings(config, plan, on_gpu=torch.cuda.is_available()),
-                mpu=None if mesh.pipe.size > 1 else _ModelParallelUnit(mesh),  # pipelines bring their own grid
+                config=settings,
+                mpu=mpu,
                 dist_init_required=False,
             )
         if plan.dp == 1 and (plan.zero_stage == 0 or isinstance(self._zero, BF16_Optimizer)):
@@ -116,8 +120,8 @@ class _DeepSpeedBackend(ABC):
     def local_weights(self, named: Named) -> list[Tensor]:
         return zero.local_weights(named.parameter)
 
-    def set_weight(self, segment: Segment, local: Tensor) -> None:
-        zero.set_weight(segment, local)
+    def set_weight(self, segment: Segment, elements: Elements) -> None:
+        zero.set_weight(segment, elements)
 
     def close(self) -> None:
         self._engine.destroy()
@@ -141,7 +145,9 @@ class _PlainEngine(_DeepSpeedBackend):
 
     def _build(self, config: RunConfig, plan: Plan, mesh: Mesh) -> nn.Module:
         kernels = config.train.kernels
-        model = GPT(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
+        model = GPT(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels, empty=True)
+        if plan.zero_stage < 3:
+            give_memory_here(model, config.train.precision)
         blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
         self.layers = [("embedding", model.embedding), *blocks, ("head", model.head)]
         self.parameters, self.tied = named_parameters(model), []

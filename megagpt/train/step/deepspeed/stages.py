@@ -6,6 +6,8 @@ import contextlib
 import io
 from typing import TYPE_CHECKING
 
+import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
@@ -16,11 +18,13 @@ from megagpt.model.gpt import Head, layer_list
 from megagpt.model.loss import PLAIN, LossTerms
 from megagpt.model.stream import Stream
 from megagpt.parallel.mesh import Mesh
-from megagpt.parallel.parameter import Named
+from megagpt.parallel.parameter import Named, give_memory
 from megagpt.train.step.grad_norm import nan_to_gradient
 
 if TYPE_CHECKING:
     from megagpt.plan.plan import Plan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class GPTStage(PipelineModule):
@@ -33,7 +37,8 @@ class GPTStage(PipelineModule):
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
         self.plan_bounds, self.terms = list(plan.bounds), loss_terms(config)
         kernels = config.train.kernels
-        layers = layer_list(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels)
+        layers = layer_list(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels, empty=True)
+        self.precision = config.train.precision
         self.names = [layer.name for layer in layers]
         specs = [LayerSpec(layer.kind, *layer.arguments) for layer in layers]
         if config.model.tied_embeddings:
@@ -45,6 +50,10 @@ class GPTStage(PipelineModule):
             super().__init__(specs, topology=topology, loss_fn=self._loss)
         for named in self.canonical_parameters():
             named.parameter.ds_pipe_replicated = not named.owned  # type: ignore[attr-defined]
+
+    def _build(self) -> None:
+        super()._build()
+        give_memory_here(self, self.precision)
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self.plan_bounds
@@ -74,6 +83,14 @@ class GPTStage(PipelineModule):
                 full_name = TIED if is_copy else f"{layer_name}.{name}"
                 found.append(Named(full_name, parameter, owned=not is_copy))
         return found
+
+
+def give_memory_here(module: nn.Module, precision: str) -> None:
+    """Memory on this rank's device, in the run's precision, for all parameters of a module that were made `empty`."""
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    for parameter in module.parameters():
+        give_memory(parameter, torch.device(accelerator.current_device_name()), DTYPES[precision])
 
 
 def loss_terms(config: RunConfig) -> LossTerms:

@@ -7,17 +7,18 @@ ZeRO 3's setter reads past the end where dp does not divide a parameter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from megagpt.optim.segments import Segment, Segments
+from megagpt.optim.segments import Elements, Segment, Segments, copy_elements
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.mesh import Mesh
-from megagpt.parallel.parameter import Named
+from megagpt.parallel.parameter import Named, give_memory
 from megagpt.train.step.grad_norm import counts
 
 
@@ -57,16 +58,31 @@ def local_weights(parameter: Any) -> list[Tensor]:
     return [parameter.detach(), *([parameter.ds_tensor.detach()] if hasattr(parameter, "ds_tensor") else [])]
 
 
-def set_weight(segment: Segment, local: Tensor) -> None:
+def set_weight(segment: Segment, elements: Elements) -> None:
     """See `Backend.set_weight`."""
     parameter: Any = segment.named.parameter
-    if not hasattr(parameter, "ds_id"):
-        parameter.data.copy_(local)
-        return
-    shard = parameter.ds_tensor  # ZeRO 3: this rank's equal share, the last one padded
-    shard.data.view(-1).narrow(0, 0, segment.length).copy_(segment.cut(local))
-    if parameter.numel() == local.numel():  # a small one, which DeepSpeed keeps whole between steps
-        parameter.data.copy_(local)
+    if hasattr(parameter, "ds_id"):  # ZeRO 3: this rank's equal share, the last one padded
+        copy_elements(elements, segment.start, parameter.ds_tensor.data.view(-1).narrow(0, 0, segment.length))
+    if parameter.shape == segment.shape:  # with ZeRO 3 only a small one, which DeepSpeed keeps whole between steps
+        copy_elements(elements, 0, parameter.data.view(-1))
+
+
+class _Shards(deepspeed.zero.Init):
+    """Shards parameters over the data axis before they have values, one at a time: no rank ever holds all of them.
+
+    Its base does that to parameters with values, which it sends from one rank to all others first.
+    """
+
+    def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
+        for parameter in param_list:
+            give_memory(parameter, self.local_device, self.dtype)
+            self._convert_to_deepspeed_param(parameter)
+            parameter.partition()
+
+
+def shard_at_birth(model: nn.Module, settings: dict[str, Any], mpu: Any) -> None:
+    """Make the parameters of a model, which were made `empty`, those of ZeRO 3. settings: DeepSpeed's. Comm: none."""
+    _Shards(module=model, config_dict_or_path=settings, data_parallel_group=mpu.get_data_parallel_group(), mpu=mpu)
 
 
 def watch_uncounted(optimizer: Any, parameters: list[Named], mesh: Mesh) -> None:
