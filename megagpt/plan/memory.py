@@ -30,7 +30,10 @@ GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # bf16 gradients accumulate 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank of a stage. host: optimizer states that offload keeps elsewhere, not in `total`."""
+    """Bytes on one rank of a stage. host: optimizer states that offload keeps elsewhere, not in `total`.
+
+    start: the most before the optimizer has its states. From then on there is less than in a step.
+    """
 
     weights: int
     gradients: int
@@ -38,11 +41,12 @@ class Memory:
     activations: int
     logits: int
     host: int
+    start: int
 
     @property
     def total(self) -> int:
-        """Bytes on the device."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        """Bytes on the device at the peak, which is in a step nearly always."""
+        return max(self.start, self.weights + self.gradients + self.optimizer + self.activations + self.logits)
 
 
 def estimate_memory(
@@ -61,17 +65,26 @@ def estimate_memory(
     in_flight: micro-batches whose activations are kept at the peak (1F1B: pp - stage, at most all of them).
     """
     precision, tp = config.train.precision, config.parallel.tp
-    params = sum(p.local_size(tp) for p in held)
+    params, width = sum(p.local_size(tp) for p in held), WEIGHT_BYTES[precision]
+    weights = params * width // (dp if zero_stage >= 3 else 1)
     states = _optimizer_bytes(config, zero_stage, held) // (dp if zero_stage >= 1 else 1)
     tokens = config.train.micro_batch_size * config.model.seq_len
     return Memory(
-        weights=params * WEIGHT_BYTES[precision] // (dp if zero_stage >= 3 else 1),
+        weights=weights,
         gradients=params * GRADIENT_BYTES[precision] // (dp if zero_stage >= 2 else 1),
         optimizer=0 if config.parallel.offload_optimizer else states,
         activations=tokens * _activation_bytes_per_token(config, layers, in_flight),
         logits=tokens * _logit_bytes(config, layers[-1]),
         host=states if config.parallel.offload_optimizer else 0,
+        start=_start_bytes(weights, zero_stage, largest=max(p.local_size(tp) for p in held) * width),
     )
+
+
+def _start_bytes(weights: int, zero_stage: int, largest: int) -> int:
+    """ZeRO lays the weights end to end, with both copies while it does; ZeRO 3 shards them, whole one at a time."""
+    if zero_stage == 0:
+        return weights
+    return 2 * weights if zero_stage < 3 else max(2 * weights, weights + largest)
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:

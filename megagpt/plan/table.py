@@ -76,10 +76,16 @@ def _facts(config: RunConfig, plan: Plan) -> list[tuple[str, str]]:
         ("model", f"{_count(plan.params)} parameters, {work} (forward and backward)"),
         ("vocabulary", rows),
         ("run", f"{run}, {_flop(tokens * plan.flops_per_token)}"),
+        ("start", _start(plan)),
     ]
     if plan.pp > 1:
         facts.append(("pipeline", _bubble(plan)))
     return facts
+
+
+def _start(plan: Plan) -> str:
+    most = max(stage.memory.start for stage in plan.stages)
+    return f"{_mib(most, wide=True)} MiB on a rank at the most, before the optimizer has its states"
 
 
 def _bubble(plan: Plan) -> str:

@@ -1,19 +1,19 @@
-"""Parts of logical tensors, and initial weights that do not depend on the layout."""
+"""Parts of logical tensors, and what a module makes of what is declared."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from megagpt.errors import UserError
-from megagpt.inventory.parameter import ONES, ZEROS, Init, Parameter, column
+from megagpt.inventory.parameter import Init, Parameter, column
 from megagpt.parallel.axis import SINGLE, Axis
 from megagpt.parallel.parameter import Declared, declared_of, named_parameters, part_of
 from tests.logical import drawn
-from tests.tolerances import assert_close, assert_equal
+from tests.tolerances import assert_equal
+
+NORMAL = Init("normal", 0.02)
 
 
 def of(full: Tensor, dim: int | None, axis: Axis, pad_to: int = 1) -> nn.Parameter:
@@ -49,43 +49,6 @@ def test_part_follows_a_parameter_through_dtype_changes():
     module.weight = of(torch.randn(4, 2), 0, SINGLE)
     part = part_of(module.weight)
     assert part_of(module.to(torch.float64).weight) is part
-
-
-NORMAL, ROTATIONS = Init("normal", 0.02), Init("rotations", 3.0)
-
-
-@pytest.mark.parametrize("init", [NORMAL, ROTATIONS], ids=lambda init: init.kind)
-def test_draw_is_a_function_of_seed_and_name(init):
-    shape = (50, 40, 2, 2)
-    base = drawn(init, shape, "a.weight", 1)
-    assert_equal(drawn(init, shape, "a.weight", 1), base)
-    for other in (drawn(init, shape, "a.weight", 2), drawn(init, shape, "b.weight", 1)):
-        assert (other == base).sum() == 0
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    assert_equal(drawn(init, shape, "a.weight", 1), base, "the global generator plays no part")
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_draw_has_its_distribution():
-    n = 2**18
-    w = drawn(NORMAL, (n,), "layer.weight", 3) / NORMAL.scale
-    assert abs(w.mean().item()) < 5 / math.sqrt(n)
-    assert abs(w.square().mean().item() - 1) < 5 * math.sqrt(2 / n)
-    assert abs(w.pow(4).mean().item() - 3) < 5 * math.sqrt(96 / n)  # the fourth moment of a normal
-
-
-def test_rotations_turn_and_scale():
-    R = drawn(ROTATIONS, (500, 2, 2), "a.twiddle", 1).double() / ROTATIONS.scale
-    assert_close(R @ R.mT, torch.eye(2).double().expand_as(R), dtype=torch.float32)
-    assert_close(torch.linalg.det(R), torch.ones(500).double(), dtype=torch.float32)
-    cosines = R[:, 0, 0]
-    assert abs(cosines.mean().item()) < 5 * math.sqrt(0.5 / 500)  # angles all round: a mean of 0, a variance of 1/2
-
-
-def test_biases_are_zero_and_gains_one():
-    assert_equal(drawn(ZEROS, (3,), "bias", 1), torch.zeros(3))
-    assert_equal(drawn(ONES, (3,), "gain", 1), torch.ones(3))
 
 
 def test_a_module_makes_its_part_of_what_is_declared_under_its_name():

@@ -59,7 +59,7 @@ class _DeepSpeedBackend(ABC):
         self.tied: list[tuple[Tensor, dist.ProcessGroup]]
         module = self._build(config, plan, mesh)
         settings = deepspeed_settings(config, plan, on_gpu=torch.cuda.is_available())
-        mpu = None if mesh.pipe.size > 1 else _ModelParallelUnit(mesh)  # pipelines bring their own grid
+        mpu = None if mesh.pipe.size > 1 else ModelParallelUnit(mesh)  # pipelines bring their own grid
         if plan.zero_stage == 3:
             zero.shard_at_birth(module, settings, mpu)
         _mark_sharded(self.parameters)
@@ -235,7 +235,7 @@ def _require_precision(precision: str) -> None:
         raise UserError("train.precision=fp16 needs a GPU: this CPU computes in fp32 and bf16; use --precision bf16")
 
 
-class _ModelParallelUnit:
+class ModelParallelUnit:
     """Our mesh as DeepSpeed wants to see it where there are no pipeline stages (its `mpu`)."""
 
     def __init__(self, mesh: Mesh) -> None:
