@@ -193,5 +193,5 @@ def test_setup_leaves_out_what_needs_a_missing_package(tmp_path: Path):
     command = [sys.executable, "-c", program]
     built = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    assert "_index_builder not built: pybind11 is not importable" in built.stderr
+    assert "_normal not built: pybind11 is not importable" in built.stderr
     assert "_C not built: torch is not importable" in built.stderr

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 NINJA = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 
-INDEX_BUILDER = 'extern "C" void* PyInit__index_builder() { return nullptr; }\n'
+BY_PYBIND11 = ("index_builder", "normal")
+MODULE = 'extern "C" void* PyInit__%s() { return nullptr; }\n'
 OP = 'extern "C" int on_cpu() { return 1; }\n'
 CUDA_OP = 'extern "C" int on_cuda() { return 2; }\n'
 # A torch for CUDA 13.0, whatever the installed one is for.
@@ -51,11 +52,12 @@ def setup():
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """A repository of three sources that compile at once."""
+    """A repository of a few sources that compile at once."""
     for folder in ("csrc", "megagpt", "stub"):
         (tmp_path / folder).mkdir()
     (tmp_path / "megagpt" / "__init__.py").touch()
-    (tmp_path / "csrc" / "index_builder.cpp").write_text(INDEX_BUILDER)
+    for name in BY_PYBIND11:
+        (tmp_path / "csrc" / f"{name}.cpp").write_text(MODULE % name)
     (tmp_path / "csrc" / "op.cpp").write_text(OP)
     (tmp_path / "pyproject.toml").write_text(
         '[project]\nname = "megagpt"\nversion = "0"\n[tool.setuptools]\npackages = ["megagpt"]\n'
@@ -74,7 +76,7 @@ def test_a_good_build_says_little(tree):
 @needs_compiler
 def test_an_error_shows_its_first_lines_and_where_the_rest_is(tree):
     build(tree)
-    assert built(tree) == {"_C", "_index_builder"}
+    assert built(tree) == {"_C", "_index_builder", "_normal"}
     (tree / "csrc" / "op.cpp").write_text("int a() {\n  return missing_name;\n}\nint b() { return also_missing; }\n")
     run = build(tree)
     shown = run.stdout + run.stderr
@@ -82,7 +84,7 @@ def test_an_error_shows_its_first_lines_and_where_the_rest_is(tree):
     assert "\ncsrc/op.cpp:2:10: error: " in shown and "return missing_name;" in shown and "also_missing" not in shown
     assert "megagpt._C not built: it does not compile" in shown and "build/build.log" in shown
     assert "also_missing" in (tree / "build" / "build.log").read_text()
-    assert built(tree) == {"_index_builder"}, "an older library stands in for sources that do not compile"
+    assert built(tree) == {"_index_builder", "_normal"}, "an older library stands in for sources that do not compile"
     required = build(tree, MEGAGPT_REQUIRE_EXT="1")
     assert required.returncode != 0 and "csrc/op.cpp:2:10: error: " in required.stderr
 
@@ -95,7 +97,7 @@ def test_cuda_sources_are_built_beside_those_of_the_same_name(tree):
         command = ["c++", "-shared", "-x", "c++", os.devnull, "-o", str(tree / "stub" / f"lib{name}.so")]
         subprocess.run(command, check=True)
     run = build(tree, home, LIBRARY_PATH=str(tree / "stub"), TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
-    assert "not built" not in run.stderr and built(tree) == {"_C", "_index_builder"}, run.stderr
+    assert "not built" not in run.stderr and built(tree) == {"_C", "_index_builder", "_normal"}, run.stderr
     assert b"on_cpu" in binary(tree) and b"on_cuda" in binary(tree)
     (named,) = {word for word in log(tree).split() if word.startswith("-DMEGAGPT_CUDA_ARCHITECTURES=")}
     assert set(named.partition("=")[2].split("+")) == {"sm_80", "sm_90", "compute_90"}
@@ -166,7 +168,7 @@ def test_a_build_after_one_that_was_killed(tree):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     run = build(tree)
-    assert run.returncode == 0 and built(tree) == {"_C", "_index_builder"}, run.stderr
+    assert run.returncode == 0 and built(tree) == {"_C", "_index_builder", "_normal"}, run.stderr
     assert library(tree).on_cpu() == 1
 
 

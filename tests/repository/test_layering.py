@@ -38,6 +38,7 @@ ONLY_IN = {
     **dict.fromkeys(("starlette", "uvicorn", "prometheus_client", "jinja2"), ("megagpt/serve/",)),
     "megagpt._C": ("megagpt/ops/",),
     "megagpt._index_builder": ("megagpt/data/",),
+    "megagpt._normal": ("megagpt/philox.py",),
 }
 STARTED = {"tools.new_op"}  # programs in processes of their own, not imported
 DEEPEST, FROM, TO = 12, "megagpt.train.loop", "megagpt.errors"  # modules one has to know of to know the first
