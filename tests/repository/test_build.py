@@ -238,7 +238,7 @@ def build(
     tree: Path, cuda_home: Path | None = None, program: str = CUDA_TORCH, **env: str
 ) -> subprocess.CompletedProcess[str]:
     process = start(tree, cuda_home, program, **env)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

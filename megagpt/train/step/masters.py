@@ -65,10 +65,11 @@ class Masters:
         if key in self._statistics:
             self._statistics[key][named.name].copy_(value)
             return
-        segment = self.segments.of[named.name]
-        local = torch.zeros(segment.shape, dtype=torch.float32, device=value.device)
-        named.part.unpadded(local).copy_(value)
-        self._set(segment, key, lambda start, length: local.view(-1).narrow(0, start, length))
+        segment, local = self.segments.of[named.name], value
+        if value.shape != segment.shape:  # there is padding
+            local = value.new_zeros(segment.shape)
+            named.part.unpadded(local).copy_(value)
+        self._set(segment, key, lambda start, length: local.reshape(-1).narrow(0, start, length))
 
     def begin(self, seed: int) -> None:
         """Set the first weights of a run, and the average with them: each rank draws what it holds. Comm: none."""
