@@ -63,6 +63,7 @@ def set_weight(segment: Segment, elements: Elements) -> None:
     parameter: Any = segment.named.parameter
     if hasattr(parameter, "ds_id"):  # ZeRO 3: this rank's equal share, the last one padded
         copy_elements(elements, segment.start, parameter.ds_tensor.data.view(-1).narrow(0, 0, segment.length))
+        parameter.ds_secondary_tensor = None  # where a JSON asks for copies within hosts: made anew when it is gathered
     if parameter.shape == segment.shape:  # with ZeRO 3 only a small one, which DeepSpeed keeps whole between steps
         copy_elements(elements, 0, parameter.data.view(-1))
 
