@@ -2,6 +2,8 @@
 
 import importlib.util
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -99,6 +101,40 @@ def test_dtypes_widen_where_megatrons_do():
     assert maps.sample_index_dtype(2**31) is np.int64
     assert maps.shuffle_index_dtype(2**32 - 3) is np.uint32
     assert maps.shuffle_index_dtype(2**32 - 2) is np.int64
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64])
+def test_shuffles_as_numpy_and_leaves_the_generator_as_numpy_does(dtype):
+    for n, seed in ((0, 1), (1, 1), (2, 3), (1000, 1234), (70_000, 7)):
+        ours, theirs = np.random.RandomState(seed), np.random.RandomState(seed)
+        index, wanted = np.arange(n, dtype=dtype), np.arange(n, dtype=dtype)
+        for part in (slice(0, n // 3), slice(n // 3, None)):  # not at the first word, the second time
+            maps._shuffle(index[part], ours)
+            theirs.shuffle(wanted[part])
+            np.testing.assert_array_equal(index, wanted)
+        assert ours.randint(2**31) == theirs.randint(2**31)
+
+
+def test_other_threads_run_while_it_shuffles():
+    """Python's own: with the GIL held they would stand still until it is done."""
+    turns, done = [], threading.Event()
+    index = np.arange(20_000_000, dtype=np.uint32)
+
+    def count() -> None:
+        while not done.is_set():
+            turns.append(len(turns))
+            done.wait(0.001)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    while not turns:
+        time.sleep(0.001)
+    before = len(turns)
+    maps._shuffle(index, np.random.RandomState(1))
+    during = len(turns) - before
+    done.set()
+    thread.join()
+    assert during > 3
 
 
 @pytest.mark.parametrize(

@@ -154,5 +154,14 @@ def blending_indices_numpy(weights: np.ndarray, size: int) -> tuple[np.ndarray, 
 
 
 def _shuffle_in_two(index: np.ndarray, first: int, random: RandomState) -> None:
-    random.shuffle(index[:first])
-    random.shuffle(index[first:])
+    _shuffle(index[:first], random)
+    _shuffle(index[first:], random)
+
+
+def _shuffle(index: np.ndarray, random: RandomState) -> None:
+    """random.shuffle(index), the same numbers, in C++: without the GIL, so that other threads go on meanwhile."""
+    if _built is None or len(index) > 2**32:
+        random.shuffle(index)
+        return
+    kind, key, place, *normal = random.get_state()
+    random.set_state((kind, key, _built.shuffle(index, key, place), *normal))
