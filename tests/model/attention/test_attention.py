@@ -267,9 +267,10 @@ def test_a_token_sees_the_same_whatever_comes_later(name):
 
 @pytest.mark.parametrize("name", SHARED)
 def test_kernels_change_nothing_but_round_off(name):
-    inputs = of_13_tokens()
+    # Weights as a run begins with: those of the other tests, 25 times as large, make a few times more of a round-off.
+    inputs, config = of_13_tokens(), replace(SHARED[name], init_std=0.02)
     runs = [
-        loss_and_gradients(SHARED[name], SINGLE, inputs, torch.float32, kernels=Kernels.parse(text))
+        loss_and_gradients(config, SINGLE, inputs, torch.float32, kernels=Kernels.parse(text))
         for text in ("auto", "auto,attention=softmax", "reference")
     ]
     for loss, _, grads in runs[1:]:
