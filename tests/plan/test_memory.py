@@ -46,6 +46,20 @@ def test_offload_moves_the_optimizer_to_the_host():
     assert moved.total == kept.total - kept.optimizer
 
 
+@pytest.mark.parametrize(("zero_stage", "copies"), [(0, 1), (1, 2), (2, 2)])
+def test_zero_lays_the_weights_end_to_end_at_the_start(zero_stage: int, copies: int):
+    memory = make_plan(run(zero_stage=zero_stage), 4).stages[0].memory
+    assert memory.start == copies * memory.weights < memory.total
+
+
+def test_zero_3_has_one_parameter_whole_at_the_start():
+    """Of many ranks, that one is most of it: the table of tokens, or a matrix of the MLP."""
+    wide = replace(SMALL, vocab_size=2**20, seq_len=1)
+    for model, largest in ((SMALL, 4 * 64 * 64), (wide, 64 * 2**20)):
+        memory = make_plan(run(model, zero_stage=3), 8).stages[0].memory
+        assert memory.start == max(memory.weights + 4 * largest, 2 * memory.weights) <= memory.total
+
+
 def test_activations_are_korthikanti_s_without_the_stored_masks():
     """Section 4.1: s b h (34 + 5 a s / h) bytes a layer in 16 bits; one byte less for each mask element."""
     model = replace(SMALL, dropout_attention=0.1, n_layers=8)
