@@ -31,7 +31,7 @@ from megagpt.plan.fit import check_model
 from megagpt.processes.agree import together
 from megagpt.processes.launched import n_processes
 from megagpt.processes.start import distributed
-from megagpt.processes.watch.judge import Limits
+from megagpt.processes.watch.limits import Limits
 from megagpt.processes.watch.watch import Watch
 
 Weights = Literal["last", "ema"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch.distributed.device_mesh import init_device_mesh
 
 from megagpt.parallel.axis import SINGLE, Axis
+from megagpt.parallel.naming import rank_name
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,6 @@ class Mesh:
     def name(self) -> str:
         """This process in mesh terms, for messages."""
         return rank_name(self.rank, dp=self.data.size, tp=self.model.size)
-
-
-def rank_name(rank: int, *, dp: int, tp: int) -> str:
-    """Any process in mesh terms, for messages."""
-    return f"rank {rank} (pipe {rank // (dp * tp)}, data {rank // tp % dp}, model {rank % tp})"
 
 
 def single_process_mesh() -> Mesh:

@@ -15,12 +15,14 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megagpt.errors import EXIT_PEER_LOST, EXIT_USER, UserError
-from megagpt.parallel.mesh import Mesh, build_mesh, rank_name
+from megagpt.parallel.mesh import Mesh, build_mesh
+from megagpt.parallel.naming import rank_name
 from megagpt.processes.agree import RankError
 from megagpt.processes.launched import launched
 from megagpt.processes.rendezvous import meet
-from megagpt.processes.watch.judge import Limits
-from megagpt.processes.watch.watch import Watch, machine_id, start_watch
+from megagpt.processes.watch.limits import Limits
+from megagpt.processes.watch.machine import machine_id
+from megagpt.processes.watch.watch import Watch, start_watch
 
 # torch's own timeout of a collective: none, in effect. The watch finds what hangs and knows more to say, and a job that
 # was suspended over a weekend goes on.

@@ -20,7 +20,7 @@ from megagpt.generate.limits import ROWS, Limits, described, limits_for
 from megagpt.generate.trained import Trained, Weights, laid_out, load_trained
 from megagpt.processes.agree import together
 from megagpt.processes.stopping import Stopper
-from megagpt.processes.watch.judge import Limits as WatchLimits
+from megagpt.processes.watch.limits import Limits as WatchLimits
 from megagpt.processes.watch.watch import Watch
 from megagpt.serve.app import App, Rules
 from megagpt.serve.chat import ChatTemplate, template_beside

@@ -32,7 +32,7 @@ from megagpt.processes.agree import together
 from megagpt.processes.launched import n_processes
 from megagpt.processes.start import distributed
 from megagpt.processes.stopping import Stopper
-from megagpt.processes.watch.judge import Limits
+from megagpt.processes.watch.limits import Limits
 from megagpt.processes.watch.watch import Watch
 from megagpt.schedule import Schedule
 from megagpt.train.faults.check_ranks import check_ranks

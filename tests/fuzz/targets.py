@@ -25,12 +25,12 @@ from megagpt.data.text.documents import find_inputs, read_blocks, texts
 from megagpt.data.text.packed import packing
 from megagpt.errors import UserError
 from megagpt.processes.watch.door import Door
-from megagpt.processes.watch.judge import Wire
+from megagpt.processes.watch.wire import Wire
 
 Target = Callable[[bytes, Path], None]
 MAX_DOCUMENT_BYTES = 1 << 20
 TOKEN = "secret"
-HELLO = b'{"token": "secret", "rank": 1, "host": "a", "machine": "b", "pid": 3}\n'
+HELLO = b'{"token": "secret", "number": 1, "host": "a", "pid": 3}\n'
 NAMES = ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.txt.gz", "packed.jsonl.gz")
 
 
@@ -132,7 +132,7 @@ def fuzz_stranger(data: bytes, folder: Path) -> None:
         with socket.create_connection(listener.getsockname()) as rank:
             rank.sendall(HELLO + data)
             ((connection, hello, rest),) = [*door.admit(0.0)]
-            assert hello.rank == 1
+            assert hello.number == 1
         door.close()
     wire = Wire(connection, rest)
     while not wire.ended:
@@ -155,9 +155,8 @@ WORDS: dict[str, tuple[bytes, ...]] = {
     "argv": (b"--config", b"--preset", b"--tp", b"--n-layers=", b"--lr", b"--data-path", b"--help", b"None", b"nan"),
     "stranger": (
         b'{"token": "secret", ',
-        b'"rank": 0',
+        b'"number": 0',
         b'"host": ""',
-        b'"machine": ""',
         b'"pid": 0}',
         b"[[[[",
         b"\\ud800",
@@ -241,7 +240,7 @@ def seeds(name: str) -> list[bytes]:
         ]
     if name == "stranger":
         strange = [
-            b'{"token": "\xc3\xa9", "rank": 0}\n',
+            b'{"token": "\xc3\xa9", "number": 0}\n',
             b"[" * 3000,
             b"GET / HTTP/1.1\r\n\r\n",
             b'{"token": "\\ud800"}\n',

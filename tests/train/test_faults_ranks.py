@@ -27,7 +27,7 @@ from megagpt.errors import EXIT_PEER_LOST, EXIT_USER, SILENT_S, UserError
 from megagpt.parallel.collectives import all_reduce
 from megagpt.parallel.mesh import Mesh
 from megagpt.processes.local import run_ranks  # noqa: F401  # its presence starts the fork server early: conftest.py
-from megagpt.processes.watch.judge import Limits
+from megagpt.processes.watch.limits import Limits
 from megagpt.processes.watch.watch import Watch
 from tests.processes.watch.watched import Ranks, start
 
@@ -213,8 +213,7 @@ def test_rank_0_may_be_the_killed_one(running):
     assert case.end(SILENT_S + 20.0) == [-signal.SIGKILL, *[EXIT_PEER_LOST] * 2]
     (error,) = case.ranks.errors
     assert re.match(rf"error: {NAMES[0]} on {HOST} died", error), error
-    assert re.search(r"rank 1 (waits in|is at) ", error), error
-    assert case.ranks.output(1).count("error: ") == 1, "the first that lives speaks"
+    assert re.search(r"ranks? 1 (and 2 )?(waits? in|is at|are at) ", error), error
 
 
 OTHER_PLACES = {

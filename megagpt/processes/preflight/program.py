@@ -30,7 +30,7 @@ from megagpt.processes.preflight.findings import Row
 from megagpt.processes.preflight.reach import Board
 from megagpt.processes.rendezvous import open_store
 from megagpt.processes.start import distributed
-from megagpt.processes.watch.judge import Limits
+from megagpt.processes.watch.limits import Limits
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 

@@ -1,1 +1,1 @@
-"""The watch over the ranks of a run: watch.py is what the program uses, judge.py what decides."""
+"""The watch over the ranks: watch.py is what the program uses, host.py hears those of a machine, judge.py decides."""

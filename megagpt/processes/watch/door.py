@@ -1,7 +1,7 @@
-"""The door of the judge's port: ranks come in by their token, and strangers can do nothing there.
+"""The door of a port of the watch: ranks and hosts come in by their token, and strangers can do nothing there.
 
 Anybody who reaches the port may connect, send anything, or nothing. So until a token has been seen, size, depth, time
-and number are bounded, and nothing that comes is an error. When all ranks are in, the port is closed.
+and number are bounded, and nothing that comes is an error. When all are in, the port is closed.
 """
 
 from __future__ import annotations
@@ -12,31 +12,30 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-MAX_HELLO_BYTES = 4096  # of a rank's first line: host, machine and process
-MAX_STRANGERS = 128  # connections beside those of the ranks that may be open without having said who they are
-HELLO_S = 10.0  # how long they may be silent; a rank speaks at once
+MAX_HELLO_BYTES = 4096  # of a first line: number, host and process
+MAX_STRANGERS = 128  # connections beside those of the n that may be open without having said who they are
+HELLO_S = 10.0  # how long they may be silent; who belongs here speaks at once
 
 
 @dataclass(frozen=True)
 class Hello:
-    """What a rank says of itself first. machine: `watch.machine_id()`."""
+    """What a rank says of itself first, or a host. number: of a rank on its host; of a host in the run."""
 
-    rank: int
+    number: int
     host: str
-    machine: str
     pid: int
 
 
 class Door:
     """Owns the listening socket and the connections that have not said who they are."""
 
-    def __init__(self, listener: socket.socket, token: str, n_ranks: int) -> None:
+    def __init__(self, listener: socket.socket, token: str, n: int) -> None:
         listener.setblocking(False)
-        self._listener, self._token, self._n_ranks = listener, token, n_ranks
+        self._listener, self._token, self._n = listener, token, n
         self._waiting: dict[socket.socket, tuple[bytes, float]] = {}  # said so far, and since when; the oldest first
 
     def admit(self, now_s: float) -> Iterator[tuple[socket.socket, Hello, bytes]]:
-        """The ranks that have come since the last call, each with what it sent after its hello. Does not wait."""
+        """Those that have come since the last call, each with what it sent after its hello. Does not wait."""
         self._accept(now_s)
         for connection, (said, since_s) in list(self._waiting.items()):
             try:
@@ -48,7 +47,7 @@ class Door:
             except OSError:
                 came = b""
             line, ends, rest = said.partition(b"\n")
-            hello = read_hello(line, self._token, self._n_ranks) if ends and len(line) <= MAX_HELLO_BYTES else None
+            hello = read_hello(line, self._token, self._n) if ends and len(line) <= MAX_HELLO_BYTES else None
             if hello:
                 del self._waiting[connection]
                 yield connection, hello, rest
@@ -71,7 +70,7 @@ class Door:
                 return
             connection.setblocking(False)
             self._waiting[connection] = b"", now_s
-            if len(self._waiting) > self._n_ranks + MAX_STRANGERS:
+            if len(self._waiting) > self._n + MAX_STRANGERS:
                 self._hang_up(next(iter(self._waiting)))
 
     def _hang_up(self, connection: socket.socket) -> None:
@@ -79,8 +78,8 @@ class Door:
         connection.close()
 
 
-def read_hello(line: bytes, token: str, n_ranks: int) -> Hello | None:
-    """The first line of a connection, MAX_HELLO_BYTES at most; None unless a rank of this run has written it."""
+def read_hello(line: bytes, token: str, n: int) -> Hello | None:
+    """The first line of a connection, MAX_HELLO_BYTES at most; None unless one of the n of this run has written it."""
     try:
         said = json.loads(line)
     except (ValueError, RecursionError):
@@ -93,5 +92,5 @@ def read_hello(line: bytes, token: str, n_ranks: int) -> Hello | None:
         hello = Hello(**said)
     except TypeError:
         return None
-    typed = type(hello.rank) is type(hello.pid) is int and type(hello.host) is type(hello.machine) is str
-    return hello if typed and 0 <= hello.rank < n_ranks else None
+    typed = type(hello.number) is type(hello.pid) is int and type(hello.host) is str
+    return hello if typed and 0 <= hello.number < n else None

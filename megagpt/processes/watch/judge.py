@@ -1,316 +1,249 @@
-"""The judge: a thread of rank 0 that hears every rank once a second, and ends all of them when one is lost.
+"""The judge of the watch: a process of its own that hears every host once a second, and ends all when one rank is lost.
 
 It asks all for their places first, says one line that names the cause, writes down what it knows, and sends the
-verdict. What the ranks do with that: watch.py.
+verdict. What hosts tell it: host.py. What the ranks do with a verdict: watch.py.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import queue
-import selectors
 import socket
-import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megagpt.errors import EXIT_PEER_LOST, SILENT_S
-from megagpt.files import os_reason
-from megagpt.processes.watch.awake import AwakeClock
-from megagpt.processes.watch.door import Door, Hello
-from megagpt.processes.watch.verdict import WINDOW_S, RankView, SlowRanks, Work, describe
+from megagpt.processes.watch.host import update_view
+from megagpt.processes.watch.last_words import say, write_down
+from megagpt.processes.watch.limits import BEAT_S, HANG_UP_S, START_S, TURN_S, Limits
+from megagpt.processes.watch.machine import process_state
+from megagpt.processes.watch.slow import SlowRanks, Work
+from megagpt.processes.watch.verdict import RankView, describe, needs
+from megagpt.processes.watch.wire import Circle
 
-MAX_LINE_BYTES = 1 << 20  # more than any message here: what is longer is none of ours
-SEND_TIMEOUT_S = 2.0
-
-
-class Wire:
-    """One end of a connection. Only one thread may use it."""
-
-    def __init__(self, connection: socket.socket, unread: bytes = b"") -> None:
-        """unread: what has been taken from the connection already."""
-        self.socket = connection
-        self.ended = False  # nothing more will come
-        self._unread = unread
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.settimeout(SEND_TIMEOUT_S)
-
-    def send(self, **message: Any) -> None:
-        """Send one message; to an end that is gone, or does not read, it is lost: `ended` and silence tell."""
-        try:
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            return  # who depends on the answer watches for `ended` and for silence
-
-    def receive(self) -> list[dict[str, Any]]:
-        """The messages that are there. Call it when the socket is readable; it sets `ended` at the end."""
-        try:
-            data = self.socket.recv(1 << 16)
-        except OSError:
-            data = b""
-        lines = (self._unread + data).split(b"\n")
-        self._unread = lines.pop()
-        self.ended = not data or len(self._unread) > MAX_LINE_BYTES
-        messages: list[dict[str, Any]] = []
-        for line in lines:
-            try:
-                messages.append(dict(json.loads(line)))
-            except (ValueError, TypeError, RecursionError):  # not one of ours
-                self.ended = True
-                break
-        return messages
-
-    def close(self) -> None:
-        """Hang up."""
-        self.socket.close()
+REST_S = 0.02  # between two turns, so that one takes many messages
+ANSWER_S = 0.5  # how long the answers to "where are you" may take,
+ANSWER_PER_RANK_S = 0.0005  # and more, the more there are
 
 
-BEAT_S = 1.0  # between two signs of life
-TURN_S = 0.1  # between two looks at the clock
-ANSWER_S = 0.5  # how long the answers to "where are you" may take
-HANG_UP_S = 2.0  # how long the ranks may take to end, before rank 0 does
+@dataclass
+class HostView:
+    """What is known of one host. heard_s: when last. awake_s: when last not all of its ranks were stopped.
 
-
-@dataclass(frozen=True)
-class Limits:
-    """When a rank is lost or slow.
-
-    heartbeat_timeout_s: without a sign of life. progress_timeout_s: without a move of any thread that waits.
-    slow_rank_factor: times the work of its peers in a step; 0: never. window_s: over which that is compared.
-    Times are those of `clock`.
+    beats: of its ranks, in their order. silent, hangs: whether some miss beats, or stand still for too long.
     """
 
-    heartbeat_timeout_s: float = 60.0
-    progress_timeout_s: float = 600.0
-    slow_rank_factor: float = 1.5
-    window_s: float = WINDOW_S
+    ranks: Sequence[int]
+    heard_s: float
+    awake_s: float
+    name: str = "an unknown host"
+    pid: int = 0
+    beats: list[dict[str, Any]] = field(default_factory=list)
+    silent: bool = False
+    paused: bool = False
+    hangs: bool = False
+    gone: bool = False
 
-    def clock(self) -> AwakeClock:
-        """A clock by which a job that was paused as a whole has lost nobody."""
-        return AwakeClock(self.heartbeat_timeout_s / 4)
 
-
-class Judge(threading.Thread):
-    """Owns a connection to every rank, rank 0 included, and the door by which they come in."""
+class Judge:
+    """Owns a connection to every host, its own included."""
 
     def __init__(
-        self, listener: socket.socket, token: str, names: Sequence[str], stages: Sequence[Sequence[int]], limits: Limits
+        self,
+        listener: socket.socket,
+        token: str,
+        hosts: Sequence[Sequence[int]],
+        names: Sequence[str],
+        stages: Sequence[Sequence[int]],
+        limits: Limits,
     ) -> None:
-        """names: of the ranks, for messages. stages: the ranks of each pipeline stage."""
-        super().__init__(name="judge", daemon=True)
-        self.folder: Path | None = None  # where faults are written down, once it is known
-        self.notes: queue.SimpleQueue[str] = queue.SimpleQueue()  # what is worth telling the user meanwhile
-        self.limits = limits
-        self._door: Door | None = Door(listener, token, len(names))  # until all are in
-        self._clock = limits.clock()
+        """hosts: the ranks of each. names: of the ranks, for messages. stages: the ranks of each pipeline stage."""
+        self._limits, self._clock = limits, limits.clock()
+        self._circle = Circle(listener, token, len(hosts))
+        now_s = self._clock.now_s()
+        first_s = now_s + START_S  # a host that does not reach this one says so before
+        self._hosts = [HostView(ranks, first_s, first_s) for ranks in hosts]
+        self._host_of = {rank: host for host in self._hosts for rank in host.ranks}
         self._views = [RankView(rank, name) for rank, name in enumerate(names)]
-        self._machines: dict[int, str] = {}
-        self._wires: dict[int, Wire] = {}
-        self._heard_s = dict.fromkeys(range(len(names)), self._clock.now_s())
-        self._work: dict[int, Work] = {}
-        self._slow = SlowRanks(stages, limits.slow_rank_factor, limits.window_s)
+        self._n_left, self._first_left_s = 0, 0.0  # how many have left; when rank 0 did
+        self._lost: list[RankView] = []  # ranks, and processes of the watch
+        self._hangs = False
         self._failed: tuple[int, int] | None = None  # rank, exit code for the others
+        self._over = False  # a host has ended all
         self._answers: dict[int, dict[str, Any]] = {}
-        self._selector = selectors.DefaultSelector()
-        self._next_pulse_s = 0.0
+        self._slow = SlowRanks(stages, limits.slow_rank_factor, limits.window_s)
+        self._folder: Path | None = None  # where faults are written down, once it is known
+        self._opened, self._next_beat_s = False, 0.0
 
-    def run(self) -> None:
-        try:
-            self._preside()
-        except Exception:  # a watch that is broken must not look like one that finds nothing
-            traceback.print_exc()
-            end_process(1)
-
-    def _preside(self) -> None:
-        while any(view.state != "left" for view in self._views):
-            self._hear(TURN_S)
-            now_s = self._clock.now_s()
-            self._pulse(now_s)
+    def run(self) -> int:
+        """Until all ranks have left, or were ended; returns the exit code for who waits for that."""
+        while self._n_left < len(self._views):
+            time.sleep(REST_S)
+            self._turn()
+            if self._over:
+                return EXIT_PEER_LOST
             if self._failed:
                 return self._end_silently(*self._failed)
-            self._find_silent(now_s)
-            if any(view.state not in ("runs", "left") or self._hangs(view) for view in self._views):
+            if self._lost or self._hangs:
                 return self._end()
-            for slow in self._slow.update(now_s, self._work):
-                view = self._views[slow.rank]
-                self.notes.put(f"{view.name} on {view.host} is slow: {slow}")
-        self._close()
+        self._circle.close()
+        return 0
 
-    def _hangs(self, view: RankView) -> bool:
-        """Whether a rank waits for too long: in its place, or at the end (rank 0) for the others to end as well."""
-        if view.state == "left":
-            waits_s = self._clock.now_s() - self._heard_s[0] if view.rank == 0 else 0.0
-        else:
-            waits_s = view.still_s
-        return waits_s > self.limits.progress_timeout_s
+    def _turn(self) -> None:
+        """Take in what has come, or comes soon; once a second judge, and tell the hosts that this process lives."""
+        for number, message in self._circle.hear(TURN_S, self._clock.now_s()):
+            self._take(self._hosts[number], message)
+        now_s = self._clock.now_s()
+        if now_s < self._next_beat_s:
+            return
+        self._next_beat_s = now_s + BEAT_S
+        self._judge(now_s)
+        self._find_slow(now_s)
+        if self._circle.complete and not self._opened:
+            self._opened = True
+            first = self._hosts[0]
+            judge = RankView(-1, "the judge of the watch", first.name, os.getpid(), step="")
+            self._tell(judges=[asdict(view) for view in (judge, *(self._views[rank] for rank in first.ranks))])
+        self._tell(seen=_seen(self._hosts[0]))
 
-    def _find_silent(self, now_s: float) -> None:
-        for view in self._views:
-            if view.state == "runs" and now_s - self._heard_s[view.rank] > self.limits.heartbeat_timeout_s:
-                view.state = "silent"
+    def _tell(self, **message: Any) -> None:
+        self._circle.tell(range(len(self._hosts)), **message)
 
     # Hearing
 
-    def _hear(self, patience_s: float) -> None:
-        """Take in what has come, or comes within that time."""
-        if self._door:
-            for connection, hello, rest in self._door.admit(self._clock.now_s()):
-                self._welcome(Wire(connection, rest), hello)
-            if len(self._wires) == len(self._views):
-                self._open_session()
-        for key, _ in self._selector.select(patience_s):
-            self._read(key.data, self._wires[key.data])
+    def _take(self, host: HostView, message: dict[str, Any]) -> None:
+        """A message of a host: of all its ranks, or what happened to one of them."""
+        host.heard_s = self._clock.now_s()
+        if "hello" in message:
+            host.name, host.pid = message["hello"].host, message["hello"].pid
+            for rank in host.ranks:
+                self._views[rank].host = host.name
+        if "beats" in message:
+            host.beats, host.silent = message["beats"], message["silent"]
+            host.paused, host.hangs = message["paused"], message["hangs"]
+        if "rank" in message:
+            self._take_of(self._views[message["rank"]], message)
+        if "over" in message:
+            self._over = self._over or any(self._views[rank].state == "runs" for rank in host.ranks)
+        if "gone" in message:
+            host.gone = True
+            if any(self._views[rank].state == "runs" for rank in host.ranks):
+                self._lose_watch(host, "died")
 
-    def _read(self, rank: int, wire: Wire) -> None:
-        for message in wire.receive():
-            self._take(rank, message)
-        if wire.ended:
-            self._selector.unregister(wire.socket)
-            wire.close()
-            if self._views[rank].state in ("runs", "silent"):
-                self._views[rank].state = "died"
-
-    def _welcome(self, wire: Wire, hello: Hello) -> None:
-        """A rank has come; a second one of its number is none."""
-        if hello.rank in self._wires:
-            return wire.close()
-        self._wires[hello.rank], self._machines[hello.rank] = wire, hello.machine
-        self._selector.register(wire.socket, selectors.EVENT_READ, hello.rank)
-        view = self._views[hello.rank]
-        view.host, view.pid = hello.host, hello.pid
-
-    def _open_session(self) -> None:
-        """All are in: close the door, and tell each of all."""
-        assert self._door
-        self._door.close()
-        self._door = None
-        peers = [{"rank": v.rank, "pid": v.pid, "machine": self._machines[v.rank]} for v in self._views]
-        self._tell(peers=peers, pulse=asdict(self._views[0]))
-
-    def _take(self, rank: int, message: dict[str, Any]) -> None:
-        """A message of a known rank: a beat, an answer, a failure or its farewell."""
-        view = self._views[rank]
-        self._heard_s[rank] = self._clock.now_s()
+    def _take_of(self, view: RankView, message: dict[str, Any]) -> None:
+        """What happened to one rank. beat: as it was by then."""
+        update_view(view, message["beat"], {})
+        if "lost" in message and view.state == "runs":
+            self._lose(view, message["lost"])
         if "failed" in message:
-            self._failed = self._failed or (rank, message["failed"])
-        if "bye" in message:
-            view.state = "left"
-            self._work.clear()  # nothing to compare any more
-        if "beat" in message:
-            beat = message["beat"]
-            view.step, view.place = beat["step"], beat["place"]
-            view.collective, view.still_s = beat["collective"], beat["still_s"]
-            self._work[rank] = Work(beat["steps_done"], beat["busy_s"], beat["waiting_s"])
+            self._failed = self._failed or (view.rank, message["failed"])
+        if "folder" in message:
+            self._folder = Path(message["folder"])
         if "answer" in message:
-            self._answers[rank] = message["answer"]
+            self._answers[view.rank] = message["answer"]
+        if "bye" in message and view.state == "runs":
+            view.state = "left"
+            self._n_left += 1
+            self._slow.stop()  # nothing to compare any more
+            if view.rank == 0:
+                self._first_left_s = self._clock.now_s()
 
-    # Speaking
+    def _lose(self, view: RankView, state: str) -> None:
+        view.state = state
+        self._lost.append(view)
 
-    def _pulse(self, now_s: float) -> None:
-        """Tell all that rank 0 lives, and where: they need it should it be lost."""
-        if now_s >= self._next_pulse_s:
-            self._next_pulse_s = now_s + BEAT_S
-            self._tell(pulse=asdict(self._views[0]))
+    def _lose_watch(self, host: HostView, state: str) -> None:
+        """The process that watches over a host is lost; nothing is known of its ranks."""
+        for rank in host.ranks:
+            if self._views[rank].state == "runs":
+                self._views[rank].state = "unwatched"
+        self._lost.append(RankView(-1, "the watch", host.name, host.pid, step="", state=state))
 
-    def _tell(self, **message: Any) -> None:
-        for rank, wire in self._wires.items():
-            if self._views[rank].state == "runs" and not wire.ended:
-                wire.send(**message)
+    # Judging
 
-    def _end_silently(self, rank: int, code: int) -> None:
+    def _judge(self, now_s: float) -> None:
+        """Find hosts that are silent, whole hosts that were stopped, and what stands still."""
+        hosts = [host for host in self._hosts if not host.gone]
+        paused = all(host.paused for host in hosts)  # the whole job is; that ends nobody
+        for host in hosts:
+            if paused or not host.paused:
+                host.awake_s = max(host.awake_s, now_s)
+            running = [self._views[rank] for rank in host.ranks if self._views[rank].state == "runs"]
+            if not running:
+                continue
+            if now_s - host.heard_s > self._limits.heartbeat_timeout_s:
+                if host is self._hosts[0] and host.pid and process_state(host.pid) == "stopped":
+                    self._lose_watch(host, "stopped")
+                    continue
+                for view, beat in zip((self._views[rank] for rank in host.ranks), host.beats or [{}], strict=False):
+                    update_view(view, beat, {})
+                for view in running:
+                    self._lose(view, "silent")
+            elif now_s - host.awake_s > self._limits.heartbeat_timeout_s:
+                for view in running:
+                    self._lose(view, "stopped")
+        waits = self._views[0].state == "left" and now_s - self._first_left_s > self._limits.progress_timeout_s
+        # Where one is silent the others may well stand still: it will be named.
+        self._hangs = waits or (any(host.hangs for host in hosts) and not any(host.silent for host in hosts))
+
+    def _find_slow(self, now_s: float) -> None:
+        if not self._slow.is_due(now_s):
+            return
+        beats = {rank: beat for host in self._hosts for rank, beat in zip(host.ranks, host.beats, strict=False) if beat}
+        work = {r: Work(b["steps_done"], b["busy_s"], b["waiting_s"]) for r, b in beats.items()}
+        for slow in self._slow.update(now_s, work):
+            view = self._views[slow.rank]
+            self._circle.tell([0], note=f"{view.name} on {view.host} is slow: {slow}")
+
+    # Ending
+
+    def _end_silently(self, rank: int, code: int) -> int:
         """A rank has failed and speaks for itself: the others end without a word, after it."""
         self._tell(verdict={"by": rank, "exit": code, "delay_s": SILENT_S})
-        if rank == 0:
-            return self._close()
-        time.sleep(SILENT_S)
-        end_process(code)
+        self._see_off(SILENT_S + HANG_UP_S)
+        return code
 
-    def _end(self) -> None:
+    def _end(self) -> int:
         self._question()
-        limits = self.limits
-        lost = any(view.state in ("died", "stopped", "silent") for view in self._views)
-        timeout_s = limits.heartbeat_timeout_s if lost else limits.progress_timeout_s
-        message = describe(self._views, timeout_s)
+        limits = self._limits
+        timeout_s = limits.heartbeat_timeout_s if self._lost else limits.progress_timeout_s
+        views = [*self._views, *(view for view in self._lost if view.rank < 0)]
+        message = describe(views, timeout_s)
         say(message)
-        write_down(self.folder, message, self._views, self._answers)
+        records = {rank: answer["flight_recorder"] for rank, answer in sorted(self._answers.items())}
+        write_down(self._folder, message, views, records)
         self._tell(verdict={"by": None, "exit": EXIT_PEER_LOST, "delay_s": 0.0})
-        deadline_s = time.monotonic() + HANG_UP_S
-        while any(v.state == "runs" for v in self._views[1:]) and time.monotonic() < deadline_s:
-            self._hear(TURN_S)
-        end_process(EXIT_PEER_LOST)
+        self._see_off(HANG_UP_S)
+        return EXIT_PEER_LOST
 
     def _question(self) -> None:
-        """Ask all for their places, and what they see of the silent ones on their machine."""
-        silent = [v for v in self._views if v.state == "silent"]
-        self._tell(where=[{"machine": self._machines.get(v.rank), "pid": v.pid} for v in silent])
-        deadline_s = time.monotonic() + ANSWER_S
-        while time.monotonic() < deadline_s and not all(
-            v.rank in self._answers or v.state != "runs" for v in self._views
+        """Ask all for their places."""
+        self._tell(where=True)
+        deadline_s = time.monotonic() + ANSWER_S + ANSWER_PER_RANK_S * len(self._views)
+        while time.monotonic() < deadline_s and any(
+            view.state == "runs" and view.rank not in self._answers for view in self._views
         ):
-            self._hear(TURN_S)
-        for view in self._views:
-            answer = self._answers.get(view.rank, {})
-            view.waits_for, view.stack = answer.get("waits_for", ()), answer.get("stack", ())
-            view.collective = answer.get("collective", view.collective)
-        if self._views[0].state == "left" and not any(0 in view.waits_for for view in self._views):
-            self._views[0].waits_for = [view.rank for view in self._views if view.state != "left"]
-        for view in silent:
-            seen = {state for answer in self._answers.values() for pid, state in answer["seen"] if pid == view.pid}
-            view.state = "died" if "gone" in seen else "stopped" if "stopped" in seen else view.state
+            time.sleep(REST_S)
+            self._turn()
+        for host in self._hosts:
+            for rank, beat in zip(host.ranks, host.beats, strict=False):
+                if self._views[rank].state == "runs":
+                    update_view(self._views[rank], beat, self._answers.get(rank))
+        first = self._views[0]
+        if first.state == "left" and not any(0 in span for view in self._views for span in view.waits_for or ()):
+            first.waits_for = needs(-1, "recv", [view.rank for view in self._views if view.state != "left"])
 
-    def _close(self) -> None:
-        for wire in self._wires.values():
-            wire.close()
-        if self._door:
-            self._door.close()
-        self._selector.close()
-
-
-def say(message: str) -> None:
-    """Print an error in one piece, past Python's buffers: the main thread may hold them."""
-    _to_stderr(f"error: {message}\n")
+    def _see_off(self, patience_s: float) -> None:
+        """Until all hosts have gone, which read what they were told first."""
+        deadline_s = time.monotonic() + patience_s
+        while not self._circle.empty and time.monotonic() < deadline_s:
+            for _ in self._circle.hear(TURN_S, self._clock.now_s()):
+                pass
+        self._circle.close()
 
 
-def write_down(
-    folder: Path | None, message: str, views: Sequence[RankView], answers: dict[int, dict[str, Any]]
-) -> None:
-    """Keep what is known of a fault: folder/lost-TIME.json."""
-    if folder is None:
-        return
-    known = {
-        "message": message,
-        "ranks": [asdict(view) for view in views],
-        "flight_recorder": {rank: answer.get("flight_recorder") for rank, answer in answers.items()},
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"lost-{time.strftime('%Y%m%d-%H%M%S')}.json").write_text(json.dumps(known, indent=1))
-    except OSError as error:
-        _to_stderr(f"note: could not write to {folder} ({os_reason(error)})\n")
-
-
-def _to_stderr(line: str) -> None:
-    with suppress(OSError):  # its reader may have gone, and that must not be what ends this process
-        os.write(2, line.encode(errors="backslashreplace"))
-
-
-def end_process(code: int) -> None:
-    """End this process from any thread, whatever the main one does."""
-    # Flushing may wait for ever: for the main thread's lock on a buffer, or for a reader.
-    flush = threading.Thread(target=_flush, daemon=True)
-    flush.start()
-    flush.join(timeout=1.0)
-    os._exit(code)
-
-
-def _flush() -> None:
-    files: Sequence[Callable[[], None]] = (sys.stdout.flush, sys.stderr.flush)
-    for flush_file in files:
-        flush_file()
+def _seen(host: HostView) -> dict[str, Any]:
+    """Where the first rank of a host is."""
+    return {key: host.beats[0][key] for key in ("step", "place", "collective")} if host.beats and host.beats[0] else {}

@@ -1,17 +1,34 @@
-"""What is decided and said of ranks: who is lost, in one line that names the cause, and who is slow.
+"""What is decided and said of ranks that are lost: who is to blame, in one line that names the cause.
 
-A rank's time in a step is work and waiting in collectives. A slow rank makes all slow, but it alone waits little.
-No sockets, no threads, no torch.
+No sockets, no threads, no torch. Of N ranks it takes a time that grows as N.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
+PARTNERS = {"send": "recv", "recv": "send"}
 MAX_NAMED = 4  # culprits, and places of others, that one line names
+
+
+Needs = tuple[range, ...]
+"""Ranks, as few ranges as they make: a group of the mesh is one."""
+
+
+def needs(rank: int, collective: str | None, others: Iterable[int]) -> Needs:
+    """Whom a collective of this rank needs: all that are in it, itself too; the partner of a send or a receive."""
+    wanted = sorted({*others} if collective in PARTNERS else {*others, rank})
+    found: list[range] = []
+    while wanted:
+        step = wanted[1] - wanted[0] if len(wanted) > 1 else 1
+        n = 1
+        while n < len(wanted) and wanted[n] - wanted[n - 1] == step:
+            n += 1
+        found.append(range(wanted[0], wanted[n - 1] + 1, step))
+        wanted = wanted[n:]
+    return tuple(found)
 
 
 @dataclass
@@ -19,8 +36,9 @@ class RankView:
     """What is known of one rank.
 
     name: in mesh terms. step: what it says of its progress, "in step 12". still_s: for how long it has not moved.
-    waits_for: the ranks that its collective needs; [] when it is in none.
-    state: "runs"; "left" when it ended in order; "died"; "stopped" by a signal; "silent".
+    waits_for: `needs` of its collective; () when it is in none; None where it has not said.
+    state: "runs"; "left" when it ended in order; "died"; "stopped" by a signal; "silent"; "unwatched".
+    With a step of "" it is no rank, but a process of the watch.
     """
 
     rank: int
@@ -31,7 +49,7 @@ class RankView:
     place: str = ""
     collective: str | None = None
     still_s: float = 0.0
-    waits_for: Sequence[int] = ()
+    waits_for: Needs | None = ()
     stack: Sequence[str] = field(default=(), repr=False)
     state: str = "runs"
 
@@ -52,12 +70,79 @@ def culprits(ranks: Sequence[RankView]) -> list[RankView]:
     lost = [r for r in ranks if r.state in ("died", "stopped", "silent")]
     if lost:
         return lost
+    waits = _waits(ranks)
+    wanted = {node for nodes in waits.values() for node in nodes}
+    ends = {node for circle in _ends(waits) for node in circle}
+    found = [r for r in ranks if r.rank in wanted and r.rank in ends]
+    # Of whom nothing is known but that it waits, it is not known whether others are to blame.
+    known = [r for r in found if r.waits_for is not None or r.collective is None]
+    return known or found
+
+
+def _waits(ranks: Sequence[RankView]) -> dict[Hashable, Sequence[Hashable]]:
+    """Who waits for whom. A collective in which some are missing stands between those in it and the missing ones."""
+    present: dict[Hashable, set[int]] = defaultdict(set)
+    for r in ranks:
+        present[r.collective, r.waits_for].add(r.rank)
+    waits: dict[Hashable, Sequence[Hashable]] = {r.rank: () for r in ranks}
     by_rank = {r.rank: r for r in ranks}
-    waits = {r.rank: {m for m in r.waits_for if not _meet(r, by_rank[m])} for r in ranks}
-    for _ in ranks:  # whom a rank waits for, directly or through others
-        waits = {rank: needs.union(*(waits[m] for m in needs)) for rank, needs in waits.items()}
-    wanted = set().union(*waits.values())
-    return [by_rank[rank] for rank in sorted(wanted) if all(rank in waits[m] for m in waits[rank])]
+    for r in ranks:
+        if r.collective in PARTNERS:
+            waits[r.rank] = [m for m in _ranks(r) if not _meet(r, by_rank[m])]
+            continue
+        meeting = (r.collective, r.waits_for)
+        if meeting not in waits:
+            waits[meeting] = [m for m in _ranks(r) if m not in present[meeting]]
+        if waits[meeting]:
+            waits[r.rank] = [meeting]
+    return waits
+
+
+def _ranks(r: RankView) -> Iterator[int]:
+    return (rank for span in r.waits_for or () for rank in span)
+
+
+def _meet(a: RankView, b: RankView) -> bool:
+    """Whether one sends what the other receives."""
+    return b.collective == PARTNERS[a.collective or ""] and a.rank in _ranks(b)
+
+
+def _ends(waits: Mapping[Hashable, Sequence[Hashable]]) -> Iterator[Sequence[Hashable]]:
+    """Where all waiting ends: one that waits for nobody, or a circle in which each waits for the others and none else.
+
+    The strongly connected components without a way out (Tarjan 1972).
+    """
+    number: dict[Hashable, int] = {}
+    lowest: dict[Hashable, int] = {}
+    open_: dict[Hashable, None] = {}  # in the order in which they were met, while it is not known where they belong
+    leads_out: set[Hashable] = set()
+    for first in waits:
+        way = [] if first in number else [(first, iter(waits[first]))]
+        while way:
+            node, others = way[-1]
+            if node not in number:
+                number[node] = lowest[node] = len(number)
+                open_[node] = None
+            for other in others:
+                if other not in number:
+                    way.append((other, iter(waits[other])))
+                    break
+                if other in open_:
+                    lowest[node] = min(lowest[node], number[other])
+                else:
+                    leads_out.add(node)
+            else:
+                way.pop()
+                if lowest[node] == number[node]:
+                    circle = [open_.popitem()[0]]
+                    while circle[-1] != node:
+                        circle.append(open_.popitem()[0])
+                    if leads_out.isdisjoint(circle):
+                        yield circle
+                    if way:
+                        leads_out.add(way[-1][0])
+                elif way:
+                    lowest[way[-1][0]] = min(lowest[way[-1][0]], lowest[node])
 
 
 def describe(ranks: Sequence[RankView], timeout_s: float) -> str:
@@ -82,7 +167,7 @@ def _what(found: Sequence[RankView], timeout_s: float) -> tuple[str, str]:
     if not found:
         return f"no rank goes on since {timeout_s:g} s, though none is missing", f"look at the network; {slow}"
     first = found[0]
-    seen = f"(process {first.pid}, last seen {first.step} {first.at})"
+    seen = f"(process {first.pid}" + (f", last seen {first.step} {first.at})" if first.step else ")")
     if first.state == "died":
         return (
             f"died {seen}",
@@ -98,14 +183,6 @@ def _what(found: Sequence[RankView], timeout_s: float) -> tuple[str, str]:
     if len(found) > 1:
         return f"wait for each other since {timeout_s:g} s: {', '.join(_places(found))}", slow
     return f"hangs {first.step} {first.at}; others wait since {timeout_s:g} s", slow
-
-
-def _meet(a: RankView, b: RankView) -> bool:
-    """Whether b is in the collective that a waits in, so that a does not wait because of b."""
-    sends = {"send": "recv", "recv": "send"}
-    if a.collective in sends:
-        return b.collective == sends[a.collective] and a.rank in b.waits_for
-    return b.collective == a.collective and {a.rank, *a.waits_for} == {b.rank, *b.waits_for}
 
 
 def _places(ranks: Iterable[RankView]) -> list[str]:
@@ -129,76 +206,3 @@ def _who(ranks: Sequence[RankView]) -> str:
 def _listed(words: Sequence[str]) -> str:
     """The words as English lists them."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-WINDOW_S = 10.0  # compared at once: 200 looks at each rank
-N_WINDOWS = 3  # in a row, before a rank is named
-MIN_STEPS = 2  # in a window
-MIN_SHARE = 0.1  # of a step that must be lost: a rank may well be busy for 3 ms while its peers are for 1
-
-
-@dataclass(frozen=True)
-class Work:
-    """Totals since the start, in steps: of every rank's."""
-
-    steps_done: int
-    busy_s: float
-    waiting_s: float
-
-
-@dataclass(frozen=True)
-class Slow:
-    """A rank that is slow: its work in a step, the whole step, and the work of its peers (the median)."""
-
-    rank: int
-    busy_s: float
-    step_s: float
-    peers_s: float
-
-    def __str__(self) -> str:
-        return (
-            f"busy for {1e3 * self.busy_s:.0f} ms of a step of {1e3 * self.step_s:.0f} ms, "
-            f"its peers for {1e3 * self.peers_s:.0f} ms"
-        )
-
-
-class SlowRanks:
-    """Compares ranks window by window."""
-
-    def __init__(self, groups: Sequence[Sequence[int]], factor: float, window_s: float) -> None:
-        """groups: the ranks that have the same to do (a pipeline stage). factor: how much longer is slow; 0: never."""
-        self.factor, self.window_s = factor, window_s
-        self.groups = [group for group in groups if len(group) > 1] if factor else []
-        self._began_s = 0.0
-        self._before: Mapping[int, Work] = {}
-        self._n_slow = dict.fromkeys((rank for group in self.groups for rank in group), 0)
-
-    def update(self, now_s: float, work: Mapping[int, Work]) -> list[Slow]:
-        """Who has become slow, given the work of ranks until now; usually nobody."""
-        if not self._n_slow or not self._n_slow.keys() <= work.keys():
-            return []
-        found: list[Slow] = []
-        if self._before:
-            fewest = min(work[rank].steps_done - self._before[rank].steps_done for rank in self._n_slow)
-            if now_s - self._began_s < self.window_s or fewest < MIN_STEPS:
-                return []
-            found = [slow for group in self.groups for slow in self._compare(group, work)]
-        self._began_s, self._before = now_s, dict(work)
-        return found
-
-    def _compare(self, group: Sequence[int], work: Mapping[int, Work]) -> Iterator[Slow]:
-        spent = {rank: _per_step(work[rank], self._before[rank]) for rank in group}
-        for rank in group:
-            busy_s, step_s = spent[rank]
-            peers_s = median(spent[other][0] for other in group if other != rank)
-            slow = busy_s > self.factor * peers_s and busy_s - peers_s > MIN_SHARE * step_s
-            self._n_slow[rank] = self._n_slow[rank] + 1 if slow else 0
-            if self._n_slow[rank] == N_WINDOWS:  # once, until it has been fast again
-                yield Slow(rank, busy_s, step_s, peers_s)
-
-
-def _per_step(now: Work, before: Work) -> tuple[float, float]:
-    """Seconds of work and seconds in all, per step of the window."""
-    n_steps = now.steps_done - before.steps_done
-    busy_s = (now.busy_s - before.busy_s) / n_steps
-    return busy_s, busy_s + (now.waiting_s - before.waiting_s) / n_steps

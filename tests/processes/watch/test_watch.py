@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -19,15 +20,17 @@ import torch.distributed as dist
 
 from megagpt.processes.local import run_ranks
 from megagpt.processes.watch.call_site import Activity, call_site, enqueued, failed_at, waits_for
-from megagpt.processes.watch.judge import MAX_LINE_BYTES, Judge, Limits, Wire
-from megagpt.processes.watch.verdict import N_WINDOWS, RankView, SlowRanks, Work, culprits, describe
-from megagpt.processes.watch.watch import machine_id, process_state
+from megagpt.processes.watch.machine import machine_id, process_state
+from megagpt.processes.watch.slow import N_WINDOWS, SlowRanks, Work
+from megagpt.processes.watch.verdict import RankView, culprits, describe, needs
+from megagpt.processes.watch.wire import MAX_LINE_BYTES, Circle, Wire
 
 # Whom to blame
 
 
 def view(rank: int, collective: str | None = None, waits_for: list[int] | None = None, **more: Any) -> RankView:
-    return RankView(rank, f"rank {rank}", collective=collective, waits_for=waits_for or [], place="a.py:1 f", **more)
+    wanted = needs(rank, collective, waits_for) if waits_for else ()
+    return RankView(rank, f"rank {rank}", collective=collective, waits_for=wanted, place="a.py:1 f", **more)
 
 
 BLAMED = {
@@ -300,20 +303,43 @@ def test_a_line_without_end_is_hung_up_on():
     sender.join(5.0)
 
 
-def test_the_judge_listens_only_to_ranks_of_its_run():
+def test_only_those_of_the_run_are_heard():
     listener = socket.create_server(("127.0.0.1", 0))
-    judge = Judge(listener, "secret", ["rank 0"], [[0]], Limits())
-    judge.start()
-    hello = {"host": "h", "machine": "m", "pid": os.getpid()}
-    for message in ({"token": "wrong", "rank": 0, **hello}, {"token": "secret", "rank": 1, **hello}, {"bye": True}):
-        stranger = Wire(socket.create_connection(listener.getsockname()))
+    address = listener.getsockname()
+    circle = Circle(listener, "secret", 2)
+    hello = {"host": "h", "pid": os.getpid()}
+    for message in ({"token": "wrong", "number": 0, **hello}, {"token": "secret", "number": 2, **hello}, {"bye": True}):
+        stranger = Wire(socket.create_connection(address))
         stranger.send(**message)
         while not stranger.ended:
-            assert stranger.receive() == []
-    assert judge.is_alive()
-    rank_0 = Wire(socket.create_connection(listener.getsockname()))
-    rank_0.send(token="secret", rank=0, **hello)
-    assert "pulse" in rank_0.receive()[0]
-    rank_0.send(bye=True)
-    judge.join(5.0)
-    assert not judge.is_alive()
+            assert list(circle.hear(0.0, 0.0)) == []
+            if select.select([stranger.socket], [], [], 0.05)[0]:
+                assert stranger.receive() == []
+    first, again, second = (Wire(socket.create_connection(address)) for _ in range(3))
+    first.send(token="secret", number=0, **hello)
+    assert [number for number, _ in heard(circle, 1)] == [0]
+    again.send(token="secret", number=0, **hello)  # a second one of its number is none
+    while not again.ended:
+        assert list(circle.hear(0.0, 0.0)) == []
+        if select.select([again.socket], [], [], 0.05)[0]:
+            assert again.receive() == []
+    second.send(token="secret", number=1, **hello)
+    assert [number for number, _ in heard(circle, 1)] == [1] and circle.complete
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
+    circle.tell([1], pulse=True)
+    assert second.receive() == [{"pulse": True}]
+    first.send(bye=True)
+    first.close()
+    assert heard(circle, 2) == [(0, {"bye": True}), (0, {"gone": True})]
+    circle.close()
+
+
+def heard(circle: Circle, n: int) -> list[tuple[int, dict[str, Any]]]:
+    """The next n messages."""
+    found: list[tuple[int, dict[str, Any]]] = []
+    deadline = time.monotonic() + 20.0
+    while len(found) < n:
+        assert time.monotonic() < deadline
+        found += circle.hear(0.05, 0.0)
+    return found

@@ -19,7 +19,7 @@ import torch
 from megagpt.errors import run_cli
 from megagpt.processes.local import warm_up
 from megagpt.processes.start import distributed
-from megagpt.processes.watch.judge import Limits
+from megagpt.processes.watch.limits import Limits
 
 
 @dataclass
