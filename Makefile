@@ -38,7 +38,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train quick test test-slow soak parity plan bench-data bench-train bench-generate bench-kernels gpu-check fuzz lint format build clean
+.PHONY: help train quick test test-slow soak parity plan bench-data bench-train bench-generate bench-kernels scale-check gpu-check fuzz lint format build clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -79,6 +79,9 @@ bench-generate: $(ready) ## Measure writing, beside transformers' generate with 
 
 bench-kernels: $(ready) ## Measure each fused kernel, or those of OP, beside PyTorch, torch.compile and a copy of its bytes
 	$(bin)/python -m benchmarks.kernels $(OP) $(ARGS)
+
+scale-check: $(ready) ## Simulate runs of 4,096 ranks on this machine: each figure with its goal beside it
+	$(bin)/python -m benchmarks.scale_check --json benchmarks/results/scale.json $(ARGS)
 
 gpu-check: ## Build, prove, benchmark and train on this machine's GPU, by PYTHON as it is: installs nothing
 	@$(PYTHON) -c 'import torch, numpy' || { echo "error: $(PYTHON) lacks torch or numpy; name a Python that has \

@@ -142,7 +142,7 @@ class Case:
 
 
 PATIENT = Limits()
-EACH = -1  # in place of a rank: all of them
+EACH, JUDGE, HOST = -1, -2, -3  # in place of a rank: all of them; the processes of the watch
 CASES = {
     "killed": Case(steps, (2, 2, 2), (), PATIENT, (5, signal.SIGKILL)),
     "rank 0 killed": Case(steps, (1, 1, 3), (), PATIENT, (0, signal.SIGKILL)),
@@ -152,6 +152,10 @@ CASES = {
     "raise_user_error": Case(steps, (1, 1, 3), (1, "raise_user_error"), PATIENT),
     "stopped": Case(steps, (2, 1, 2), (), QUICK, (3, signal.SIGSTOP)),
     "rank 0 stopped": Case(steps, (1, 1, 3), (), QUICK, (0, signal.SIGSTOP)),
+    "judge killed": Case(steps, (1, 1, 3), (), PATIENT, (JUDGE, signal.SIGKILL)),
+    "judge stopped": Case(steps, (1, 1, 3), (), QUICK, (JUDGE, signal.SIGSTOP)),
+    "host's watch killed": Case(steps, (1, 1, 3), (), PATIENT, (HOST, signal.SIGKILL)),
+    "host's watch stopped": Case(steps, (1, 1, 3), (), QUICK, (HOST, signal.SIGSTOP)),
     "paused": Case(steps, (1, 1, 3), (), QUICK, (EACH, signal.SIGSTOP)),
     "loop": Case(steps, (2, 1, 2), (3, "loop")),
     "hold_the_lock": Case(steps, (2, 1, 2), (3, "hold_the_lock")),
@@ -189,10 +193,23 @@ def running(tmp_path_factory) -> Iterator[dict[str, Running]]:
             if case.signal:
                 found[name].ranks.wait_for("working")
                 rank, number = case.signal
-                for each in range(math.prod(case.shape)) if rank == EACH else [rank]:
+                if rank in (JUDGE, HOST):
+                    os.kill(watch_of(found[name].ranks)[rank], number)
+                for each in range(math.prod(case.shape)) if rank == EACH else [rank] * (rank >= 0):
                     found[name].ranks.signal(each, number)
                 found[name] = Running(found[name].ranks, time.monotonic())
         yield found
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def watch_of(ranks: Ranks) -> dict[int, int]:
+    """The processes of the watch: rank 0's child is the judge, and its child the watch on the host."""
+    (judge,) = children(ranks.processes[0].pid)
+    (host,) = children(judge)
+    return {JUDGE: judge, HOST: host}
 
 
 START_S = 30.0  # of three or four ranks, beside all the others
@@ -247,6 +264,23 @@ def test_rank_0_may_be_the_stopped_one(running):
     assert case.end(START_S + TIMEOUT_S + SILENT_S, 0)[1:] == [EXIT_PEER_LOST] * 2
     (error,) = case.ranks.errors
     assert re.match(rf"error: {NAMES[0]} on {HOST} was stopped by a signal", error), error
+
+
+WATCH_LOST = {
+    "judge killed": r"the judge of the watch on {} died \(process \d+\); ranks 0, 1 and 2 wait in all_reduce at ",
+    "judge stopped": r"the judge of the watch on {} was stopped by a signal \(process \d+\); .* kill -9 \d+",
+    "host's watch killed": r"the watch on {} died \(process \d+\); look for its signal in ",
+    "host's watch stopped": r"the watch on {} was stopped by a signal \(process \d+\); .*kill -9 \d+",
+}
+
+
+@pytest.mark.parametrize("name", WATCH_LOST)
+def test_a_process_of_the_watch_itself_that_is_lost_is_named(running, name):
+    case = running[name]
+    assert case.end(START_S + TIMEOUT_S + 2 * SILENT_S) == [EXIT_PEER_LOST] * 3
+    (error,) = case.ranks.errors
+    assert re.match("error: " + WATCH_LOST[name].format(HOST), error), error
+    assert "Traceback" not in case.ranks.all_output
 
 
 def test_a_job_that_was_paused_goes_on(running):

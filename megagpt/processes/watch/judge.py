@@ -168,8 +168,8 @@ class Judge:
         hosts = [host for host in self._hosts if not host.gone]
         paused = all(host.paused for host in hosts)  # the whole job is; that ends nobody
         for host in hosts:
-            if paused or not host.paused:
-                host.awake_s = max(host.awake_s, now_s)
+            if host.pid and (paused or not host.paused):
+                host.awake_s = now_s
             running = [self._views[rank] for rank in host.ranks if self._views[rank].state == "runs"]
             if not running:
                 continue
