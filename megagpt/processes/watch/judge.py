@@ -154,6 +154,13 @@ class Judge:
         view.state = state
         self._lost.append(view)
 
+    def _lose_ranks(self, host: HostView, views: Sequence[RankView], state: str) -> None:
+        """All ranks of a host that run are lost; what is known of them is what they said last."""
+        for rank, beat in zip(host.ranks, host.beats, strict=False):
+            update_view(self._views[rank], beat, {})
+        for view in views:
+            self._lose(view, state)
+
     def _lose_watch(self, host: HostView, state: str) -> None:
         """The process that watches over a host is lost; nothing is known of its ranks."""
         for rank in host.ranks:
@@ -177,13 +184,9 @@ class Judge:
                 if host is self._hosts[0] and host.pid and process_state(host.pid) == "stopped":
                     self._lose_watch(host, "stopped")
                     continue
-                for view, beat in zip((self._views[rank] for rank in host.ranks), host.beats or [{}], strict=False):
-                    update_view(view, beat, {})
-                for view in running:
-                    self._lose(view, "silent")
+                self._lose_ranks(host, running, "silent")
             elif now_s - host.awake_s > self._limits.heartbeat_timeout_s:
-                for view in running:
-                    self._lose(view, "stopped")
+                self._lose_ranks(host, running, "stopped")
         waits = self._views[0].state == "left" and now_s - self._first_left_s > self._limits.progress_timeout_s
         # Where one is silent the others may well stand still: it will be named.
         self._hangs = waits or (any(host.hangs for host in hosts) and not any(host.silent for host in hosts))

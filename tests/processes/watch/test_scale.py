@@ -15,8 +15,10 @@ FAULTS = {
     "hang": "rank 67 (pipe 0, data 16, model 3) on node-016 hangs in step ",
     "death": "rank 67 (pipe 0, data 16, model 3) on node-016 died (process 10067, last seen in step ",
     "host death": "the watch on node-016 died (process ",
-    "host stop": "rank 64 (pipe 0, data 16, model 0), rank 65 (pipe 0, data 16, model 1), "
-    "rank 66 (pipe 0, data 16, model 2) and rank 67 (pipe 0, data 16, model 3) on node-016 was stopped by a signal (process 10064, last seen in step ",
+    "host stop": (
+        "rank 64 (pipe 0, data 16, model 0), rank 65 (pipe 0, data 16, model 1), rank 66 (pipe 0, data 16, model 2) "
+        "and rank 67 (pipe 0, data 16, model 3) on node-016 was stopped by a signal (process 10064, last seen in step "
+    ),
 }
 
 
@@ -26,7 +28,7 @@ def test_of_many_ranks_the_bad_ones_are_named_alone(fault: str, tmp_path: Path):
         run.open()
         assert run.received_bytes < 32 * 4096, "what each host is told at the start grows with the run"
         assert run.n_connections() <= 32
-        run.go_on(0.5)
+        run.go_on(1.5)  # a beat of each host
         run.fail(fault)
         _, message = run.message()
         assert message.startswith(f"error: {FAULTS[fault]}"), message
