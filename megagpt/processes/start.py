@@ -50,8 +50,8 @@ def distributed(*, pp: int, dp: int, tp: int, limits: Limits | None = None) -> I
     except UserError as error:  # met by this rank alone: it speaks
         watch.fail(EXIT_USER)
         raise RankError(f"{rank_name(rank, dp=dp, tp=tp)}: {error}", speaks=True) from error
-    except Exception as error:  # perhaps because another rank has ended
-        watch.doubt(error)
+    except Exception:  # perhaps because another rank has ended
+        watch.doubt()
         watch.fail(EXIT_PEER_LOST)
         raise
     except KeyboardInterrupt:

@@ -49,7 +49,7 @@ def work(mesh: Mesh, watch: Watch, step: int) -> None:
         if mesh.pipe.rank < mesh.pipe.size - 1:
             dist.send(x, mesh.rank + stage_size)
         all_reduce(x, mesh.data)
-        time.sleep(0.01)
+        time.sleep(0.05)  # more would keep a machine busy that starts all these ranks
 
 
 def steps(mesh: Mesh, watch: Watch, folder: Path, bad_rank: int = -1, kind: str = "") -> None:
@@ -154,6 +154,7 @@ CASES = {
     "rank 0 stopped": Case(steps, (1, 1, 3), (), QUICK, (0, signal.SIGSTOP)),
     "judge killed": Case(steps, (1, 1, 3), (), PATIENT, (JUDGE, signal.SIGKILL)),
     "judge stopped": Case(steps, (1, 1, 3), (), QUICK, (JUDGE, signal.SIGSTOP)),
+    "host's watch stopped": Case(steps, (1, 1, 3), (), QUICK, (HOST_WATCH, signal.SIGSTOP)),
     "host's watch killed": Case(steps, (1, 1, 3), (), PATIENT, (HOST_WATCH, signal.SIGKILL)),
     "paused": Case(steps, (1, 1, 3), (), QUICK, (EACH, signal.SIGSTOP)),
     "loop": Case(steps, (2, 1, 2), (3, "loop")),
@@ -207,7 +208,9 @@ def children(pid: int) -> list[int]:
 def watch_of(ranks: Ranks) -> dict[int, int]:
     """The processes of the watch: rank 0's child is the judge, and its child the watch on the host."""
     (judge,) = children(ranks.processes[0].pid)
-    (host,) = children(judge)
+    found = children(judge)
+    assert len(found) == 1, ranks.all_output
+    (host,) = found
     return {JUDGE: judge, HOST_WATCH: host}
 
 
@@ -268,6 +271,7 @@ def test_rank_0_may_be_the_stopped_one(running):
 WATCH_LOST = {
     "judge killed": r"the judge of the watch on {} died \(process \d+\); ranks? [012]",
     "judge stopped": r"the judge of the watch on {} was stopped by a signal \(process \d+\); .*kill -9 \d+",
+    "host's watch stopped": r"the watch on {} was stopped by a signal \(process \d+\); .*kill -9 \d+",
     "host's watch killed": r"the watch on {} died \(process \d+\); look for its signal in ",
 }
 

@@ -1,6 +1,8 @@
 """Where a process is just now: the line of our code that its busy thread runs, the collective it waits in, its step.
 
-Read from outside, by another thread, so that it works when the busy one hangs. Another thread's frames must be followed
+Read from outside, by another thread, so that it works when the busy one hangs. A thread whose collective has failed is
+still where it failed while the error is only handed on: through torch's logging, `with` blocks, and the watch itself,
+whose own lines are never a place. Another thread's frames must be followed
 without a pause: between two steps it may go on, and leave the frame that the next step starts from (seen: something
 that was no frame). So the whole walk is one call of C code, iterators of the standard library inside each other, in
 which Python does not switch threads. faulthandler would do it in one call as well, but does not lock the list of
@@ -9,6 +11,7 @@ threads: it crashed when one had just been born.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import linecache
@@ -19,7 +22,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice, repeat
+from itertools import accumulate, chain, dropwhile, islice, repeat
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import FrameType
@@ -27,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from torch.distributed import c10d_logger, distributed_c10d
 
 MAX_LINES = 100
 
@@ -63,7 +66,13 @@ def stack_of(thread: int) -> list[Line]:
 
 
 PACKAGE = str(Path(__file__).parents[2])
+WATCH = str(Path(__file__).parent)
 LIBRARIES = ("<", *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+HANDING_ON = {
+    (contextlib.__file__, "__exit__"),
+    (c10d_logger.__file__, "wrapper"),
+    (str(Path(PACKAGE) / "processes/start.py"), "distributed"),
+}
 MAX_FRAMES = 30  # of a stack that is written down
 MAX_RECORDED = 20  # collectives, likewise
 
@@ -87,15 +96,31 @@ class CallSite:
 
 def call_site() -> CallSite:
     """Where this process's busy thread is. Cheap enough (some 0.1 ms) to be called 20 times a second."""
-    return _site(busy_stack())
+    thread = _busy_thread()
+    lines = stack_of(thread)
+    if _hands_on(lines):
+        lines = _failed_at(thread, lines) or lines
+    return _site(lines)
 
 
-def failed_at(error: BaseException) -> CallSite:
-    """Where an exception came from: the site to show for a thread that has left it already."""
-    lines = [
-        Line(f.f_code.co_filename, number, f.f_code.co_name) for f, number in traceback.walk_tb(error.__traceback__)
-    ]
-    return _site(lines[::-1])
+def _hands_on(lines: Sequence[Line]) -> bool:
+    """Whether a thread may have nothing to do but to let an error pass."""
+    above = lines[: _first_of_ours(lines)]
+    return not any(map(_is_c10d, above)) and any(
+        _is_of_the_watch(line) or (line.file, line.function) in HANDING_ON for line in above
+    )
+
+
+def _failed_at(thread: int, lines: Sequence[Line]) -> list[Line]:
+    """The stack of a thread, whose lines are these now, at the error that it handles; none where it handles none."""
+    found: Any = sys._current_exceptions().get(thread)
+    error = found[1] if isinstance(found, tuple) else found  # a tuple until Python 3.12
+    if error is None:
+        return []
+    frames = traceback.walk_tb(error.__traceback__)
+    left = [Line(frame.f_code.co_filename, number, frame.f_code.co_name) for frame, number in frames][::-1]
+    callers = dropwhile(lambda line: (line.file, line.function) != (left[-1].file, left[-1].function), lines)
+    return [*left, *islice(callers, 1, None)]
 
 
 def waits_for() -> list[int] | None:
@@ -157,16 +182,27 @@ def place(line: Line) -> str:
     return f"{path}:{line.number} {line.function}"
 
 
-def is_ours(path: str) -> bool:
-    """Whether a file is of megagpt or of its user: not of an installed library."""
-    return path.startswith(PACKAGE) or not path.startswith(LIBRARIES)
+def _is_ours(line: Line) -> bool:
+    """Whether a line is megagpt's or its user's: not the watch's, nor an installed library's."""
+    if (line.file, line.function) in HANDING_ON or _is_of_the_watch(line):
+        return False
+    return line.file.startswith(PACKAGE) or not line.file.startswith(LIBRARIES)
+
+
+def _is_of_the_watch(line: Line) -> bool:
+    return line.file.startswith(WATCH)
+
+
+def _first_of_ours(lines: Sequence[Line]) -> int:
+    """The index of our innermost line; their number where none is ours."""
+    return next((i for i, line in enumerate(lines) if _is_ours(line)), len(lines))
 
 
 def _site(lines: list[Line]) -> CallSite:
     """What a stack says: our innermost line, and the collective that was called from it."""
-    n_theirs = next((i for i, line in enumerate(lines) if is_ours(line.file)), None)
-    above = lines if n_theirs is None else lines[: n_theirs + 1]
-    shown = lines[n_theirs or 0]
+    n_theirs = _first_of_ours(lines)
+    above = lines[: n_theirs + 1]
+    shown = lines[n_theirs if n_theirs < len(lines) else 0]
     collective = next((line.function for line in above if _is_c10d(line)), None)
     if collective is None and ".wait()" in linecache.getline(lines[0].file, lines[0].number):
         collective = "wait"  # for one that was started earlier
@@ -203,7 +239,6 @@ class Activity:
     """
 
     def __init__(self) -> None:
-        self.failed_at: CallSite | None = None  # instead of the place where the thread is, once it has failed
         self._step: int | None = None
         self._in_step = False
         self._n_marks = 0
@@ -225,7 +260,7 @@ class Activity:
 
     def look(self, now_s: float) -> None:
         """See where the busy thread is. now_s: a clock that does not jump."""
-        site = self.failed_at or call_site()
+        site = call_site()
         if site.lines != self._site.lines or self._n_marks != self._n_looked_marks:
             self._moved_at = now_s
         gap_s = now_s - self._looked_at

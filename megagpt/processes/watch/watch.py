@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from megagpt.errors import EXIT_PEER_LOST, SILENT_S
-from megagpt.processes.watch.call_site import Activity, call_site, enqueued, failed_at, flight_record, waits_for
+from megagpt.processes.watch.call_site import Activity, call_site, enqueued, flight_record, waits_for
 from megagpt.processes.watch.last_words import end_process, say
 from megagpt.processes.watch.limits import BEAT_S, START_S, Limits
 from megagpt.processes.watch.office import Errand, open_office
@@ -76,10 +76,10 @@ class Watch:
         if self._judge and (code := self._judge.wait()):  # another rank has not left, and was lost, or the judge was
             end_process(code if code > 0 else EXIT_PEER_LOST)
 
-    def doubt(self, error: BaseException) -> None:
-        """Wait a little whether an error comes from the loss of another rank; if so, this process ends here."""
+    def doubt(self) -> None:
+        """Wait a little whether the error that is handled comes from the loss of another rank; if so, end here."""
         if self._thread:
-            self._thread.doubt(error)
+            self._thread.doubt()
 
     def fail(self, exit_code: int) -> None:
         """Say that this rank ends now and tells the user why: the others end silently, after it, with that code.
@@ -195,8 +195,7 @@ class WatchThread(threading.Thread):
         self._leaves.set()
         self.join(ANSWER_S)
 
-    def doubt(self, error: BaseException) -> None:
-        self.activity.failed_at = failed_at(error)
+    def doubt(self) -> None:
         if self._condemned.wait(DOUBT_S):
             self._wait_for_the_end()
 
@@ -264,7 +263,7 @@ class WatchThread(threading.Thread):
         return {
             "collective": collective,
             "waits_for": [[span.start, span.stop, span.step] for span in spans],
-            "stack": (self.activity.failed_at or call_site()).stack,
+            "stack": call_site().stack,
             "flight_recorder": flight_record(),
         }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import select
 import signal
@@ -11,18 +13,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import c10d_logger
 
 from megagpt.processes.local import run_ranks
-from megagpt.processes.watch.call_site import Activity, call_site, enqueued, failed_at, waits_for
+from megagpt.processes.watch.call_site import Activity, CallSite, call_site, enqueued, waits_for
+from megagpt.processes.watch.limits import Limits
 from megagpt.processes.watch.machine import machine_id, process_state
 from megagpt.processes.watch.slow import N_WINDOWS, SlowRanks, Work
 from megagpt.processes.watch.verdict import RankView, culprits, describe, needs
+from megagpt.processes.watch.watch import Watch, WatchThread
 from megagpt.processes.watch.wire import MAX_LINE_BYTES, Circle, Wire
 
 # Whom to blame
@@ -154,14 +161,49 @@ def test_the_backward_pass_is_seen():
     assert "test_watch.py" in Doubling.site.place
 
 
-def test_an_error_tells_where_it_came_from():
+def seen_during(do: Callable[[], object]) -> CallSite:
+    """What another thread sees of this one 0.3 s after it has begun with that."""
+    found = []
+    look = threading.Timer(0.3, lambda: found.append(call_site()))
+    look.start()
+    with suppress(ValueError):
+        do()
+    look.join()
+    return found[0]
+
+
+def test_a_rank_that_has_failed_is_where_it_failed_and_not_in_the_watch(monkeypatch):
+    """The watch has it wait for the news that it failed because another rank is lost."""
+    monkeypatch.setattr("megagpt.processes.watch.watch.DOUBT_S", 1.0)
+    ours, theirs = socket.socketpair()
+    thread = WatchThread(0, 0, Wire(ours), "token", Limits())
+
     def fails() -> None:
         raise ValueError
 
-    with pytest.raises(ValueError) as caught:
-        fails()
-    site = failed_at(caught.value)
-    assert site.place.endswith(" fails") and site.stack[0] == site.place
+    def fails_and_doubts() -> None:
+        try:
+            fails()
+        except ValueError:
+            Watch(thread).doubt()
+
+    site = seen_during(fails_and_doubts)
+    assert site.place.endswith(" fails") and site.stack[0] == site.place and site.collective is None
+    assert seen_during(Watch(thread).doubt).place.endswith(" seen_during")  # no error: the line that called the watch
+    theirs.close()
+
+
+def test_a_collective_that_fails_is_where_a_rank_is_until_it_goes_on(monkeypatch):
+    """Torch logs its error first, in a function that is no collective."""
+    logger, handler = c10d_logger._c10d_logger, logging.StreamHandler(io.StringIO())
+    handler.lock = None
+    monkeypatch.setattr(handler, "acquire", partial(time.sleep, 1.0))
+    logger.addHandler(handler)
+    try:
+        site = seen_during(lambda: dist.all_reduce(torch.ones(1)))  # there is no group
+    finally:
+        logger.removeHandler(handler)
+    assert site.collective == "all_reduce" and site.place.endswith(" <lambda>")
 
 
 def ranks_in(kind: str) -> tuple | None:
