@@ -28,6 +28,7 @@ from megagpt.parallel.collectives import all_reduce
 from megagpt.parallel.mesh import Mesh
 from megagpt.processes.local import run_ranks  # noqa: F401  # its presence starts the fork server early: conftest.py
 from megagpt.processes.watch.limits import Limits
+from megagpt.processes.watch.machine import process_state
 from megagpt.processes.watch.watch import Watch
 from tests.processes.watch.watched import Ranks, start
 
@@ -114,14 +115,14 @@ def end_apart(mesh: Mesh, watch: Watch, folder: Path, last: int) -> None:
 
 
 def uneven(mesh: Mesh, watch: Watch, folder: Path, slow_rank: int) -> None:
-    """Steps of 20 ms, on one rank of 100, until somebody is named or for 6 s."""
-    end = time.monotonic() + 6.0
+    """Steps of 20 ms, on one rank of 200, until somebody is named; for 6 s where nobody should be."""
+    end = time.monotonic() + (6.0 if slow_rank == -1 else 60.0)
     done = torch.zeros(1)
     step = 0
     while not done:
         step += 1
         with watch.step(step):
-            time.sleep(0.10 if mesh.rank == slow_rank else 0.02)
+            time.sleep(0.20 if mesh.rank == slow_rank else 0.02)
             all_reduce(torch.ones(4), mesh.data)
         notes = watch.notes()
         for note in notes:
@@ -194,7 +195,8 @@ def running(tmp_path_factory) -> Iterator[dict[str, Running]]:
                 found[name].ranks.wait_for("working")
                 rank, number = case.signal
                 if rank in (JUDGE, HOST_WATCH):
-                    os.kill(watch_of(found[name].ranks)[rank], number)
+                    os.kill(pid := watch_of(found[name].ranks)[rank], number)
+                    stack.callback(end_stopped, pid)
                 for each in range(math.prod(case.shape)) if rank == EACH else [rank] * (rank >= 0):
                     found[name].ranks.signal(each, number)
                 found[name] = Running(found[name].ranks, time.monotonic())
@@ -212,6 +214,11 @@ def watch_of(ranks: Ranks) -> dict[int, int]:
     assert len(found) == 1, ranks.all_output
     (host,) = found
     return {JUDGE: judge, HOST_WATCH: host}
+
+
+def end_stopped(pid: int) -> None:
+    if process_state(pid) == "stopped":
+        os.kill(pid, signal.SIGKILL)
 
 
 START_S = 30.0  # of three or four ranks, beside all the others
@@ -367,7 +374,7 @@ def test_what_is_known_is_written_down(running):
 @pytest.mark.parametrize("slow_rank", [2, -1])
 def test_a_slow_rank_is_named_and_equal_ones_are_not(tmp_path, slow_rank):
     with start(tmp_path, uneven, (1, 4, 1), Limits(window_s=1.0), tmp_path, slow_rank) as ranks:
-        assert ranks.end(60.0) == [0] * 4
+        assert ranks.end(120.0) == [0] * 4
     notes = [line for line in ranks.all_output.splitlines() if line.startswith("note: ")]
     if slow_rank == -1:
         assert notes == []

@@ -1,4 +1,4 @@
-"""The judge of the watch: a process of its own that hears every host once a second, and ends all when one rank is lost.
+"""The judge of the watch: a process of its own that hears every host, and ends all when one rank is lost.
 
 It asks all for their places first, says one line that names the cause, writes down what it knows, and sends the
 verdict. What hosts tell it: host.py. What the ranks do with a verdict: watch.py.
@@ -23,7 +23,7 @@ from megagpt.processes.watch.slow import SlowRanks, Work
 from megagpt.processes.watch.verdict import RankView, describe, needs
 from megagpt.processes.watch.wire import Circle
 
-REST_S = 0.02  # between two turns, so that one takes many messages
+REST_S = 0.2  # between two turns, so that one takes many messages: waking up costs more than they do
 ANSWER_S = 0.5  # how long the answers to "where are you" may take,
 ANSWER_PER_RANK_S = 0.0005  # and more, the more there are
 
@@ -32,7 +32,8 @@ ANSWER_PER_RANK_S = 0.0005  # and more, the more there are
 class HostView:
     """What is known of one host. heard_s: when last. awake_s: when last not all of its ranks were stopped.
 
-    beats: of its ranks, in their order. silent, hangs: whether some miss beats, or stand still for too long.
+    beats: of its ranks, in their order, as they were when it was last asked for details. silent, hangs: whether some
+    miss beats, or stand still for too long.
     """
 
     ranks: Sequence[int]
@@ -61,7 +62,7 @@ class Judge:
     ) -> None:
         """hosts: the ranks of each. names: of the ranks, for messages. stages: the ranks of each pipeline stage."""
         self._limits, self._clock = limits, limits.clock()
-        self._circle = Circle(listener, token, len(hosts))
+        self._circle = Circle(listener, token, range(len(hosts)))
         now_s = self._clock.now_s()
         first_s = now_s + START_S  # a host that does not reach this one says so before
         self._hosts = [HostView(ranks, first_s, first_s) for ranks in hosts]
@@ -75,7 +76,9 @@ class Judge:
         self._answers: dict[int, dict[str, Any]] = {}
         self._slow = SlowRanks(stages, limits.slow_rank_factor, limits.window_s)
         self._folder: Path | None = None  # where faults are written down, once it is known
-        self._opened, self._next_beat_s = False, 0.0
+        self._deputy: tuple[str, int] | None = None  # where the hosts reach it
+        self._opened = False
+        self._next_look_s = self._next_pulse_s = self._next_details_s = 0.0
 
     def run(self) -> int:
         """Until all ranks have left, or were ended; returns the exit code for who waits for that."""
@@ -92,21 +95,34 @@ class Judge:
         return 0
 
     def _turn(self) -> None:
-        """Take in what has come, or comes soon; once a second judge, and tell the hosts that this process lives."""
+        """Take in what has come, or comes soon; judge and give signs of life, each at its pace."""
         for number, message in self._circle.hear(TURN_S, self._clock.now_s()):
             self._take(self._hosts[number], message)
         now_s = self._clock.now_s()
-        if now_s < self._next_beat_s:
-            return
-        self._next_beat_s = now_s + BEAT_S
-        self._judge(now_s)
-        self._find_slow(now_s)
-        if self._circle.complete and not self._opened:
-            self._opened = True
-            first = self._hosts[0]
-            judge = RankView(-1, "the judge of the watch", first.name, os.getpid(), step="")
-            self._tell(judges=[asdict(view) for view in (judge, *(self._views[rank] for rank in first.ranks))])
-        self._tell(seen=_seen(self._hosts[0]))
+        if now_s >= self._next_look_s:
+            self._next_look_s = now_s + BEAT_S
+            self._judge(now_s)
+            self._find_slow(now_s)
+        if not self._opened and self._circle.complete and (self._deputy or len(self._hosts) == 1):
+            self._open()
+        if now_s >= self._next_pulse_s:
+            self._next_pulse_s = now_s + self._limits.host_beat_s
+            self._pulse(now_s)
+
+    def _open(self) -> None:
+        """Tell all hosts what they have to know when this process is lost."""
+        self._opened = True
+        first = self._hosts[0]
+        judge = RankView(-1, "the judge of the watch", first.name, os.getpid(), step="")
+        views = [asdict(view) for view in (judge, *(self._views[rank] for rank in first.ranks))]
+        self._tell(judges=views, deputy=self._deputy)
+
+    def _pulse(self, now_s: float) -> None:
+        """Tell the hosts that this process lives; ask where all ranks are, once in a while."""
+        if details := now_s >= self._next_details_s:
+            all_known = all(host.beats and all(host.beats) for host in self._hosts)
+            self._next_details_s = now_s + (self._limits.window_s if all_known else 0.0)
+        self._tell(seen=_seen(self._hosts[0]), details=details)
 
     def _tell(self, **message: Any) -> None:
         self._circle.tell(range(len(self._hosts)), **message)
@@ -120,9 +136,10 @@ class Judge:
             host.name, host.pid = message["hello"].host, message["hello"].pid
             for rank in host.ranks:
                 self._views[rank].host = host.name
-        if "beats" in message:
-            host.beats, host.silent = message["beats"], message["silent"]
-            host.paused, host.hangs = message["paused"], message["hangs"]
+        if "silent" in message:
+            host.silent, host.paused, host.hangs = message["silent"], message["paused"], message["hangs"]
+        host.beats = message.get("beats", host.beats)
+        self._deputy = message.get("deputy", self._deputy)
         if "rank" in message:
             self._take_of(self._views[message["rank"]], message)
         if "over" in message:
@@ -159,6 +176,7 @@ class Judge:
         for rank, beat in zip(host.ranks, host.beats, strict=False):
             update_view(self._views[rank], beat, {})
         for view in views:
+            view.watch = host.pid if state == "silent" else 0
             self._lose(view, state)
 
     def _lose_watch(self, host: HostView, state: str) -> None:
@@ -177,16 +195,14 @@ class Judge:
         for host in hosts:
             if host.pid and (paused or not host.paused):
                 host.awake_s = now_s
-            running = [self._views[rank] for rank in host.ranks if self._views[rank].state == "runs"]
-            if not running:
+            silent = now_s - host.heard_s > self._limits.heartbeat_timeout_s
+            if not silent and now_s - host.awake_s <= self._limits.heartbeat_timeout_s:
                 continue
-            if now_s - host.heard_s > self._limits.heartbeat_timeout_s:
-                if host is self._hosts[0] and host.pid and process_state(host.pid) == "stopped":
-                    self._lose_watch(host, "stopped")
-                    continue
-                self._lose_ranks(host, running, "silent")
-            elif now_s - host.awake_s > self._limits.heartbeat_timeout_s:
-                self._lose_ranks(host, running, "stopped")
+            running = [self._views[rank] for rank in host.ranks if self._views[rank].state == "runs"]
+            if running and silent and host is self._hosts[0] and process_state(host.pid) == "stopped":
+                self._lose_watch(host, "stopped")
+            else:
+                self._lose_ranks(host, running, "silent" if silent else "stopped")
         waits = self._views[0].state == "left" and now_s - self._first_left_s > self._limits.progress_timeout_s
         # Where one is silent the others may well stand still: it will be named.
         self._hangs = waits or (any(host.hangs for host in hosts) and not any(host.silent for host in hosts))
@@ -233,7 +249,8 @@ class Judge:
         for host in self._hosts:
             for rank, beat in zip(host.ranks, host.beats, strict=False):
                 if self._views[rank].state == "runs":
-                    update_view(self._views[rank], beat, self._answers.get(rank))
+                    answer = self._answers.get(rank)
+                    update_view(self._views[rank], {} if answer else beat, answer)
         first = self._views[0]
         if first.state == "left" and not any(0 in span for view in self._views for span in view.waits_for or ()):
             first.waits_for = needs(-1, "recv", [view.rank for view in self._views if view.state != "left"])
@@ -249,4 +266,5 @@ class Judge:
 
 def _seen(host: HostView) -> dict[str, Any]:
     """Where the first rank of a host is."""
-    return {key: host.beats[0][key] for key in ("step", "place", "collective")} if host.beats and host.beats[0] else {}
+    first = host.beats[0] if host.beats else {}
+    return {key: first[key] for key in ("step", "place", "collective", "pid") if key in first}

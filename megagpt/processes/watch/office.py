@@ -106,7 +106,7 @@ def _watch_host(errand: Errand, listener: socket.socket) -> int:
         )
         return EXIT_PEER_LOST
     names = {rank: rank_name(rank, dp=errand.dp, tp=errand.tp) for rank in errand.hosts[errand.number]}
-    HostWatch(errand.number, names, listener, errand.token, Wire(connection), errand.limits).run()
+    HostWatch(errand.number, len(errand.hosts), names, listener, errand.token, Wire(connection), errand.limits).run()
     return 0
 
 

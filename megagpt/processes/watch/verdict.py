@@ -38,6 +38,7 @@ class RankView:
     name: in mesh terms. step: what it says of its progress, "in step 12". still_s: for how long it has not moved.
     waits_for: `needs` of its collective; () when it is in none; None where it has not said.
     state: "runs"; "left" when it ended in order; "died"; "stopped" by a signal; "silent"; "unwatched".
+    watch: the process of the watch on its host, where that is silent as a whole.
     With a step of "" it is no rank, but a process of the watch.
     """
 
@@ -52,6 +53,7 @@ class RankView:
     waits_for: Needs | None = ()
     stack: Sequence[str] = field(default=(), repr=False)
     state: str = "runs"
+    watch: int = 0
 
     @property
     def at(self) -> str:
@@ -177,7 +179,8 @@ def _what(found: Sequence[RankView], timeout_s: float) -> tuple[str, str]:
         return f"was stopped by a signal {seen}", f"end what is stopped (kill -9 {first.pid})"
     if first.state == "silent":
         what = f"gave no sign of life for {timeout_s:g} s {seen}"
-        return what, f"see whether {first.host} and the network to it are up"
+        watch = f", its watch (process {first.watch})" if first.watch else ""
+        return what, f"see whether {first.host}{watch} and the network to it are up"
     if first.state == "left":
         return f"ended {first.step}, and others still wait", "please report this bug"
     if len(found) > 1:

@@ -55,7 +55,7 @@ class Wire:
         messages: list[dict[str, Any]] = []
         for line in lines:
             try:
-                messages.append(dict(json.loads(line)))
+                messages.append(dict(json.loads(str(line, "utf-8"))))
             except (ValueError, TypeError, RecursionError):  # not one of ours
                 self.ended = True
                 break
@@ -74,10 +74,10 @@ def line_of(message: dict[str, Any]) -> bytes:
 class Circle:
     """Those who come in by one door, each with a number and a wire: the ranks of a host, the hosts of a run."""
 
-    def __init__(self, listener: socket.socket, token: str, n: int) -> None:
-        """n: how many are expected, numbered from 0; when all have come, the door is closed."""
-        self._expected = set(range(n))
-        self._door: Door | None = Door(listener, token, n)
+    def __init__(self, listener: socket.socket, token: str, numbers: Iterable[int]) -> None:
+        """numbers: of those who are expected; when all have come, the door is closed."""
+        self._expected = set(numbers)
+        self._door: Door | None = Door(listener, token, max(self._expected) + 1)
         self._selector = selectors.DefaultSelector()
         self._wires: dict[int, Wire] = {}
 
@@ -90,6 +90,10 @@ class Circle:
     def empty(self) -> bool:
         """Whether none is there: all have gone again, or none has come."""
         return not self._wires
+
+    def __contains__(self, number: int) -> bool:
+        """Whether that one is there."""
+        return number in self._wires
 
     def add(self, number: int, wire: Wire) -> None:
         """Somebody to be heard and told as well who has not come by the door."""

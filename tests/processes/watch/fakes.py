@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.parallel.naming import rank_name
+from megagpt.processes.watch.host import DEPUTY_HOST
 from megagpt.processes.watch.judge import Judge
 from megagpt.processes.watch.limits import Limits
 from megagpt.processes.watch.verdict import needs
@@ -108,8 +109,10 @@ class FakeRun:
         for number in range(self._n_hosts):
             wire = Wire(socket.create_connection(self._listener.getsockname()))
             ranks = range(number * self._n_local, (number + 1) * self._n_local)
-            self._hosts.append(FakeHost(number, wire, ranks, now_s + number / self._n_hosts))
+            self._hosts.append(FakeHost(number, wire, ranks, now_s + LIMITS.host_beat_s * number / self._n_hosts))
             wire.send(token=TOKEN, number=number, host=f"node-{number:03d}", pid=1 << 22)
+            if number == DEPUTY_HOST:
+                wire.send(deputy=("127.0.0.1", 1))
             self._selector.register(wire.socket, selectors.EVENT_READ, self._hosts[-1])
         opened: set[int] = set()
         while len(opened) < self._n_hosts:
@@ -164,12 +167,13 @@ class FakeRun:
         now_s = time.monotonic()
         for host in self._hosts:
             if now_s >= host.next_beat_s and host.state != "cut":
-                host.next_beat_s += 1.0
-                beats = [self._beat(rank) for rank in host.ranks]
+                host.next_beat_s += LIMITS.host_beat_s
                 paused = host.state == "stops"
                 silent = paused or "lost" in host.bad
-                host.wire.send(beats=beats, silent=silent, paused=paused, hangs=host.bad.get("hangs", False))
+                host.wire.send(silent=silent, paused=paused, hangs=host.bad.get("hangs", False))
         for host, message in self._hear():
+            if message.get("details") and host.state != "cut":
+                host.wire.send(beats=[self._beat(rank) for rank in host.ranks])
             if "where" in message and host.state == "runs":
                 for rank in host.ranks:
                     if not (host.bad.get("lost") and rank in self._culprit):

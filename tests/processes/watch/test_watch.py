@@ -348,7 +348,7 @@ def test_a_line_without_end_is_hung_up_on():
 def test_only_those_of_the_run_are_heard():
     listener = socket.create_server(("127.0.0.1", 0))
     address = listener.getsockname()
-    circle = Circle(listener, "secret", 2)
+    circle = Circle(listener, "secret", range(2))
     hello = {"host": "h", "pid": os.getpid()}
     for message in ({"token": "wrong", "number": 0, **hello}, {"token": "secret", "number": 2, **hello}, {"bye": True}):
         stranger = Wire(socket.create_connection(address))
