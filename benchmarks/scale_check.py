@@ -56,10 +56,12 @@ def watch(n_ranks: int) -> Iterator[Row]:
         with FakeRun(n_hosts, RANKS_PER_HOST) as run:
             run.open()
             run.go_on(2.0)
+            before_s = run.cpu_s()
             run.fail(fault)
             named_s, message = run.message()
             wrong = run.wrongly_named(message)
             yield Row("watch", f"{fault}: named after its limit", named_s, 5.0, "s", message[:100])
+            yield Row("watch", f"{fault}: judge, until it has spoken", run.cpu_s() - before_s, 2.0, "CPU-s")
             yield Row("watch", f"{fault}: ranks named wrongly or left out", wrong, 0, "")
             yield Row("watch", f"{fault}: pause between pulses", run.longest_pause_s, 3.0, "s")
 

@@ -24,6 +24,7 @@ from megagpt.processes.watch.verdict import RankView, describe, needs
 from megagpt.processes.watch.wire import Circle
 
 REST_S = 0.2  # between two turns, so that one takes many messages: waking up costs more than they do
+QUESTION_REST_S = 0.02  # likewise, while all answer at once
 ANSWER_S = 0.5  # how long the answers to "where are you" may take,
 ANSWER_PER_RANK_S = 0.0005  # and more, the more there are
 
@@ -244,7 +245,7 @@ class Judge:
         while time.monotonic() < deadline_s and any(
             view.state == "runs" and view.rank not in self._answers for view in self._views
         ):
-            time.sleep(REST_S)
+            time.sleep(QUESTION_REST_S)
             self._turn()
         for host in self._hosts:
             for rank, beat in zip(host.ranks, host.beats, strict=False):

@@ -132,6 +132,7 @@ class FakeRun:
         host = self._hosts[self._n_hosts // 2]
         rank = host.ranks[BAD]
         self._failed_s, self._culprit = time.monotonic(), range(rank, rank + 1)
+        host.next_beat_s = self._failed_s  # a host tells at once what has changed for its ranks
         if fault.startswith("host"):
             self._culprit = host.ranks
         if fault == "hang":
