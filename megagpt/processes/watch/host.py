@@ -23,7 +23,7 @@ from megagpt.processes.watch.machine import process_state
 from megagpt.processes.watch.verdict import RankView, describe
 from megagpt.processes.watch.wire import Circle, Wire
 
-ANSWER_S = 0.5  # how long the ranks of a host may take to say where they are
+ANSWER_S = 1.0  # how long the ranks of a host may take to say where they are
 FIRST_SPEAKS_S = 0.5  # between two hosts that say that the judge is lost
 MAX_DELAYS = 6
 WORD_S = 2.0  # how long the deputy waits for what the judge's own host knows, when the judge is lost

@@ -25,7 +25,7 @@ from megagpt.processes.watch.wire import Circle
 
 REST_S = 0.2  # between two turns, so that one takes many messages: waking up costs more than they do
 QUESTION_REST_S = 0.02  # likewise, while all answer at once
-ANSWER_S = 0.5  # how long the answers to "where are you" may take,
+ANSWER_S = 3.0  # how long the answers to "where are you" may take on a busy machine,
 ANSWER_PER_RANK_S = 0.0005  # and more, the more there are
 
 
