@@ -64,7 +64,7 @@ class HostWatch:
         self._circle.add(JUDGE, judge)
         self._clock = limits.clock()
         self._heard_s, self._next_look_s, self._next_beat_s = self._clock.now_s() + START_S, 0.0, 0.0
-        self._ranks = [Local(rank, self._clock.now_s()) for rank in names]
+        self._ranks = [Local(rank, self._clock.now_s() + START_S) for rank in names]
         self._flags: dict[str, bool] = {}  # as the judge was told last
         # What is lost with the judge: itself, and its host's ranks.
         self._judges = [RankView(-1, "the judge of the watch", step="")]

@@ -40,7 +40,7 @@ from megagpt.processes.watch.wire import Wire
 
 LOOK_S = 0.05  # between two looks at the busy thread
 DOUBT_S = 3.0  # how long a rank that fails waits for the news that it fails because another one is lost
-ANSWER_S = 1.0  # how long the thread may take to do what the main one asks for
+ANSWER_S = 5.0  # how long the thread may take, on a busy machine, to do what the main one asks for
 JUDGE_KEY, HOST_KEY = "megagpt/judge", "megagpt/watch/{}"  # of the store; of the host with that number
 
 
