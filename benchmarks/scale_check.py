@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.machine import conditions, headline
 from megagpt.errors import ArgumentParser, run_cli
 from megagpt.files import json_text
-from tests.processes.watch.fakes import FakeRun
+from tests.processes.watch.fakes import LIMITS, FakeRun
 
 RANKS_PER_HOST = 8
 STEADY_S = 10.0
@@ -63,7 +63,7 @@ def watch(n_ranks: int) -> Iterator[Row]:
             yield Row("watch", f"{fault}: named after its limit", named_s, 5.0, "s", message[:100])
             yield Row("watch", f"{fault}: judge, until it has spoken", run.cpu_s() - before_s, 2.0, "CPU-s")
             yield Row("watch", f"{fault}: ranks named wrongly or left out", wrong, 0, "")
-            yield Row("watch", f"{fault}: pause between pulses", run.longest_pause_s, 3.0, "s")
+            yield Row("watch", f"{fault}: pause between pulses", run.longest_pause_s, LIMITS.heartbeat_timeout_s, "s")
 
 
 PARTS: dict[str, Callable[[int], Iterator[Row]]] = {"watch": watch}
