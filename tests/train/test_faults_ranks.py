@@ -208,9 +208,14 @@ def children(pid: int) -> list[int]:
 
 
 def watch_of(ranks: Ranks) -> dict[int, int]:
-    """The processes of the watch: rank 0's child is the judge, and its child the watch on the host."""
+    """The processes of the watch: rank 0's child is the judge, and its child the watch on the host.
+
+    Ranks need not wait for these: they come to a port that is open before them.
+    """
     (judge,) = children(ranks.processes[0].pid)
-    found = children(judge)
+    end = time.monotonic() + START_S
+    while not (found := children(judge)) and time.monotonic() < end:
+        time.sleep(0.05)
     assert len(found) == 1, ranks.all_output
     (host,) = found
     return {JUDGE: judge, HOST_WATCH: host}

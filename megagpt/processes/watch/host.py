@@ -160,7 +160,12 @@ class HostWatch:
                 self._lose(local, "stopped" if local in stopped else "silent")
         hangs = any(local.beat.get("still_s", 0.0) > self._limits.progress_timeout_s for local in self._running)
         self._beat(now_s, silent=bool(silent), paused=paused, hangs=hangs)
-        self._tell([local for local in self._running if local not in stopped], pulse=True)
+        self._pulse(stopped)
+
+    def _pulse(self, stopped: Sequence[Local] = ()) -> None:
+        """Tell ranks that this process lives, once it knows of the judge what it must know when that is lost."""
+        if self._judges[0].pid:
+            self._tell([local for local in self._running if local not in stopped], pulse=True)
 
     def _beat(self, now_s: float, **flags: bool) -> None:
         """Tell the judge that this process lives; at once what has changed for its ranks."""
@@ -178,6 +183,7 @@ class HostWatch:
         self._heard_s = self._clock.now_s()
         if "judges" in message:
             self._judges = [RankView(**view) for view in message["judges"]]
+            self._pulse()
             if message["deputy"] and not self._others:
                 self._connect(*message["deputy"])
         if message.get("seen") and len(self._judges) > 1:

@@ -115,6 +115,7 @@ def start_watch(
     judge = office if rank == 0 else None
     thread = WatchThread(rank, hosts[number].index(rank), Wire(connection), address["token"], limits, judge)
     thread.start()
+    thread.heard.wait(START_S)  # from now on a lost rank has somebody who names it
     return Watch(thread, judge)
 
 
@@ -185,6 +186,7 @@ class WatchThread(threading.Thread):
         self._told_folder: Path | None = None
         self._leaves = threading.Event()  # the main thread wants it to take leave
         self._failure: int | None = None  # the main thread wants it to say that this rank failed
+        self.heard = threading.Event()  # this machine's process of the watch has spoken
         self._condemned = threading.Event()  # this process will be ended
         self._acknowledged = threading.Event()  # this process speaks for all
         self._heard_s = self._clock.now_s() + START_S
@@ -244,6 +246,7 @@ class WatchThread(threading.Thread):
 
     def _obey(self, message: dict[str, Any]) -> None:
         self._heard_s = self._clock.now_s()
+        self.heard.set()
         if "note" in message:
             self.notes.put(message["note"])
         if "where" in message:
