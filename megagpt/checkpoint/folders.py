@@ -140,11 +140,11 @@ def commit(temporary: Path, final: Path) -> None:
 
 
 def best_of(run: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss; None where none was measured.
+    """The checkpoint with the highest validation score, or the lowest loss; None where none was measured.
 
     One whose state is damaged is not considered: it could not be loaded, and keeping others must not fail for it.
     """
-    measured = [(loss, folder) for folder in checkpoints_of(run) if (loss := _validation_loss(folder)) is not None]
+    measured = [(worse, folder) for folder in checkpoints_of(run) if (worse := _how_bad(folder)) is not None]
     return min(measured)[1] if measured else None
 
 
@@ -262,11 +262,13 @@ def _points_to(run: Path, folder: Path) -> bool:
         return False
 
 
-def _validation_loss(folder: Path) -> float | None:
+def _how_bad(folder: Path) -> float | None:
+    """What the best of a run has least of, as its validation found it."""
     try:
         if damage_to(folder, [state.NAME], read_sums(folder)):
             return None
-        return state.read_state(folder).validation_loss
+        at = state.read_state(folder)
+        return at.validation_loss if at.validation_score is None else -at.validation_score
     except UserError:  # damaged, which whoever loads or verifies it says
         return None
 

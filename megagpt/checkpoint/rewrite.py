@@ -49,7 +49,7 @@ def average(sources: Sequence[Path], out: Path, tick: Tick = lambda n_bytes: Non
     last = read_state(sources[-1])
     names = ", ".join(f"{source.parent.parent.name}/{source.name}" for source in sources)
     what = f"mean of {len(sources)}" + f", {key}" * (key != WEIGHT)
-    at = replace(last, origin=f"{what} ({names})", validation_loss=None, counters={})
+    at = replace(last, origin=f"{what} ({names})", validation_loss=None, validation_score=None, counters={})
     with ExitStack() as stack:
         readers = [stack.enter_context(Reader(source)) for source in sources]
         for reader in readers:

@@ -62,7 +62,7 @@ class State:
     loss scale included. skipped_steps: those whose batch is left out (faults). guard: what the next step is judged by
     (train/faults/guard.py). noise_scale: its averages, where it is measured. config: the whole configuration, schedule
     included. data: its identity. layout: of the run that wrote this, to be shown. validation_loss: at this step, None
-    where it was not measured. origin: how it came to be, where not by training ("mean of …").
+    where it was not measured. validation_score: of a task, the higher the better; None: go by the loss. origin: how it came to be, where not by training ("mean of …").
     """
 
     __pydantic_config__ = _STRICT
@@ -79,6 +79,7 @@ class State:
     guard: GuardState = field(default_factory=GuardState)
     noise_scale: NoiseState = field(default_factory=NoiseState)
     validation_loss: float | None = None
+    validation_score: float | None = None
     origin: str = ""
 
 

@@ -11,7 +11,7 @@ import re
 import sys
 import textwrap
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -36,24 +36,35 @@ tools/plan.py takes the same flags and shows stages and memory without starting 
 
 _SHORT_CHOICES = 24  # characters
 
+Source = tuple[str, Values]
+"""What an error message names, and what it sets."""
 
-def parse_run_config(argv: Sequence[str], *, prog: str | None = None, description: str = DESCRIPTION) -> RunConfig:
+
+def parse_run_config(
+    argv: Sequence[str],
+    *,
+    prog: str | None = None,
+    description: str = DESCRIPTION,
+    beneath: Callable[[list[Source]], list[Source]] = lambda sources: [],
+) -> RunConfig:
     """The configuration that the arguments (without the program's name) ask for.
 
+    beneath: what a program has in place of defaults, given all that is asked for; it is told of none for `--help`.
     Raises: UserError for unknown flags, all at once, and, one line, for a key, preset, type or value that is refused.
     `--help` prints and raises SystemExit(0). What launchers append (--local_rank, --deepspeed) is ignored.
     """
     parser, switches = _parser(prog, description)
     given, unknown = parser.parse_known_args(argv)
     paths = [preset_path(given.preset)] if given.preset else []
-    sources = [(str(path), read_yaml(path)) for path in [*paths, *given.config]]
+    sources: list[Source] = [(str(path), read_yaml(path)) for path in [*paths, *given.config]]
     if given.help:
-        _explain(switches, sources)
+        _explain(switches, [*beneath([]), *sources])
         parser.print_help()
         sys.exit(0)
     if unknown:
         raise _refusal(list(argv), parser, unknown)
-    return merged([*sources, ("", _typed({key: value for key, value in vars(given).items() if "." in key}))])
+    sources.append(("", _typed({key: value for key, value in vars(given).items() if "." in key})))
+    return merged([*beneath(sources), *sources])
 
 
 def all_flags() -> dict[str, list[str]]:

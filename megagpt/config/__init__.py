@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from megagpt.config.finetune import FinetuneConfig
 from megagpt.config.model import ModelConfig
 from megagpt.config.optim import OptimConfig
 from megagpt.config.sections import (
@@ -28,6 +29,7 @@ __all__ = [
     "DataConfig",
     "DebugConfig",
     "FaultConfig",
+    "FinetuneConfig",
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
@@ -47,6 +49,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megagpt.config.checks import fraction, positive
+from megagpt.config.checks import fraction, not_negative, positive
 from megagpt.config.pattern import Pattern
 from megagpt.config.values import Short
 from megagpt.errors import UserError, divisors, require
@@ -114,6 +114,9 @@ class ModelConfig:
     """Dropout on the attention probabilities."""
     dropout_residual: float = 0.0
     """Dropout on what each sub-block adds to the residual stream."""
+    n_classes: int = 0
+    """Outputs of a linear map of a text's last token, beside the head, with three learned delimiters; 0: none. A task
+    of classification sets it (finetune.task)."""
     init: Literal["gpt2", "normal", "small", "fan_in"] = "gpt2"
     """Initial weights: N(0, init_std) with residual projections / sqrt(2 * n_layers) (gpt2) or not (normal, GPT-1);
     sqrt(2 / (5 * d_model)) with residual projections 2 / (n_layers * sqrt(d_model)) (small, GPT-NeoX);
@@ -133,6 +136,7 @@ class ModelConfig:
             *("rotary_low_freq_factor", "rotary_high_freq_factor"),
             *("t5_buckets", "t5_max_distance", "mlp_rank", "mlp_blocks"),
         )
+        not_negative("model", self, "n_classes")
         require(
             self.n_layers <= _MAX_LAYERS,
             f"model.n_layers={self.n_layers}",

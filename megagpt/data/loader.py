@@ -1,14 +1,19 @@
 """Micro-batches of a step: a pure function of the positions that it reads, which follow from the step alone.
 
 They are cut into chunks of micro_batch_size × dp_size, of which each data-parallel rank takes its slice (Megatron's
-sampler). Where sequences are to be shorter than the samples, the first tokens of each are taken.
+sampler). Where sequences are to be shorter than the samples, the first tokens of each are taken. Samples that are more
+than a stretch of text (rows of packed examples) make their micro-batches themselves.
+
+Shapes: B micro_batch_size, T tokens of a row.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,21 +31,94 @@ class TokenSamples(Protocol):
     def __getitem__(self, i: int) -> np.ndarray: ...
 
 
+class Answers(NamedTuple):
+    """What a classifier is asked at tokens of a row. values_BT: the class, or the number, float32; 0 elsewhere.
+
+    weights_BT: as those of `Targets`; 0 where nothing is asked.  mates_BT: where in the row the same question ends
+    that is asked in another order, -1 where it is asked in one.  examples_BT: which example is asked about; -1 for none.
+    """
+
+    values_BT: Tensor
+    weights_BT: Tensor
+    mates_BT: Tensor
+    examples_BT: Tensor
+
+
+class Targets(NamedTuple):
+    """What the loss compares with: the token after each, and where asked the answers.
+
+    weights_BT: float32, of each label in the mean over a step's B x T; they sum to B x T of the step, so that the
+    mean over micro-batches and ranks is that of the labels that count. None: all count alike.
+    """
+
+    labels_BT: Tensor
+    weights_BT: Tensor | None = None
+    answers: Answers | None = None
+
+    @staticmethod
+    def of(found: Targets | Tensor | tuple[Tensor, ...]) -> Targets:
+        """From what a loss is handed: labels alone, or what `wire` has."""
+        if isinstance(found, Targets):
+            return found
+        labels_BT, *more = (found,) if isinstance(found, Tensor) else found
+        return Targets(labels_BT, more[0] if more else None, Answers(*more[1:]) if more[1:] else None)
+
+    @property
+    def wire(self) -> tuple[Tensor, ...]:
+        """All that is there, as a plain tuple of tensors."""
+        weights = () if self.weights_BT is None else (self.weights_BT,)
+        return self.labels_BT, *weights, *(self.answers or ())
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process handles at a time. B: micro_batch_size, T: seq_len of the step; all int64.
+    """What one process handles at a time. B: micro_batch_size, T: seq_len of the step; int64 but for weights.
 
     `labels_BT[b, t]` is the token after `tokens_BT[b, t]`. `sample_ids_B` are positions in the training
     order, unique over the run: dropout is keyed by them, not by where a sample is computed.
+    `positions_BT`: where tokens stand in their documents, where a row holds several that do not see each other.
+    `weights_BT`, `answers`: as in `Targets`.
     """
 
     tokens_BT: Tensor  # noqa: N815
     labels_BT: Tensor  # noqa: N815
     sample_ids_B: Tensor  # noqa: N815
+    positions_BT: Tensor | None = None  # noqa: N815
+    weights_BT: Tensor | None = None  # noqa: N815
+    answers: Answers | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the first layer is given: tokens, ids, and positions where there are any."""
+        return self.tokens_BT, self.sample_ids_B, *(() if self.positions_BT is None else (self.positions_BT,))
+
+    @property
+    def targets(self) -> tuple[Tensor, ...]:
+        """What the loss is given, see `Targets.of`."""
+        return Targets(self.labels_BT, self.weights_BT, self.answers).wire
+
+
+class Rows(ABC):
+    """Samples that are more than a stretch of text, and make micro-batches themselves."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Tokens of row i, to be looked at.  Shapes: int64[T]."""
+
+    @abstractmethod
+    def sources_of(self, i: int) -> list[tuple[str, int, int, int]]:
+        """The pieces of row i, in order: (file, line, first token, number of tokens)."""
+
+    @abstractmethod
+    def micro_batch(self, positions: range, step: range) -> MicroBatch:
+        """The rows at these positions.  step: those of the whole step, over which weights are shares."""
 
 
 def micro_batches(
-    samples: TokenSamples, config: RunConfig, positions: range, seq_len: int, *, dp_rank: int, dp_size: int
+    samples: TokenSamples | Rows, config: RunConfig, positions: range, seq_len: int, *, dp_rank: int, dp_size: int
 ) -> Iterator[MicroBatch]:
     """The micro-batches of one data-parallel rank in a step that reads these positions over all ranks, in order.
 
@@ -57,9 +135,11 @@ def micro_batches(
         )
     # A generator of its own, so that the check above comes at the call and not at the first batch.
     starts = range(positions.start + dp_rank * micro_batch_size, positions.stop, chunk)
-    return (
-        _micro_batch(samples, range(start, start + micro_batch_size), seq_len, config.model.vocab) for start in starts
-    )
+    if isinstance(samples, Rows):
+        make = partial(samples.micro_batch, step=positions)
+    else:
+        make = partial(_micro_batch, samples, seq_len=seq_len, vocab_size=config.model.vocab)
+    return (make(range(start, start + micro_batch_size)) for start in starts)
 
 
 def _micro_batch(samples: TokenSamples, positions: range, seq_len: int, vocab_size: int) -> MicroBatch:

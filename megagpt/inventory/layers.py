@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megagpt.config import ModelConfig
 
 VOCAB_MULTIPLE = 128  # a rank pads its rows of the vocabulary to this: matrix units want aligned sizes
+N_DELIMITERS = 3  # of a classifier: what begins a text, stands between two, and ends it
 TIED = "embedding.tokens.weight"  # the canonical name of the matrix that a tied head uses too
 
 
@@ -78,6 +79,8 @@ def embedding(model: ModelConfig) -> Layer:
     parameters = {**POSITIONS[model.position](model).embedding_parameters(), **under("tokens", _token_table(model))}
     if model.embedding_norm:
         parameters |= under("norm", norm(model))
+    if model.n_classes:
+        parameters |= {"delimiters": Parameter((N_DELIMITERS, model.d_model), "table", embedding_init(model))}
     return Layer("embedding", parameters, flops_per_token=0)  # look-ups
 
 
@@ -111,6 +114,8 @@ def head(model: ModelConfig) -> Layer:
         parameters |= under("tokens", {"weight": matrix})
     if model.bias_head:
         parameters |= {"bias": Parameter((model.vocab,), "vector", ZEROS, **_BY_TOKEN)}
+    if model.n_classes:
+        parameters |= under("classifier", _classifier(model))
     kept = (Kept("input and output of the final norm", 2 * model.d_model, ways=1),)
     return Layer("head", parameters, 2 * model.vocab * model.d_model, kept)
 
@@ -161,6 +166,12 @@ def _attention_kept(model: ModelConfig, layer: int, kernels: Kernels) -> tuple[K
         Kept("attention probabilities", probabilities),
         *POSITIONS[model.position](model, layer).kept(),
     )
+
+
+def _classifier(model: ModelConfig) -> dict[str, Parameter]:
+    """A linear map to the classes, whole on every rank; its dropout and its flops are too few to count."""
+    weight = Parameter((model.n_classes, model.d_model), "table", matrix_init(model, model.d_model))
+    return {"weight": weight, "bias": Parameter((model.n_classes,), "vector", ZEROS)}
 
 
 _BY_TOKEN = {"sharded": 0, "pad_to": VOCAB_MULTIPLE}

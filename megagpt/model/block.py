@@ -54,7 +54,7 @@ class Block(nn.Module):
         self.dropout_1 = Dropout(config.dropout_residual, seed, block_site(layer, 1), kernels)
         self.dropout_2 = Dropout(config.dropout_residual, seed, block_site(layer, 2), kernels)
 
-    def forward(self, inputs: Stream | tuple[Tensor, Tensor]) -> Stream:
+    def forward(self, inputs: Stream | tuple[Tensor, ...]) -> Stream:
         stream = Stream.of(inputs)
         if self.recompute and self.training:
             # No random state to preserve: dropout masks are a function of the ids.

@@ -20,6 +20,8 @@ class LossTerms:
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    language: float = 0.0
+    """Of a classifier: weight of the language-modelling loss beside that of its answers."""
 
 
 PLAIN = LossTerms()

@@ -8,6 +8,7 @@ import torch
 
 from megagpt.config import OptimConfig, RunConfig
 from megagpt.optim import OPTIMIZERS
+from megagpt.optim.depth import rate_of
 from megagpt.optim.mesh_optimizer import MeshOptimizer
 from megagpt.optim.rules import Rule, rule_of
 from megagpt.parallel.parameter import Named
@@ -18,7 +19,7 @@ def build_optimizer(parameters: list[Named], run: RunConfig) -> tuple[torch.opti
 
     The rate starts at 0 and is set before every step (`set_rate`), so that nothing moves before the schedule says so.
     """
-    optim, groups = run.optim, _groups(parameters, run.optim)
+    optim, groups = run.optim, _groups(parameters, run)
     settings: dict[str, Any] = {"lr": 0.0, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     for group in groups:
         settings |= group["update"].settings(run)
@@ -27,22 +28,36 @@ def build_optimizer(parameters: list[Named], run: RunConfig) -> tuple[torch.opti
     return of_torch or (MeshOptimizer(groups, **settings), f"{optim.optimizer} over logical tensors")
 
 
-def _groups(parameters: list[Named], optim: OptimConfig) -> list[dict[str, Any]]:
-    """Parameters of one rule each, those that decay first; "decay" is the configured one, see `set_rate`."""
-    of_rule: dict[Rule, list[Named]] = {}
+def _groups(parameters: list[Named], run: RunConfig) -> list[dict[str, Any]]:
+    """Parameters of one rule and one share of the rate each, those that decay first; the fastest first.
+
+    "decay" is the configured one and "rate" that share, see `set_rate`.
+    """
+    alike: dict[tuple[Rule, float], list[Named]] = {}
     for named in parameters:
-        of_rule.setdefault(rule_of(named.declared, optim), []).append(named)
+        alike.setdefault((rule_of(named.declared, run.optim), rate_of(named.name, run)), []).append(named)
     groups = []
-    for rule in sorted(of_rule, key=lambda rule: (not rule.decays, rule.update.name)):
-        decay = optim.weight_decay if rule.decays else 0.0
-        members = [named.parameter for named in of_rule[rule]]
-        groups.append({"params": members, "weight_decay": decay, "decay": decay, "update": rule.update})
+    for rule, rate in sorted(alike, key=lambda kind: (not kind[0].decays, kind[0].update.name, -kind[1])):
+        decay = run.optim.weight_decay if rule.decays and rate > 0 else 0.0
+        members = [named.parameter for named in alike[rule, rate]]
+        group = {"params": members, "weight_decay": decay, "decay": decay, "rate": rate, "update": rule.update}
+        groups.append(group)
     return groups
+
+
+def freeze(parameters: list[Named], run: RunConfig) -> None:
+    """Give what is frozen a gradient of zeros: it moves in no optimizer, and counts nothing in the norm.
+
+    It takes part in all else as every parameter does, so that sharding and checkpoints need not know.
+    """
+    for named in parameters:
+        if rate_of(named.name, run) == 0.0:
+            named.parameter.register_hook(torch.zeros_like)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float, config: OptimConfig) -> None:
     """Set the learning rate of the next step, and the decay that goes with it. optimizer: torch's or DeepSpeed's."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["rate"]
         if config.weight_decay_times == "lr_squared":  # all that decouple decay multiply it by the rate once
-            group["weight_decay"] = group["decay"] * lr
+            group["weight_decay"] = group["decay"] * lr * group["rate"]

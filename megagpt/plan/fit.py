@@ -27,6 +27,9 @@ def check_model(config: RunConfig) -> None:
     """Whether the vocabulary is known, and tensor parallelism can share the layers out."""
     if config.model.vocab_size is None:
         raise UserError("model.vocab_size is not known; give --vocab-size, or a tokenizer or dataset that records it")
+    got, task = f"model.n_classes={config.model.n_classes} without finetune.task", config.finetune.task
+    remedy = "leave it out; examples/finetune_gpt.py --task sets it"
+    require(not config.model.n_classes or task is not None, got, "has nothing to answer", remedy, "model.n_classes")
     _check_tp(config.model, config.parallel.tp)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOAD = ("torch", "megagpt.train.loop", "megagpt.train.step.deepspeed.preload")
+PRELOAD = ("torch", "megagpt.train.text", "megagpt.train.step.deepspeed.preload")
 
 
 def run_ranks(

@@ -50,10 +50,15 @@ class ChatTemplate:
         except TemplateError as error:
             raise UserError(f"the chat template of the tokenizer cannot be read ({error})", remedy="mend it") from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt of an answer.  Raises ApiError 400 where the template has no place for these messages."""
+    def render(self, messages: Sequence[Mapping[str, Any]], answer_follows: bool = True) -> str:
+        """The prompt of an answer, or all that was said.
+
+        Raises ApiError 400 where the template has no place for these messages.
+        """
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **self.specials)
+            return self._template.render(
+                messages=messages, add_generation_prompt=answer_follows, tools=None, **self.specials
+            )
         except (TemplateError, TypeError, ValueError) as error:
             message = f"the model's chat template does not take these messages: {error}"
             raise ApiError(400, message, "messages") from None

@@ -18,12 +18,7 @@ from megagpt.checkpoint.load import find_whole
 from megagpt.checkpoint.save import Saver
 from megagpt.checkpoint.state import State
 from megagpt.config import RunConfig, plain
-from megagpt.data.indexed.blend import Samples, sources
-from megagpt.data.indexed.index_builder import fallback_note
-from megagpt.data.indexed.text_bytes import text_bytes
-from megagpt.data.loader import MicroBatch, micro_batches
-from megagpt.data.opened import OpenedData
-from megagpt.data.tokenizers.tokenizer import Tokenizer
+from megagpt.data.loader import MicroBatch
 from megagpt.errors import Stopped, UserError
 from megagpt.model.ops_used import attention_status, check_kernels, kernel_rows, ops_used
 from megagpt.plan.plan import make_plan
@@ -38,15 +33,15 @@ from megagpt.schedule import Schedule
 from megagpt.train.faults.check_ranks import check_ranks
 from megagpt.train.faults.guard import Guard
 from megagpt.train.faults.notes import FaultNotes
-from megagpt.train.remarks import remarks
 from megagpt.train.report import Reporter, kernel_table
-from megagpt.train.run import Run, find_run
+from megagpt.train.run import Run, batches_of, find_run
 from megagpt.train.samples import write_samples
+from megagpt.train.source import Source, Validation
 from megagpt.train.step.engine import Engine, StepResult
 
 
-def train(config: RunConfig, data: OpenedData) -> None:
-    """Train what the configuration says on its data, on the processes that were started.
+def train(config: RunConfig, source: Source) -> None:
+    """Train what the configuration says on what the source has, on the processes that were started.
 
     Raises UserError (a RankError once the ranks are connected, of which one rank speaks), and Stopped where it was
     asked to end early and has saved.
@@ -57,16 +52,18 @@ def train(config: RunConfig, data: OpenedData) -> None:
         Stopper(config.faults.exit_after_minutes) as stopper,
         ExitStack() as stack,
     ):
-        run = find_run(config, data, plan, mesh, stack)
+        run = find_run(config, source, plan, mesh, stack)
         if run is None:
             return
         watch.write_to(run.folder / "faults")
         engine = _start_engine(run)
         say = partial(print, flush=True) if mesh.rank == 0 else lambda _: None
-        resumed = engine.load(run.resume_from, say) if run.resume_from else None
+        resumed = engine.load(run.resume_from, say) if run.resume_from else source.begin(run, engine, say)
         with _reporter(run, engine, resumed) as report:
             parts = _parts(run, engine, report, resumed)
             stopped = _loop(parts, watch, stopper, resumed.step if resumed else 0)
+        if not stopped:
+            source.end(run, engine)
         _finish(parts)
     if stopped:
         raise Stopped(f"{stopped}; go on with: --load {run.folder}", speaks=mesh.rank == 0)
@@ -116,11 +113,11 @@ def _loop(parts: Parts, watch: Watch, stopper: Stopper, step: int) -> str | None
         stopped = stopper.agree(saver.failed, parts.engine.device)
         last = stopped is not None or step == config.train.train_steps
         validated = not stopped and (last or _due(step, config.log.eval_interval))
-        validation_loss = _validate(parts, step) if validated else None
+        validation = _validate(parts, step) if validated else None
         if not stopped and (last or _due(step, config.log.sample_interval)):
             _write_samples(parts, step)
         if last or _due(step, config.checkpoint.save_interval):
-            saver.save(_state(parts, step, result.lr, validation_loss))
+            saver.save(_state(parts, step, result.lr, validation))
         if saved := saver.finished(wait=last):
             parts.report.message(f"step {step} | {saved}")
         if stopped:
@@ -146,7 +143,7 @@ def _parts(run: Run, engine: Engine, report: Reporter, resumed: State | None) ->
     if resumed:
         report.message(f"going on from {run.resume_from} after {resumed.step} steps")
     if run.mesh.rank == 0:
-        for remark in remarks(run, engine.schedule, resumed):
+        for remark in run.source.remarks(run, engine.schedule, resumed):
             report.message(f"note: {remark}")
     notes = FaultNotes(run.folder, run.train_samples, run.tokenizer, writes=run.mesh.rank == 0)
     guard = Guard(engine, notes, report.message, partial(_training_batches, run, engine.schedule))
@@ -183,14 +180,8 @@ def _say_what_runs(run: Run, engine: Engine, report: Reporter) -> None:
     rows = kernel_rows(kernels, ops_used(config.model, kernels), engine.device.type)
     report.show(kernel_table([*rows, attention_status(config.model, kernels)]))
     report.message(f"optimizer: {engine.backend.optimizer_name}")
-    if note := fallback_note():
-        report.message(note)
-    for dataset in sources(run.train_samples):
-        if dataset.meta is None:
-            report.message(
-                f"note: {dataset.prefix} has no .json beside it, as preprocess_data.py writes it: of the index only "
-                "the structure was checked, not the hash"
-            )
+    for line in run.source.lines(run):
+        report.message(line)
 
 
 def _report_step(parts: Parts, step: int, result: StepResult, notes: list[str]) -> None:
@@ -218,33 +209,13 @@ def _go_back(parts: Parts, folder: Path) -> int:
     return state.step
 
 
-def _validate(parts: Parts, step: int) -> float | None:
-    """Mean loss over eval_steps global batches, always the same ones; reported with bits per byte of their text.
-
-    None where nothing is held out, and where it is not finite: such a checkpoint is never the best one.
-    """
-    run, samples = parts.run, parts.run.valid_samples
-    if samples is None:
+def _validate(parts: Parts, step: int) -> Validation | None:
+    """What the source finds; None where nothing is held out, and where it is not finite: such a one is never best."""
+    found = parts.run.source.validate(parts.run, parts.engine, step)
+    if found is None:
         return None
-    eval_steps, bits = run.config.log.eval_steps, None
-    positions = range(eval_steps * run.config.train.global_batch_size)
-    batches = _batches(run, samples, positions, run.config.model.seq_len)
-    loss = parts.engine.evaluate(batches, eval_steps * run.plan.micro_batches)
-    if run.tokenizer is not None and run.mesh.rank == 0 and (n_bytes := _text_bytes(samples, positions, run.tokenizer)):
-        bits = metrics.bits_per_byte(loss, len(positions) * run.config.model.seq_len, n_bytes)
-    parts.report.validation(step, loss, bits)
-    return loss if math.isfinite(loss) else None
-
-
-def _text_bytes(samples: Samples, positions: range, tokenizer: Tokenizer) -> float | None:
-    """Bytes of the text that the labels of these samples stand for; None where that cannot be known."""
-    sizes, total = tokenizer.token_bytes(), 0.0
-    for i in positions:
-        found = text_bytes(samples[i][1:], samples.dataset_of(i).meta, tokenizer, sizes)
-        if found is None:
-            return None
-        total += found
-    return total
+    parts.report.validation(step, found.loss, found.bits_per_byte, found.figures)
+    return found if math.isfinite(found.loss) else None
 
 
 def _write_samples(parts: Parts, step: int) -> None:
@@ -254,15 +225,10 @@ def _write_samples(parts: Parts, step: int) -> None:
 
 
 def _training_batches(run: Run, schedule: Schedule, step: int) -> Iterator[MicroBatch]:
-    return _batches(run, run.train_samples, schedule.positions(step), schedule.seq_len(step))
+    return batches_of(run, run.train_samples, schedule.positions(step), schedule.seq_len(step))
 
 
-def _batches(run: Run, samples: Samples, positions: range, seq_len: int) -> Iterator[MicroBatch]:
-    data = run.mesh.data
-    return micro_batches(samples, run.config, positions, seq_len, dp_rank=data.rank, dp_size=data.size)
-
-
-def _state(parts: Parts, step: int, lr: float, validation_loss: float | None) -> State:
+def _state(parts: Parts, step: int, lr: float, validation: Validation | None) -> State:
     config, plan, engine = parts.run.config, parts.run.plan, parts.engine
     return State(
         step=step,
@@ -276,7 +242,8 @@ def _state(parts: Parts, step: int, lr: float, validation_loss: float | None) ->
         skipped_steps=parts.guard.left_out,
         guard=parts.guard.state,
         noise_scale=engine.noise.state if engine.noise else {},
-        validation_loss=validation_loss,
+        validation_loss=validation.loss if validation else None,
+        validation_score=validation.score if validation else None,
     )
 
 

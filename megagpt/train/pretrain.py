@@ -98,7 +98,7 @@ def _pretrain(argv: Sequence[str]) -> None:
         # Several ranks agree first on who speaks (train/loop.py): each machine may have its own copy.
         _ = data.datasets
     # torch loads only now: the checks above answer at once.
-    on_ranks(n_ranks, "megagpt.train.loop", lambda loop: loop.train(config, data))
+    on_ranks(n_ranks, "megagpt.train.text", lambda text: text.train_on_text(config, data))
 
 
 def has_gpu() -> bool:

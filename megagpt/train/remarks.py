@@ -45,14 +45,14 @@ def remarks(run: Run, schedule: Schedule, resumed: State | None) -> Iterator[str
 
 
 def _of_the_data(run: Run) -> Iterator[str]:
-    for dataset in sources(run.train_samples):
+    for dataset in sources(_samples(run)):
         yield from (f"{dataset.prefix}: {found}" for found in losses(dataset.meta))
     yield from _of_short_datasets(run)
     log, split = run.config.log, run.config.data.split
     if run.valid_samples is not None or not log.eval_steps:
         return
     if split.shares[1] > 0:
-        n_documents = sum(map(len, sources(run.train_samples)))
+        n_documents = sum(map(len, sources(_samples(run))))
         yield (
             f"no validation: split {split} of {n_documents} documents leaves it none, and documents "
             "are not cut; preprocess the text in more documents, or give --split"
@@ -64,10 +64,15 @@ def _of_the_data(run: Run) -> Iterator[str]:
         )
 
 
+def _samples(run: Run) -> Samples:
+    assert isinstance(run.train_samples, Samples)  # of text, as all that is said here
+    return run.train_samples
+
+
 def _of_short_datasets(run: Run) -> Iterator[str]:
     """Of a blend: what is read over and over, or not at all."""
-    for split, samples in (("training", run.train_samples), ("validation", run.valid_samples)):
-        if samples is None:
+    for split, samples in (("training", _samples(run)), ("validation", run.valid_samples)):
+        if not isinstance(samples, Samples):
             continue
         for part in parts_of(samples):
             if part.n_tokens <= part.seq_len:
@@ -138,15 +143,15 @@ def _of_another_order(run: Run, schedule: Schedule, before: RunConfig, step: int
     if n_before == schedule.samples_before(schedule.train_steps) or before.data.split != run.config.data.split:
         return
     was = _order(run, n_before)
-    if _orders(was) == _orders(run.train_samples):
+    if _orders(was) == _orders(_samples(run)):
         return
     done, end = schedule.samples_before(step), schedule.samples_before(schedule.train_steps)
-    both = times_read([(was, range(done)), (run.train_samples, range(done, end))])
-    in_one_go = times_read([(run.train_samples, range(end))])
+    both = times_read([(was, range(done)), (_samples(run), range(done, end))])
+    in_one_go = times_read([(_samples(run), range(end))])
     remedy = "begin a run with the --train-steps that it will have in the end"
     if (last := _last_step_of_order(was, schedule)) > step:
         remedy = f"--train-steps {last} is the last that keeps the order; or {remedy}"
-    n_epochs, _ = max(_orders(run.train_samples))
+    n_epochs, _ = max(_orders(_samples(run)))
     steps = f"{schedule.train_steps} in place of {before.train.train_steps}"
     yield (
         f"another order of the samples: with --train-steps {steps} all {n_epochs} epochs are shuffled anew. Of the "
@@ -156,7 +161,7 @@ def _of_another_order(run: Run, schedule: Schedule, before: RunConfig, step: int
 
 def _order(run: Run, n_samples: int) -> Samples:
     """The training samples as they are in a run of so many."""
-    config, datasets = run.config, sources(run.train_samples)
+    config, datasets = run.config, sources(_samples(run))
     counts = (n_samples, 0, 0)
     samples, _, _ = build_splits(
         datasets, config.data.data_path.weights, config.data.split, config.model.seq_len, config.train.seed, counts

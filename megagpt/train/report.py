@@ -14,7 +14,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,12 +130,19 @@ class Reporter:
         self._record(row, prefix="train/")
         self._show(row)
 
-    def validation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
-        """A validation after `step` steps."""
+    def validation(
+        self, step: int, loss: float, bits_per_byte: float | None, figures: Mapping[str, float] | None = None
+    ) -> None:
+        """A validation after `step` steps. figures: what a task is measured by, where the loss is not of tokens."""
         if not self._enabled:
             return
-        perplexity = metrics.perplexity(loss)
         row = {"step": step, "tokens": self._schedule.tokens_before(step), "validation_loss": loss}
+        if figures:
+            self._record({**row, **figures}, prefix="validation/")
+            shown = "".join(f" | {name} {value:.4f}" for name, value in figures.items())
+            self.message(f"step {step} | validation loss {loss:.4f}{shown}")
+            return
+        perplexity = metrics.perplexity(loss)
         row |= {"perplexity": perplexity, "bits_per_byte": bits_per_byte}
         self._record(row, prefix="validation/")
         bits = "" if bits_per_byte is None else f" | {bits_per_byte:.3f} bits per byte"

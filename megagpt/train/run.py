@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +17,15 @@ from megagpt.checkpoint import folders
 from megagpt.checkpoint.load import check_resumable, find_whole
 from megagpt.checkpoint.state import DataState, read_state
 from megagpt.cli import to_yaml
-from megagpt.config import DataConfig, RunConfig
-from megagpt.data.indexed.blend import Samples, build_splits, sources
-from megagpt.data.indexed.dataset import verify
-from megagpt.data.opened import OpenedData
+from megagpt.config import RunConfig
+from megagpt.data.loader import MicroBatch, micro_batches
 from megagpt.data.tokenizers.kept import keep
 from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.files import os_reason, replace_text
 from megagpt.parallel.mesh import Mesh
 from megagpt.processes.agree import together
-from megagpt.schedule import Schedule
+from megagpt.train.source import AnySamples, Source
 
 if TYPE_CHECKING:
     from megagpt.plan.plan import Plan
@@ -41,14 +39,15 @@ class Run:
     plan: Plan
     mesh: Mesh
     folder: Path
-    train_samples: Samples
-    valid_samples: Samples | None
+    source: Source
+    train_samples: AnySamples
+    valid_samples: AnySamples | None
     tokenizer: Tokenizer | None
     data_identity: DataState
     resume_from: Path | None
 
 
-def find_run(config: RunConfig, data: OpenedData, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run | None:
+def find_run(config: RunConfig, source: Source, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run | None:
     """Find the data, the checkpoint and the run folder.
 
     stack: holds the run folder's lock.  Returns None where --auto-resume finds that all steps are done.
@@ -62,12 +61,12 @@ def find_run(config: RunConfig, data: OpenedData, plan: Plan, mesh: Mesh, stack:
             folders.drop_old(resume_from, config.checkpoint)  # it may have been killed before that
             print(f"nothing to do: {resume_from} has done all {config.train.train_steps} steps")
         return None
-    train_samples, valid_samples = together(lambda: _find_samples(config, data))
-    together(lambda: _verify_data(config, data))
-    tokenizer = together(lambda: _tokenizer(config, data))
-    identity = _data_identity(config, train_samples, tokenizer)
+    train_samples, valid_samples = together(lambda: source.samples(config))
+    together(lambda: source.verify(config))
+    tokenizer = together(lambda: source.tokenizer(config))
+    identity = source.identity(config, train_samples, tokenizer)
     together(lambda: _write_config(config, folder[0], tokenizer) if mesh.rank == 0 else None)
-    return Run(config, plan, mesh, folder[0], train_samples, valid_samples, tokenizer, identity, resume_from)
+    return Run(config, plan, mesh, folder[0], source, train_samples, valid_samples, tokenizer, identity, resume_from)
 
 
 def _find_checkpoint(config: RunConfig, mesh: Mesh) -> Path | None:
@@ -91,51 +90,6 @@ def _check_resumable(config: RunConfig, folder: Path) -> bool:
     if config.checkpoint.auto_resume:
         return True
     raise UserError(f"{folder} has done {state.step} steps already; go on with a larger --train-steps")
-
-
-def _find_samples(config: RunConfig, data: OpenedData) -> tuple[Samples, Samples | None]:
-    n_train = Schedule(config).samples_before(config.train.train_steps)
-    counts = (n_train, config.log.eval_steps * config.train.global_batch_size, 0)
-    weights, split = config.data.data_path.weights, config.data.split
-    train_samples, valid_samples, _ = build_splits(
-        data.datasets, weights, split, config.model.seq_len, config.train.seed, counts
-    )
-    if train_samples is None:
-        remedy = "give it a first share above 0"
-        raise UserError(f"data.split={split}", "leaves nothing to train on", remedy, ["data.split"])
-    if valid_samples is None:
-        _require_no_validation(config, sum(map(len, data.datasets)))
-    return train_samples, valid_samples
-
-
-def _require_no_validation(config: RunConfig, n_documents: int) -> None:
-    """Raises UserError where the run was asked for what needs validation, and nothing is held out for it."""
-    split, default = config.data.split, DataConfig().split
-    remedy = "cut the text into more documents, or give validation a larger share"
-    if config.checkpoint.keep_best:
-        got = f"checkpoint.keep_best with split {split} of {n_documents} documents, eval_steps={config.log.eval_steps}"
-        raise UserError(
-            got, "has no validation to go by", f"{remedy}, or drop --checkpoint.keep-best", ["checkpoint.keep_best"]
-        )
-    if config.log.eval_steps and split.shares[1] > 0 and split != default:
-        got = f"data.split={split}"
-        wanted = f"leaves none of {n_documents} documents for validation"
-        raise UserError(got, wanted, f"{remedy}, or --eval-steps 0", ["data.split"])
-
-
-def _tokenizer(config: RunConfig, data: OpenedData) -> Tokenizer | None:
-    tokenizer = data.tokenizers[0]
-    if tokenizer is None and config.log.sample_prompts:
-        key, remedy = "log.sample_prompts", "leave them out, or name the tokenizer: --tokenizer"
-        raise UserError(key, "are texts, but the data have no tokenizer", remedy, [key])
-    return tokenizer
-
-
-def _verify_data(config: RunConfig, data: OpenedData) -> None:
-    """Read all the data, where that is asked for: on one rank of each machine, which may have its own copy."""
-    if config.data.verify and os.environ.get("LOCAL_RANK", "0") == "0":
-        for dataset in data.datasets:
-            verify(dataset, config.model.vocab)
 
 
 def _make_run_folder(config: RunConfig, stack: ExitStack) -> Path:
@@ -185,11 +139,7 @@ def _write_config(config: RunConfig, folder: Path, tokenizer: Tokenizer | None) 
         ) from error
 
 
-def _data_identity(config: RunConfig, samples: Samples, tokenizer: Tokenizer | None) -> DataState:
-    """Which text this run reads, and by which tokenizer."""
-    return {
-        "data_path": config.data.data_path.words,
-        "index_sha256": [dataset.idx_sha256 for dataset in sources(samples)],
-        "split": str(config.data.split),
-        "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
-    }
+def batches_of(run: Run, samples: AnySamples, positions: range, seq_len: int) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of the samples at these positions."""
+    data = run.mesh.data
+    return micro_batches(samples, run.config, positions, seq_len, dp_rank=data.rank, dp_size=data.size)

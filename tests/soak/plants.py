@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import megagpt.train.loop
 import megagpt.train.run
 from megagpt.train.step.engine import Engine
 from megagpt.train.step.masters import Masters
@@ -25,13 +24,13 @@ def one_step_off() -> None:
 
 def dropout_keyed_anew() -> None:
     """Dropout masks are keyed by something that a restart changes."""
-    micro_batches = megagpt.train.loop.micro_batches
+    micro_batches = megagpt.train.run.micro_batches
 
     def shifted(*args: Any, **kwargs: Any) -> Any:
         for batch in micro_batches(*args, **kwargs):
             yield dataclasses.replace(batch, sample_ids_B=batch.sample_ids_B + 1000)
 
-    megagpt.train.loop.micro_batches = shifted
+    megagpt.train.run.micro_batches = shifted
 
 
 def moment_not_restored() -> None:

@@ -73,11 +73,13 @@ class Attention(nn.Module):
             self.add_module(self.position.part, LearnedPosition(declared.at(self.position.part), axis))
 
     def forward(self, stream: Stream, epilogue: Epilogue | None = None) -> Tensor:
-        q_BHTK, kv_BTGXK = self._project(stream.x, stream.cache)
+        q_BHTK, kv_BTGXK = self._project(stream)
         if stream.cache is None:
             k_BGTK, v_BGTK = kv_BTGXK.permute(3, 0, 2, 1, 4)
             runs = attention_runs(self.choice, self.position_name, self.dropout.active)
-            y_BHTK = IMPLEMENTATIONS[runs].attend(self, q_BHTK, k_BGTK, v_BGTK, stream.sample_ids_B)
+            y_BHTK = IMPLEMENTATIONS[runs].attend(
+                self, q_BHTK, k_BGTK, v_BGTK, stream.sample_ids_B, stream.documents
+            )
         else:
             y_BHTK = self._attend_cached(q_BHTK, kv_BTGXK, stream.cache)
         y_BTD = y_BHTK.transpose(1, 2).flatten(2)
@@ -88,19 +90,20 @@ class Attention(nn.Module):
         part = self.position.part
         return self.get_submodule(part)(compute, *arguments) if part else compute({}, *arguments)
 
-    def _project(self, x_BTD: Tensor, view: View | None) -> tuple[Tensor, Tensor]:
+    def _project(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """Shapes: → q_BHTK, kv_BTGXK."""
         if self.qkv is not None:
-            qkv_BTHXK = self._turn(self.qkv(x_BTD), view, 3)
+            qkv_BTHXK = self._turn(self.qkv(stream.x), stream, 3)
             return qkv_BTHXK[:, :, :, 0].transpose(1, 2), qkv_BTHXK[:, :, :, 1:]
         assert self.q is not None and self.kv is not None
-        x_BTD = self.edges.enter(x_BTD, self.axis)
-        q_BTHXK, kv_BTGXK = self._turn(self.q(x_BTD), view, 1, 1), self._turn(self.kv(x_BTD), view, 2)
+        x_BTD = self.edges.enter(stream.x, self.axis)
+        q_BTHXK, kv_BTGXK = self._turn(self.q(x_BTD), stream, 1, 1), self._turn(self.kv(x_BTD), stream, 2)
         return q_BTHXK.squeeze(3).transpose(1, 2), kv_BTGXK
 
-    def _turn(self, x_BTC: Tensor, view: View | None, n_packed: int, n_turned: int | None = None) -> Tensor:
+    def _turn(self, x_BTC: Tensor, stream: Stream, n_packed: int, n_turned: int | None = None) -> Tensor:
         """By head, and by position.  Shapes: C heads x n_packed x K → x_BTGXK."""
-        positions_BT = None if view is None else view.positions_BT
+        view = stream.cache
+        positions_BT = stream.positions_BT if view is None else view.positions_BT
         x_BTC = x_BTC if view is None else view.by_row(x_BTC)
         x_BTGXK = x_BTC.unflatten(-1, (-1, n_packed, self.d_head))
         return self.position.turn(x_BTGXK, positions_BT, n_turned, self.rotary_kernels)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megagpt.model.attention.attention import Attention
+    from megagpt.model.documents import Documents
 
 
 class Flex(Implementation):
@@ -19,7 +20,13 @@ class Flex(Implementation):
     adds = frozenset({"slopes"})
 
     def attend(
-        self, attention: Attention, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, sample_ids_B: Tensor
+        self,
+        attention: Attention,
+        q_BHTK: Tensor,
+        k_BGTK: Tensor,
+        v_BGTK: Tensor,
+        sample_ids_B: Tensor,
+        documents: Documents | None = None,
     ) -> Tensor:
         import torch  # computes: what is declared is read without it
         from torch.nn.attention.flex_attention import flex_attention  # likewise
@@ -33,6 +40,6 @@ class Flex(Implementation):
 
         # Uncompiled, it holds all scores: what a CPU is given, where only its results count.
         run = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
-        blocks = attention.masks.blocks(q_BHTK.shape[2], device)
+        blocks = attention.masks.blocks(q_BHTK.shape[2], device, documents)
         score_mod, grouped = None if slopes_H is None else alibi, q_BHTK.shape[1] != k_BGTK.shape[1]
         return run(q_BHTK, k_BGTK, v_BGTK, score_mod=score_mod, block_mask=blocks, enable_gqa=grouped)  # type: ignore[return-value]

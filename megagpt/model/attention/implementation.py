@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megagpt.model.attention.attention import Attention
+    from megagpt.model.documents import Documents
 
 
 class Implementation(ABC):
@@ -26,6 +27,12 @@ class Implementation(ABC):
 
     @abstractmethod
     def attend(
-        self, attention: Attention, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, sample_ids_B: Tensor
+        self,
+        attention: Attention,
+        q_BHTK: Tensor,
+        k_BGTK: Tensor,
+        v_BGTK: Tensor,
+        sample_ids_B: Tensor,
+        documents: Documents | None = None,
     ) -> Tensor:
-        """Of queries and keys at positions 0 … T - 1.  Shapes: → y_BHTK."""
+        """Of queries and keys at positions 0 … T - 1 of a row, or of documents in it.  Shapes: → y_BHTK."""

@@ -13,9 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 if TYPE_CHECKING:
     from megagpt.config.pattern import Pattern
-
-if TYPE_CHECKING:
     from megagpt.model.attention.patterns import Predicate
+    from megagpt.model.documents import Documents
 
 
 class Masks:
@@ -27,16 +26,20 @@ class Masks:
         self.kept_dense: tuple[int, torch.device, Tensor] | None = None
         self.kept_blocks: tuple[int, torch.device, BlockMask] | None = None
 
-    def dense(self, T: int, device: torch.device) -> Tensor:
-        """Shapes: → (1, 1, T, T) bool, queries by keys, causality included."""
+    def dense(self, T: int, device: torch.device, documents: Documents | None = None) -> Tensor:
+        """Shapes: → (1, 1, T, T) bool, queries by keys, causality included; (B, 1, T, T) of documents in B rows."""
+        if documents is not None:
+            return documents.kept(("dense", *self._kind), lambda: self._within(documents))
         kept = self.kept_dense
         if kept is None or kept[:2] != (T, device):
             positions_T = torch.arange(T, device=device)
             self.kept_dense = kept = (T, device, self.between(positions_T, positions_T)[None, None])
         return kept[2]
 
-    def blocks(self, T: int, device: torch.device) -> BlockMask:
-        """FlexAttention's mask, which knows the blocks that it can skip."""
+    def blocks(self, T: int, device: torch.device, documents: Documents | None = None) -> BlockMask:
+        """FlexAttention's mask, which knows the blocks that it can skip; those of documents in rows too."""
+        if documents is not None:
+            return documents.kept(("blocks", *self._kind), lambda: self._blocks_within(documents))
         kept = self.kept_blocks
         if kept is None or kept[:2] != (T, device):
             predicate = self._predicate(device)
@@ -47,6 +50,27 @@ class Masks:
     def between(self, queries: Tensor, keys: Tensor) -> Tensor:
         """For queries and keys at any positions.  Shapes: (…, T) and (…, S) int64 → (…, T, S) bool."""
         return self._predicate(queries.device)(queries.unsqueeze(-1), keys.unsqueeze(-2))
+
+    @property
+    def _kind(self) -> tuple[Pattern, int | None]:
+        """What layers have in common whose masks are the same."""
+        return self.pattern, self.layer if self.rule.differs else None
+
+    def _within(self, documents: Documents) -> Tensor:
+        """Keys of the query's own document, by their places in it.  Shapes: → (B, 1, T, T)."""
+        numbers_BT, positions_BT = documents.numbers_BT, documents.positions_BT
+        same_BTT = numbers_BT.unsqueeze(-1) == numbers_BT.unsqueeze(-2)
+        return (self.between(positions_BT, positions_BT) & same_BTT).unsqueeze(1)
+
+    def _blocks_within(self, documents: Documents) -> BlockMask:
+        numbers_BT, positions_BT = documents.numbers_BT, documents.positions_BT
+        predicate, (B, T) = self._predicate(positions_BT.device), positions_BT.shape
+
+        def sees(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            same = numbers_BT[b, q] == numbers_BT[b, k]
+            return predicate(positions_BT[b, q], positions_BT[b, k]) & same
+
+        return create_block_mask(sees, B, None, T, T, device=str(positions_BT.device))
 
     def _predicate(self, device: torch.device) -> Predicate:
         if device not in self.predicates:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megagpt.model.attention.attention import Attention
+    from megagpt.model.documents import Documents
 
 
 class Steps(Implementation):
@@ -23,18 +24,25 @@ class Steps(Implementation):
     keeps_probabilities = True
 
     def attend(
-        self, attention: Attention, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, sample_ids_B: Tensor
+        self,
+        attention: Attention,
+        q_BHTK: Tensor,
+        k_BGTK: Tensor,
+        v_BGTK: Tensor,
+        sample_ids_B: Tensor,
+        documents: Documents | None = None,
     ) -> Tensor:
         from megagpt.ops.softmax import attention_softmax  # computes: what is declared is read without torch
 
         T, device, masks = q_BHTK.shape[2], q_BHTK.device, attention.masks
+        masked = masks.rule.needs_mask or documents is not None
         scores_BHTT, scale = self._scores(attention, q_BHTK, k_BGTK)
         p_BHTT = attention_softmax(
             scores_BHTT,
             scale=scale,
             causal=True,
             window=masks.rule.window,
-            mask=masks.dense(T, device) if masks.rule.needs_mask else None,
+            mask=masks.dense(T, device, documents) if masked else None,
             slopes_H=attention.position.slopes(attention.heads, device),
             kernels=attention.softmax_kernels,
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.data.indexed.blend import Samples
+from megagpt.data.loader import Rows
 from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.files import os_reason, replace_text
@@ -30,7 +31,7 @@ class FaultNotes:
     """Writes notes about the faults of one run. writes: this is the rank that does it (the others do nothing)."""
 
     run: Path
-    samples: Samples
+    samples: Samples | Rows
     tokenizer: Tokenizer | None
     writes: bool
 

@@ -21,7 +21,7 @@ from megagpt.data.loader import MicroBatch
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import PLAIN, LossTerms
-from megagpt.optim.build import build_optimizer
+from megagpt.optim.build import build_optimizer, freeze
 from megagpt.optim.segments import Elements, Segment
 from megagpt.parallel.collectives import all_reduce
 from megagpt.parallel.mesh import Mesh
@@ -63,6 +63,7 @@ class _DeepSpeedBackend(ABC):
         if plan.zero_stage == 3:
             zero.shard_at_birth(module, settings, mpu)
         _mark_sharded(self.parameters)
+        freeze(self.parameters, config)
         self.optimizer, self.optimizer_name = build_optimizer(self.parameters, config)
         if plan.zero_stage == 0:
             self.optimizer.register_step_pre_hook(self._clip)
@@ -172,10 +173,9 @@ class _PlainEngine(_DeepSpeedBackend):
         return float(self._mean_over_data(total / n_micro_batches))
 
     def _loss(self, batch: MicroBatch, terms: LossTerms) -> Tensor:
-        tokens_BT, labels_BT, ids_B = (
-            t.to(self.device) for t in (batch.tokens_BT, batch.labels_BT, batch.sample_ids_B)
-        )
-        return nan_to_gradient(self._engine(tokens_BT, ids_B, labels_BT, terms))
+        tokens_BT, ids_B, *positions = (t.to(self.device) for t in batch.inputs)
+        targets = tuple(t.to(self.device) for t in batch.targets)
+        return nan_to_gradient(self._engine(tokens_BT, ids_B, targets, terms, *positions))
 
     def _mean_over_data(self, value: Tensor) -> Tensor:
         return all_reduce(value, self._mesh.data) / self._mesh.data.size
@@ -206,9 +206,9 @@ class _PipelineEngine(_DeepSpeedBackend):
         self._seq_len = seq_len
 
 
-def _as_pipeline_data(batches: Iterable[MicroBatch]) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+def _as_pipeline_data(batches: Iterable[MicroBatch]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
     for batch in batches:
-        yield (batch.tokens_BT, batch.sample_ids_B), batch.labels_BT
+        yield batch.inputs, batch.targets
 
 
 def _connect() -> None:

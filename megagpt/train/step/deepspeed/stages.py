@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megagpt.config import RunConfig
 from megagpt.inventory.layers import TIED
+from megagpt.model.classifier import Classified
 from megagpt.model.gpt import Head, layer_list
 from megagpt.model.loss import PLAIN, LossTerms
 from megagpt.model.stream import Stream
@@ -64,11 +65,11 @@ class GPTStage(PipelineModule):
         output = super().forward(forward_input)
         return output.wire if isinstance(output, Stream) else output
 
-    def _loss(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    def _loss(self, outputs: Tensor | Classified, targets: tuple[Tensor, ...]) -> Tensor:
         head = self.forward_funcs[-1]
         assert isinstance(head, Head)
         terms = self.terms if head.training else PLAIN
-        return nan_to_gradient(head.loss(logits_BTV, labels_BT, terms))
+        return nan_to_gradient(head.loss(outputs, targets, terms))
 
     def canonical_layers(self) -> list[tuple[str, nn.Module]]:
         """This stage's layers under the names that the whole model has."""
@@ -95,4 +96,4 @@ def give_memory_here(module: nn.Module, precision: str) -> None:
 
 def loss_terms(config: RunConfig) -> LossTerms:
     """What this run's training adds to the loss."""
-    return LossTerms(config.optim.label_smoothing, config.optim.z_loss)
+    return LossTerms(config.optim.label_smoothing, config.optim.z_loss, config.finetune.lm_weight)
