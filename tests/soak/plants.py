@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import megagpt.train.run
+import megagpt.train.text
 from megagpt.train.step.engine import Engine
 from megagpt.train.step.masters import Masters
 
@@ -59,12 +60,12 @@ def one_bit_of_one_weight() -> None:
 
 def other_samples() -> None:
     """The order of the samples is another one, with the same count."""
-    build_splits = megagpt.train.run.build_splits
+    build_splits = megagpt.train.text.build_splits
 
     def another(datasets: Any, weights: Any, split: Any, seq_len: Any, seed: int, counts: Any) -> Any:
         return build_splits(datasets, weights, split, seq_len, seed + 1, counts)
 
-    megagpt.train.run.build_splits = another
+    megagpt.train.text.build_splits = another
 
 
 PLANTS: dict[str, Callable[[], None]] = {

@@ -40,7 +40,7 @@ def rank_main(rank: int, n_ranks: int, port: int, argv: list[str], notes: str, p
 
 def record_reads(path: Path) -> None:
     """From here on this process writes down each training sample that it reads: its position, a hash of its tokens."""
-    run: Any = importlib.import_module("megagpt.train.run")
+    run: Any = importlib.import_module("megagpt.train.text")
     build_splits = run.build_splits
     file = path.open("a", buffering=1, encoding="ascii")
 

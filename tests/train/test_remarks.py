@@ -27,7 +27,8 @@ from megagpt.data.tokenizers.bytes import ByteTokenizer
 from megagpt.errors import UserError
 from megagpt.schedule import Schedule
 from megagpt.train.remarks import remarks
-from megagpt.train.run import Run, _data_identity, _find_samples
+from megagpt.train.run import Run
+from megagpt.train.text import Text
 
 BYTES = ByteTokenizer()
 META = DatasetMeta(
@@ -58,9 +59,10 @@ def config(prefix: str, steps: int, **sections: object) -> RunConfig:
 
 
 def run_of(config: RunConfig, folder: Path = Path("runs/a")) -> Run:
-    train_samples, valid_samples = _find_samples(config, OpenedData(config.data))
-    identity = _data_identity(config, train_samples, BYTES)
-    return Run(config, None, None, folder, train_samples, valid_samples, BYTES, identity, folder)  # type: ignore[arg-type]
+    text = Text(OpenedData(config.data))
+    train_samples, valid_samples = text.samples(config)
+    identity = text.identity(config, train_samples, BYTES)
+    return Run(config, None, None, folder, text, train_samples, valid_samples, BYTES, identity, folder)  # type: ignore[arg-type]
 
 
 def said(now: RunConfig, before: RunConfig | None = None, step: int = 0, data: dict | None = None) -> list[str]:
