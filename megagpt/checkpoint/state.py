@@ -62,7 +62,8 @@ class State:
     loss scale included. skipped_steps: those whose batch is left out (faults). guard: what the next step is judged by
     (train/faults/guard.py). noise_scale: its averages, where it is measured. config: the whole configuration, schedule
     included. data: its identity. layout: of the run that wrote this, to be shown. validation_loss: at this step, None
-    where it was not measured. validation_score: of a task, the higher the better; None: go by the loss. origin: how it came to be, where not by training ("mean of …").
+    where it was not measured. validation_score: of a task, the higher the better; where there is one, the best
+    checkpoint is by that. origin: how it came to be, where not by training ("mean of …").
     """
 
     __pydantic_config__ = _STRICT

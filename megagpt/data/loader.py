@@ -35,13 +35,13 @@ class Answers(NamedTuple):
     """What a classifier is asked at tokens of a row. values_BT: the class, or the number, float32; 0 elsewhere.
 
     weights_BT: as those of `Targets`; 0 where nothing is asked.  mates_BT: where in the row the same question ends
-    that is asked in another order, -1 where it is asked in one.  examples_BT: which example is asked about; -1 for none.
+    that is asked in another order; -1 where it is asked in one.  examples_BT: which example it is of; -1 for none.
     """
 
-    values_BT: Tensor
-    weights_BT: Tensor
-    mates_BT: Tensor
-    examples_BT: Tensor
+    values_BT: Tensor  # noqa: N815
+    weights_BT: Tensor  # noqa: N815
+    mates_BT: Tensor  # noqa: N815
+    examples_BT: Tensor  # noqa: N815
 
 
 class Targets(NamedTuple):
@@ -51,8 +51,8 @@ class Targets(NamedTuple):
     mean over micro-batches and ranks is that of the labels that count. None: all count alike.
     """
 
-    labels_BT: Tensor
-    weights_BT: Tensor | None = None
+    labels_BT: Tensor  # noqa: N815
+    weights_BT: Tensor | None = None  # noqa: N815
     answers: Answers | None = None
 
     @staticmethod

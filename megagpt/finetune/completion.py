@@ -72,7 +72,8 @@ def _pair(row: Mapping[str, Any], where: str) -> list[Piece]:
 
 def _turns(messages: Any, render: Render, where: str) -> list[Piece]:
     """The template's text, cut where an assistant begins and ends to speak."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+    is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+    if not is_list or not all(isinstance(message.get("role"), str) for message in messages):
         raise UserError(f"{where}: messages", "must be a list of objects with role and content", "mend the line")
     pieces, done = [], ""
     for i, message in enumerate(messages):

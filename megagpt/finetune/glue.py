@@ -62,10 +62,8 @@ class Glue(Task):
         lines, n_broken = self._lines(path, text, answered)
         notes = [f"{path}: {n_broken:,} lines have too few columns and are left out"] if n_broken else []
         answers = [self._answer(path, line, label) if answered else None for line, _, label in lines]
-        ids = [
-            [np.asarray(found, np.int32) for found in reading.tokenizer.encode_batch([texts[i] for _, texts, _ in lines])]
-            for i in range(len(self.columns.texts))
-        ]
+        columns = ([texts[i] for _, texts, _ in lines] for i in range(len(self.columns.texts)))
+        ids = [reading.tokenizer.encode_batch(column) for column in columns]
         cuts, examples = Cuts(reading.seq_len), []
         for (line, _, _), answer, *texts in zip(lines, answers, *ids, strict=True):
             kept, n_cut = _fitted(texts, self._room(reading))
@@ -157,5 +155,3 @@ def _fitted(texts: Sequence[np.ndarray], room: int) -> tuple[list[np.ndarray], i
         shorter = min(min(lengths), room // 2)
         lengths = [shorter, room - shorter] if lengths[0] <= lengths[1] else [room - shorter, shorter]
     return [text[:length] for text, length in zip(texts, lengths, strict=True)], n_cut
-
-

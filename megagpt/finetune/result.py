@@ -1,4 +1,4 @@
-"""What a fine-tuning leaves beside its checkpoints: RUN/result.json, and RUN/predictions/ of its best step. No torch."""
+"""What a fine-tuning leaves beside its checkpoints: result.json, and predictions of its best step. No torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ def is_best(run: Path, step: int, score: float) -> bool:
     return before is None or before["step"] >= step or before["score"] < score
 
 
-def write_result(
-    run: Path, step: int, score: float, figures: Mapping[str, float], about: Mapping[str, Any]
-) -> None:
+def write_result(run: Path, step: int, score: float, figures: Mapping[str, float], about: Mapping[str, Any]) -> None:
     """The best step so far: what it scored, and what was trained.  Raises UserError where it cannot be written."""
     whole = {"step": step, "score": score, **about, "figures": dict(figures)}
     _write(run / RESULT, json.dumps(whole, indent=1, allow_nan=False) + "\n")
@@ -52,4 +50,6 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(exist_ok=True)
         replace_text(path, text)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({os_reason(error)})", remedy="make room, or give another --save") from None
+        raise UserError(
+            f"cannot write {path} ({os_reason(error)})", remedy="make room, or give another --save"
+        ) from None

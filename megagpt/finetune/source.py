@@ -104,7 +104,13 @@ class ExampleSource(Source):
     ) -> None:
         """Predictions of the best step so far, and then its result."""
         tested = _evaluated(run, engine, self._tests)[1] if self._tests else None
-        about = {"task": run.config.finetune.task, "base": run.config.finetune.base, "seed": run.config.train.seed}
+        settings = run.config.finetune
+        about = {
+            "task": settings.task,
+            "base": settings.base,
+            "weights": settings.weights,
+            "seed": run.config.train.seed,
+        }
 
         def write() -> None:
             write_predictions(run.folder, "valid", self.work.task.predictions(scores_NC))

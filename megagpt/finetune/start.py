@@ -16,7 +16,7 @@ import numpy as np
 from megagpt.cli import parse_run_config
 from megagpt.cli.yaml_file import Values
 from megagpt.config import ModelConfig, RunConfig, plain
-from megagpt.data.tokenizers.tokenizer import UNBOUND, Bounds, Tokenizer, tokenizer_of_run
+from megagpt.data.tokenizers.tokenizer import UNBOUND, Tokenizer, tokenizer_of_run
 from megagpt.errors import UserError, announce, require
 from megagpt.finetune.base import Base, find_base
 from megagpt.finetune.completion import Completion, Render
@@ -188,8 +188,8 @@ def _task(config: RunConfig, tokenizer: Tokenizer) -> Task:
 
 def _chat_template(config: RunConfig, tokenizer: Tokenizer) -> Render:
     """The template that is named, else the one beside the tokenizer.  Raises UserError where there is neither."""
-    from megagpt.serve.chat import ChatTemplate, template_beside  # needs the extra; pairs do without
     from megagpt.serve.api_error import ApiError
+    from megagpt.serve.chat import ChatTemplate, template_beside  # needs the extra; pairs do without
 
     path = config.finetune.chat_template
     found = template_beside(tokenizer.files)

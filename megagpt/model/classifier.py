@@ -31,9 +31,9 @@ class Classified(NamedTuple):
     bias_C: added once an answer, of however many tokens it is made.
     """
 
-    logits_BTV: Tensor
-    products_BTC: Tensor
-    bias_C: Tensor
+    logits_BTV: Tensor  # noqa: N815
+    products_BTC: Tensor  # noqa: N815
+    bias_C: Tensor  # noqa: N815
 
 
 class Classifier(nn.Module):

@@ -25,7 +25,7 @@ class Documents:
         self._kept: dict[object, object] = {}
 
     @cached_property
-    def numbers_BT(self) -> Tensor:
+    def numbers_BT(self) -> Tensor:  # noqa: N802
         """Which document of its row a token is of."""
         return (self.positions_BT == 0).cumsum(1)
 

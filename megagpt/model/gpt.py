@@ -18,9 +18,9 @@ from megagpt.data.loader import Targets
 from megagpt.inventory import layers as inventory
 from megagpt.model.block import Block
 from megagpt.model.classifier import Classified, Classifier, answer_losses
+from megagpt.model.documents import Documents
 from megagpt.model.dropout import EMBEDDING_SITE, Dropout
 from megagpt.model.loss import PLAIN, LossTerms, vocab_parallel_cross_entropy
-from megagpt.model.documents import Documents
 from megagpt.model.norm import Norm
 from megagpt.model.position import POSITIONS
 from megagpt.model.stream import Stream, holds_documents

@@ -50,4 +50,6 @@ def require_parts(names: Sequence[str], parts: Iterable[str]) -> None:
 def _parts(listed: str) -> list[str]:
     """blocks.0-5.mlp → blocks.0.mlp … blocks.5.mlp."""
     found = _RANGE.fullmatch(listed)
-    return [listed] if found is None else [f"blocks.{i}{found[3] or ''}" for i in range(int(found[1]), int(found[2]) + 1)]
+    return (
+        [listed] if found is None else [f"blocks.{i}{found[3] or ''}" for i in range(int(found[1]), int(found[2]) + 1)]
+    )

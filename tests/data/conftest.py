@@ -85,7 +85,9 @@ def run_training(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         captured = capsys.readouterr()
         return Outcome(int(exit_info.value.code or 0), captured.out, captured.err)
 
-    monkeypatch.setitem(sys.modules, "megagpt.train.text", SimpleNamespace(train_on_text=lambda config, data: sys.exit(-1)))
+    monkeypatch.setitem(
+        sys.modules, "megagpt.train.text", SimpleNamespace(train_on_text=lambda config, data: sys.exit(-1))
+    )
     monkeypatch.setattr(os, "_exit", sys.exit)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

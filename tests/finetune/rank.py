@@ -1,4 +1,4 @@
-"""One process that runs the program of fine-tuning, and may be killed at a step, forked from a server that has torch."""
+"""A process that runs the program of fine-tuning, and may be killed at a step: a fork of one that has torch."""
 
 from __future__ import annotations
 

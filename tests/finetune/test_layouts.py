@@ -1,4 +1,4 @@
-"""A fine-tuning is one run on any layout: losses, norms, weights and answers, with dropout, clipping and layer decay."""
+"""A fine-tuning is one run on any layout: losses, norms, weights, answers; with dropout, clipping and layer decay."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from megagpt.checkpoint import folders
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.rewrite import write_checkpoint
 from megagpt.checkpoint.state import State
-from megagpt.checkpoint import folders
 from megagpt.config import DataConfig, ModelConfig, RunConfig, plain
 from megagpt.errors import UserError
 from megagpt.finetune.start import find_work, parse_finetune_config
@@ -71,7 +71,9 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path, base):
     common = f"--task SST-2 --base {base} --train-file {data} --valid-file {data} --finetune.test-file {data} {SMALL}"
     argv = f"{common} --epochs 4 --finetune.layer-decay 0.9 --auto-resume".split()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_program([*argv, "--save", str(whole)], tmp_path / "whole.out") == [0], (tmp_path / "whole.out").read_text()
+    assert run_program([*argv, "--save", str(whole)], tmp_path / "whole.out") == [0], (
+        tmp_path / "whole.out"
+    ).read_text()
     assert run_program([*argv, "--save", str(killed)], tmp_path / "killed.out", killed_at=5) == [-9]
     assert (killed / "checkpoints" / "step-000003").is_dir()
     assert run_program([*argv, "--save", str(killed)], tmp_path / "killed.out") == [0]
@@ -116,9 +118,7 @@ def test_the_base_is_what_it_begins_with(tmp_path, base):
         np.testing.assert_allclose(found[WEIGHT, name], wanted, rtol=0, atol=1e-29, err_msg=name)
     assert found[WEIGHT, "head.classifier.weight"].shape == (2, 32)
     # That run is a base in its turn: another task leaves its classifier behind.
-    config, again = parse_finetune_config(
-        f"--task MNLI --base {tmp_path / 'run'} --train-file {data}".split()
-    )
+    config, again = parse_finetune_config(f"--task MNLI --base {tmp_path / 'run'} --train-file {data}".split())
     assert again is not None and again.model.n_classes == 0 and config.model.d_model == 32
 
 
@@ -130,7 +130,7 @@ def test_a_folder_of_transformers_is_a_base(tmp_path):
     theirs.save_pretrained(tmp_path / "hf")
     data = write_pairs(tmp_path / "pairs.jsonl")
     argv = f"--task completion --base {tmp_path / 'hf'} --train-file {data} {SMALL} --tokenizer bytes".split()
-    found = masters_after([*argv, *"--train-steps 1 --lr 1e-30 --warmup-steps 0".split()], tmp_path)
+    found = masters_after([*argv, *["--train-steps", "1", "--lr", "1e-30", "--warmup-steps", "0"]], tmp_path)
     wanted = theirs.state_dict()["transformer.wte.weight"].numpy()
     np.testing.assert_allclose(found[WEIGHT, "embedding.tokens.weight"], wanted, rtol=0, atol=1e-29)
 
@@ -160,7 +160,10 @@ def test_epochs_become_steps_and_no_weights_leave_the_architecture(tmp_path, bas
         ("--task SST-2 --base {base}/none --train-file {data}", "no checkpoint in"),
         ("--task SST-2 --train-file {data}", "no tokenizer is known"),
         ("--task SST-2 --base {base} --train-file {data} --finetune.frozen blocks.7", "is no part of this model"),
-        ("--task SST-2 --base {base} --train-file {data} --finetune.frozen embedding blocks head", "leaves nothing to learn"),
+        (
+            "--task SST-2 --base {base} --train-file {data} --finetune.frozen embedding blocks head",
+            "leaves nothing to learn",
+        ),
         ("--task SST-2 --base {base} --train-file {data} --finetune.layer-decay 1.5", "must be at most 1"),
         ("--task completion --base {base} --train-file {talk}", "brings no chat template"),
         (

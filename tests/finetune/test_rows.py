@@ -39,7 +39,7 @@ def test_a_micro_batch_of_a_classifier(tmp_path):
     assert batch.answers.weights_BT.sum().item() == pytest.approx(B * T)
     assert batch.weights_BT.sum().item() == pytest.approx(B * T)
     for number, example in enumerate(read.found):
-        (b, t), = (batch.answers.examples_BT == number).nonzero().tolist()
+        ((b, t),) = (batch.answers.examples_BT == number).nonzero().tolist()
         mate = int(batch.answers.mates_BT[b, t])
         assert batch.tokens_BT[b, t] == batch.tokens_BT[b, mate] == 259  # extract
         assert t - mate == len(example.documents[1].counts) and batch.answers.values_BT[b, t] == example.answer

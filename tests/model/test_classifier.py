@@ -25,8 +25,12 @@ def batch_of(task: str, path, answers: bool = True, swapped: bool = False):
     if swapped:
         found = [replace(example, documents=example.documents[::-1]) for example in read.found]
         read = replace(read, found=found)
-    return PackedRows(read, [[0], [1, 2], [3], [4], [5]] if len(read.found[0].documents) == 1 else
-                      [[i] for i in range(6)], 48, asks=True).micro_batch(range(5), range(5)), read
+    return PackedRows(
+        read,
+        [[0], [1, 2], [3], [4], [5]] if len(read.found[0].documents) == 1 else [[i] for i in range(6)],
+        48,
+        asks=True,
+    ).micro_batch(range(5), range(5)), read
 
 
 def run(model: GPT, batch, terms: LossTerms) -> torch.Tensor:

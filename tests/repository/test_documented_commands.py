@@ -57,6 +57,8 @@ RUN = {
 }  # fmt: skip
 PARSED = {  # program or module: why its arguments are parsed only
     "examples/pretrain_gpt.py": "trains for minutes: planned; a short run of it makes the runs that the others read",
+    "examples/finetune_gpt.py": "trains on files that are not in this repository: planned; tests/finetune runs it",
+    "tools/finetuned.py": "reads runs that were fine-tuned; tests/tools runs it",
     "examples/serve.py": "runs until a signal; tests/serve asks it",
     "tools/preflight.py": "measures machines; tests/processes/preflight runs it",
     "tools/parity.py": "walks for minutes; tests/parity runs it",
@@ -255,7 +257,7 @@ def program(words: list[str], run: bool, world_size: int = 0) -> str | None:
         return f"{name} is in no table of {Path(__file__).name}; give it a place"
     if not module and not (ROOT / name).is_file():
         return f"there is no {name}"
-    if name == "examples/pretrain_gpt.py":
+    if name in ("examples/pretrain_gpt.py", "examples/finetune_gpt.py"):
         return quietly(lambda: planned(arguments, world_size))
     target = name if module else str(ROOT / name)
     if name in RUN and run and "--help" not in arguments:

@@ -31,7 +31,7 @@ def test_everything_imported_is_required():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     runtime = distributions(project["dependencies"])
-    programs = runtime | distributions(extras["wandb"] + extras["hf"] + extras["serve"])
+    programs = runtime | distributions(extras["wandb"] + extras["hf"] + extras["serve"] + extras["finetune"])
     development = programs | distributions(extras["dev"] + extras["fuzz"])
     by_import = packages_distributions()
     for folders, allowed in (

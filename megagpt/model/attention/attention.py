@@ -77,9 +77,7 @@ class Attention(nn.Module):
         if stream.cache is None:
             k_BGTK, v_BGTK = kv_BTGXK.permute(3, 0, 2, 1, 4)
             runs = attention_runs(self.choice, self.position_name, self.dropout.active)
-            y_BHTK = IMPLEMENTATIONS[runs].attend(
-                self, q_BHTK, k_BGTK, v_BGTK, stream.sample_ids_B, stream.documents
-            )
+            y_BHTK = IMPLEMENTATIONS[runs].attend(self, q_BHTK, k_BGTK, v_BGTK, stream.sample_ids_B, stream.documents)
         else:
             y_BHTK = self._attend_cached(q_BHTK, kv_BTGXK, stream.cache)
         y_BTD = y_BHTK.transpose(1, 2).flatten(2)
