@@ -194,9 +194,16 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
             "to go on training, load one that a run saved"
         )
     settings, defaults = plain(config), plain(RunConfig())
+    was, now = state.config.get("finetune", {}).get("task"), config.finetune.task
+    if was != now:
+        raise UserError(
+            f"{folder} is of a run of finetune.task={was}, and this one is of {now}",
+            remedy=f"begin anew with its weights: --base {folder}" if now else "go on with examples/finetune_gpt.py",
+            keys=["finetune.task"],
+        )
     fixed = {f"model.{name}": value for name, value in settings["model"].items() if "dropout" not in name}
     if state.samples > 0:
-        fixed["train.seed"] = config.train.seed
+        fixed |= {"train.seed": config.train.seed, "finetune.pack": config.finetune.pack}
     if state.step > 0:
         fixed["optim.optimizer"] = config.optim.optimizer  # what it keeps of a weight
     for name, ours in fixed.items():

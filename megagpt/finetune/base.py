@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 from megagpt.checkpoint import folders
 from megagpt.checkpoint.state import read_state
+from megagpt.checkpoint.strict import Allowed, require_same_names
 from megagpt.cli import read_config
 from megagpt.config import DataConfig, ModelConfig
 from megagpt.data.tokenizers.kept import tokenizer_of_checkpoint
 from megagpt.data.tokenizers.tokenizer import UNBOUND, Bounds, Tokenizer, tokenizer_of_run
 from megagpt.inventory.layers import canonical
+from megagpt.inventory.parameter import AVERAGE, WEIGHT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,10 +69,8 @@ class _OfOurs(Base):
         return found, bounds_of(found, found.files[0].parent)
 
     def fill(self, engine: Engine, say: Callable[[str], None]) -> None:
-        from megagpt.checkpoint.load import find_whole, read_part  # these load torch
-        from megagpt.checkpoint.pieces import Reader
-        from megagpt.checkpoint.strict import Allowed, require_same_names
-        from megagpt.inventory.parameter import WEIGHT
+        from megagpt.checkpoint.load import find_whole, read_part  # loads torch
+        from megagpt.checkpoint.pieces import Reader  # likewise
 
         folder = find_whole(self._path, False, say, keys=[WEIGHT])
 
@@ -92,7 +92,7 @@ class _OfTransformers(Base):
         self.model, self._lazy = read_folder(path, lambda _: None)
 
     def tokenizer(self, given: DataConfig) -> tuple[Tokenizer | None, Bounds]:
-        from megagpt.hf.tokenizer_folder import bounds_of, find_tokenizer
+        from megagpt.hf.tokenizer_folder import bounds_of, find_tokenizer  # loads torch
 
         found = tokenizer_of_run(given) if given.tokenizer else find_tokenizer(self._path)[0]
         return found, bounds_of(found, self._path)
@@ -107,8 +107,7 @@ class _OfTransformers(Base):
 
 def _fill(engine: Engine, opened: Callable) -> None:
     """Write what is read of each parameter that the base has, and let an average begin with it."""
-    from megagpt.inventory.parameter import AVERAGE, WEIGHT  # these load torch
-    from megagpt.processes.agree import together
+    from megagpt.processes.agree import together  # loads torch
 
     masters = engine.masters
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megagpt.data.loader import Answers, MicroBatch, Rows
+from megagpt.data.loader import MicroBatch, Rows
+from megagpt.data.targets import Answers
 from megagpt.finetune.example import Example, Examples
 from megagpt.finetune.packing import Row
 

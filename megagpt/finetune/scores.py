@@ -14,33 +14,31 @@ import numpy as np
 
 from megagpt.errors import UserError
 
-# Libraries are imported where they compute: they take a second, and are of the extra.
-
 
 def _accuracy(right_N: np.ndarray, given_N: np.ndarray) -> float:
     return float(np.mean(right_N == given_N))
 
 
 def _f1(right_N: np.ndarray, given_N: np.ndarray) -> float:
-    from sklearn.metrics import f1_score
+    from sklearn.metrics import f1_score  # of the extra; takes a second
 
     return float(f1_score(right_N, given_N, zero_division=0.0))  # pyright: ignore[reportArgumentType]  # its stubs
 
 
 def _matthews(right_N: np.ndarray, given_N: np.ndarray) -> float:
-    from sklearn.metrics import matthews_corrcoef
+    from sklearn.metrics import matthews_corrcoef  # of the extra; takes a second
 
     return float(matthews_corrcoef(right_N, given_N))
 
 
 def _pearson(right_N: np.ndarray, given_N: np.ndarray) -> float:
-    from scipy.stats import pearsonr
+    from scipy.stats import pearsonr  # of the extra; takes a second
 
     return _defined(right_N, given_N, lambda: pearsonr(right_N, given_N).statistic)
 
 
 def _spearman(right_N: np.ndarray, given_N: np.ndarray) -> float:
-    from scipy.stats import spearmanr
+    from scipy.stats import spearmanr  # of the extra; takes a second
 
     return _defined(right_N, given_N, lambda: spearmanr(right_N, given_N).statistic)
 

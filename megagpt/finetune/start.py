@@ -6,6 +6,7 @@ The recipe beneath all settings is GPT-1's (Radford et al. 2018, section 4.1).
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,10 +25,10 @@ from megagpt.finetune.example import Examples
 from megagpt.finetune.glue import GLUE, Glue
 from megagpt.finetune.packing import rows_of_epochs
 from megagpt.finetune.scores import require_libraries
-from megagpt.finetune.task import Reading, Task
+from megagpt.finetune.task import Reading, Task, text_of
 from megagpt.inventory.layers import canonical
 from megagpt.optim.depth import require_parts
-from megagpt.train.pretrain import on_ranks, ranks_to_start, run_program
+from megagpt.train.pretrain import before_they_meet, on_ranks, ranks_to_start, run_program
 from megagpt.train.step.deepspeed.settings import types_not_taken
 
 DESCRIPTION = """Fine-tune a GPT: on completions, or as a classifier of GLUE's tasks, in any layout.
@@ -91,7 +92,7 @@ def _finetune(argv: Sequence[str]) -> None:
     n_ranks = ranks_to_start(config)
     for note in [] if n_ranks else types_not_taken(config):  # the ranks say it
         announce(note)
-    config, work = find_work(config, base)
+    config, work = before_they_meet(config, lambda: find_work(config, base))
     on_ranks(n_ranks, "megagpt.finetune.source", lambda source: source.train_on_examples(config, work))
 
 
@@ -123,6 +124,9 @@ def parse_finetune_config(argv: Sequence[str]) -> tuple[RunConfig, Base | None]:
     base = found[0] if found else None
     if base is not None:
         _require_same_model(config, base.model)
+    is_dynamic = config.model.position == "rotary" and config.model.rotary_scaling == "dynamic"
+    got, wanted = "model.rotary_scaling=dynamic", "turns by the length of a row, and a row holds texts of several"
+    require(not is_dynamic, got, wanted, "begin with a model of another scaling", "model.rotary_scaling")
     require(
         config.train.seq_len_start is None,
         "train.seq_len_start",
@@ -188,14 +192,14 @@ def _task(config: RunConfig, tokenizer: Tokenizer) -> Task:
 
 def _chat_template(config: RunConfig, tokenizer: Tokenizer) -> Render:
     """The template that is named, else the one beside the tokenizer.  Raises UserError where there is neither."""
-    from megagpt.serve.api_error import ApiError
-    from megagpt.serve.chat import ChatTemplate, template_beside  # needs the extra; pairs do without
+    if importlib.util.find_spec("jinja2") is None:
+        raise UserError("chat templates need jinja2; run: pip install 'megagpt[finetune]'")
+    from megagpt.serve.api_error import ApiError  # of serving, which needs the extra: pairs do without it
+    from megagpt.serve.chat import ChatTemplate, template_beside  # likewise
 
     path = config.finetune.chat_template
     found = template_beside(tokenizer.files)
     if path is not None:
-        from megagpt.finetune.task import text_of
-
         found = ChatTemplate(text_of(Path(path), "--finetune.chat-template")[0], found.specials if found else {})
     if found is None:
         remedy = "give one: --finetune.chat-template FILE"

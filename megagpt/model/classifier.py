@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.config.kernels import AUTO, Kernels
-from megagpt.data.loader import Answers
+from megagpt.data.targets import Answers
 from megagpt.model.dropout import Dropout, block_site
 from megagpt.parallel.axis import Axis
 from megagpt.parallel.parameter import Declared

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.config.kernels import AUTO, Kernels
-from megagpt.data.loader import Targets
+from megagpt.data.targets import Targets
 from megagpt.inventory import layers as inventory
 from megagpt.model.block import Block
 from megagpt.model.classifier import Classified, Classifier, answer_losses

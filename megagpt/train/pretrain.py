@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megagpt.checkpoint.folders import require_begun
 from megagpt.cli import parse_run_config
@@ -24,6 +24,8 @@ from megagpt.processes.launched import launched, n_processes, speaks
 from megagpt.processes.signals import follow_launcher
 from megagpt.streams import endure_streams, ready_streams
 from megagpt.train.step.deepspeed.settings import deepspeed_settings, types_not_taken
+
+T = TypeVar("T")
 
 
 def pretrain(argv: Sequence[str]) -> None:
@@ -64,6 +66,17 @@ def ranks_to_start(config: RunConfig) -> int:
     return needed if start_ranks else 0
 
 
+def before_they_meet(config: RunConfig, prepare: Callable[[], T]) -> T:
+    """prepare(), on every rank by itself; what goes wrong on one machine alone ends the ranks of all."""
+    try:
+        return prepare()
+    except UserError as error:
+        place = launched()
+        if place and not place.on_one_machine:  # the others may have what is missing here, and would wait
+            importlib.import_module("megagpt.train.loop").fail(config, error)  # needs torch to tell them
+        raise
+
+
 def on_ranks(n_ranks: int, module: str, run: Callable[[Any], None]) -> None:
     """Run run(module) here, or, unless n_ranks is 0, in that many processes of this machine; these end the program.
 
@@ -87,13 +100,7 @@ def _pretrain(argv: Sequence[str]) -> None:
     require_begun(config.checkpoint)
     for note in [] if n_ranks else types_not_taken(config):  # the ranks say it
         announce(note)
-    try:
-        config, data = with_text(config)
-    except UserError as error:
-        place = launched()
-        if place and not place.on_one_machine:  # the others may have what is missing here, and would wait
-            importlib.import_module("megagpt.train.loop").fail(config, error)  # needs torch to tell them
-        raise
+    config, data = before_they_meet(config, lambda: with_text(config))
     if n_processes() == 1:
         # Several ranks agree first on who speaks (train/loop.py): each machine may have its own copy.
         _ = data.datasets
