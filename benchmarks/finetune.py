@@ -142,7 +142,7 @@ def arm(
         assert result is not None
         return float(result["score"])
 
-    best = max(rates, key=lambda rate: score(rate, TRIAL))
+    best = max(rates, key=lambda rate: score(rate, TRIAL)) if len(rates) > 1 else rates[0]
     scores = [score(best, seed) for seed in range(1, n_seeds + 1)]
     spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
     return Arm(task, is_pretrained, best, scores, statistics.mean(scores), spread)
