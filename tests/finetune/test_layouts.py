@@ -23,6 +23,7 @@ from tests.finetune.examples import READING, write_glue
 from tests.parity.rank import pieces_of, start_engine
 from tests.parity.walk import Layout, merge, parity_config, spread_out
 
+pytestmark = pytest.mark.timeout(300)  # the first ranks wait for a fork server, on a busy machine for minutes
 STEPS = 4
 MODEL = ModelConfig(
     n_layers=3, d_model=32, n_heads=4, seq_len=48, vocab_size=257, n_classes=2,
