@@ -72,6 +72,12 @@ def export(
     """
     at = read_state(source)
     config = read_config(at.config, f"{source / NAME}")
+    if config.model.n_classes:
+        what, wanted = (
+            f"{source} is a classifier of {config.finetune.task}",
+            "which a language model's folder cannot hold",
+        )
+        raise UserError(what, wanted, "export the run that it was made from; its answers are in RUN/predictions")
     ours = None if without_tokenizer else _tokenizer(source, at, config.data, tokenizer)
     hf = {**hf_config(config.model, architecture), **special_ids(ours), "torch_dtype": "float32"}
     with new_folder(out) as folder:
