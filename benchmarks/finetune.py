@@ -34,6 +34,7 @@ VOCAB, SEQ_LEN = 2048, 64
 MODEL = ["--n-layers", "2", "--d-model", "96", "--n-heads", "4", "--seq-len", str(SEQ_LEN)]
 PRETRAIN = ["--lr", "3e-3", "--warmup-steps", "100", "--global-batch-size", "64", "--micro-batch-size", "64"]
 FINETUNE = ["--global-batch-size", "16", "--micro-batch-size", "16", "--log-interval", "50"]
+FINETUNE += [f"--model.dropout-{where}=0" for where in ("embedding", "attention", "residual")]  # little is learned
 EVERY = ["--eval-interval", "60", "--save-interval", "60"]
 TRIAL = 99  # the seed by which a rate is chosen
 LINES = 40  # of plain text in a document
