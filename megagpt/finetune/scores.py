@@ -34,13 +34,13 @@ def _matthews(right_N: np.ndarray, given_N: np.ndarray) -> float:
 def _pearson(right_N: np.ndarray, given_N: np.ndarray) -> float:
     from scipy.stats import pearsonr  # of the extra; takes a second
 
-    return _defined(right_N, given_N, lambda: pearsonr(right_N, given_N).statistic)
+    return _defined(right_N, given_N, lambda: pearsonr(right_N, given_N)[0])
 
 
 def _spearman(right_N: np.ndarray, given_N: np.ndarray) -> float:
     from scipy.stats import spearmanr  # of the extra; takes a second
 
-    return _defined(right_N, given_N, lambda: spearmanr(right_N, given_N).statistic)
+    return _defined(right_N, given_N, lambda: spearmanr(right_N, given_N)[0])
 
 
 FIGURES: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {

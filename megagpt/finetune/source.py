@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -100,7 +100,7 @@ class ExampleSource(Source):
         return Validation(loss, figures=figures, score=score)
 
     def _write(
-        self, run: Run, engine: Engine, step: int, score: float, figures: dict[str, float], scores_NC: np.ndarray
+        self, run: Run, engine: Engine, step: int, score: float, figures: Mapping[str, float], scores_NC: np.ndarray
     ) -> None:
         """Predictions of the best step so far, and then its result."""
         tested = _evaluated(run, engine, self._tests)[1] if self._tests else None
