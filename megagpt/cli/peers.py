@@ -192,7 +192,7 @@ BY_ITSELF = {
         align-grad-reduce delay-grad-reduce clone-scatter-output-in-embedding torch-fsdp2-reshard-after-forward
         use-sharp symmetric-ar-type num-distributed-optimizer-instances high-priority-stream-groups
         sync-tp-duplicated-parameters batch-p2p-communication""",
-    "there is one implementation": "use-mcore-models use-legacy-models transformer-impl spec task model-type",
+    "there is one implementation": "use-mcore-models use-legacy-models transformer-impl spec model-type",
     "the same on every layout anyway": """
         deterministic-mode full-determinism calculate-per-token-loss te-rng-tracker data-parallel-random-init""",
     "blocks are recomputed one by one with --recompute": """
@@ -246,7 +246,7 @@ ABSENT = {
         train-weighted-split-paths per-split-data-args-path data-args-path validation-split-percentage
         *-data-weights""",
     "tools/preprocess_data.py makes a dataset of text, --data-path reads it": """
-        train-file validation-file dataset dataset-name dataset-config-name dataset-text-field text-column
+        validation-file dataset dataset-name dataset-config-name dataset-text-field text-column
         mock-data dataset-path""",
     "tools/checkpoint.py import reads a folder of transformers, --load trains on from it": """
         model-name-or-path model-name pretrained-checkpoint pretrained-model-name-or-path config-name""",
@@ -255,7 +255,7 @@ ABSENT = {
         override-ckpt-*""",
     "--config RUN/config.yaml takes the settings of a run": "use-checkpoint-args use-mp-args-from-checkpoint-args",
     "--train-steps ends a run: tokens of the data / (global batch x context) are one epoch": """
-        num-train-epochs train-epochs epochs num-epochs max-epochs""",
+        num-train-epochs train-epochs num-epochs max-epochs""",
     "the number of steps is fixed: --train-steps, with --optim.decay-steps where the schedule is longer": """
         exit-interval start-eval-at-iter skip-train eval-delay""",
     "examples/evaluate.py reads a whole split": """

@@ -12,7 +12,7 @@ from megagpt.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """The task of examples/finetune_gpt.py, the weights that it begins with, its files, and what learns how fast."""
+    """Of examples/finetune_gpt.py: the task, what it begins with, its files, what learns how fast."""
 
     task: Short[
         Literal["completion", "CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI", "QNLI", "RTE", "WNLI"] | None

@@ -309,7 +309,8 @@ def test_every_setting_names_file_and_key(key, tmp_path):
 
 
 ANY_TEXT = {"cache_dir", "tokenizer_model", "vocab_file", "merge_file", "save", "load"}
-ANY_TEXT |= {"deepspeed_config", "wandb_project", "data_path", "sample_prompts"}
+ANY_TEXT |= {"deepspeed_config", "wandb_project", "data_path", "sample_prompts", "chat_template", "frozen"}
+ANY_TEXT |= {"base", "train_file", "valid_file", "test_file"}
 
 
 @pytest.mark.parametrize("key", [key for key in dotted_keys() if key.split(".")[1] not in ANY_TEXT])

@@ -165,5 +165,5 @@ NEAR = {"--tpp": "--tp", "--model.n-layer": "--model.n-layers", "--save-interal"
 def test_a_hint_is_right_or_there_is_none():
     known = [flag for flags in all_flags().values() for flag in flags]
     assert {name: nearest(name, known) for name in NEAR} == NEAR
-    for name in ("--out", "--beta3", "--dp", "--val-batch-size", "--epoch", "--log-dir", "--size", "--pt", "--name"):
+    for name in ("--out", "--beta3", "--dp", "--val-batch-size", "--log-dir", "--size", "--pt", "--name"):
         assert nearest(name, known) is None, name

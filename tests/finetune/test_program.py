@@ -20,9 +20,9 @@ from megagpt.finetune.start import find_work, parse_finetune_config
 from megagpt.hf import hf_config
 from megagpt.inventory.layers import canonical
 from megagpt.inventory.parameter import WEIGHT
-from megagpt.parallel.parameter import drawn
 from tests.finetune.examples import write_glue, write_lines, write_pairs
 from tests.finetune.rank import run_program
+from tests.logical import drawn
 
 pytestmark = pytest.mark.timeout(300)
 
