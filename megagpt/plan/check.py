@@ -1,6 +1,6 @@
 """Predicted against measured: errors, ranks, failures; and the constants, fitted on half of the rows. No torch.
 
-A row's half follows from its model, layout, and engine, so that what was measured twice is on one side.
+A row's half follows from its GPU, the sizes of its model and of its layout: what was measured twice is on one side.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ TIME_CONSTANTS = tuple(
 )  # fmt: skip
 _SHARES = {"matrix", "flash", "memory", "fp8", "nvlink", "network", "tp_hidden", "dp_hidden", "misaligned"}
 _PRIOR = 0.7  # a constant's log is held to where it began, as a row with this error would hold it
-_PER_SOURCE = 100  # rows of a source that a fit looks at
+_BEGIN = {"b200": "h100"}  # types of few rows begin with what another has
+_NOISE = 0.02  # by which two runs of one layout differ
+_PER_SOURCE = 70  # rows of a source that a fit looks at
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class Errors:
 
 def is_seen(row: Row) -> bool:
     """Whether the fit may look at it."""
-    job = row.job
-    words = f"{job.model} {job.layout} {job.engine} {job.machine.name}"
+    model, layout = row.job.model, row.job.layout
+    sizes = (model.d_model, model.n_layers, model.seq_len, layout.gpus, layout.tp, layout.pp, layout.cp)
+    words = f"{row.job.machine.name} {sizes} {layout.micro_batch} {layout.global_batch} {layout.zero}"
     return zlib.crc32(words.encode()) % 2 == 0
 
 
@@ -71,17 +74,25 @@ def memory_ratios(rows: Iterable[Row]) -> list[float]:
     return [footprint(row.job).total / 2**30 / row.memory_gib for row in rows if row.memory_gib]
 
 
-def kendall_tau(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """Rank correlation: pairs in the same order less pairs in the other, over all (Kendall 1938, tau-b with ties)."""
+def kendall_tau(predicted: Sequence[float], measured: Sequence[float], tie: float = 0.0) -> float:
+    """Rank correlation: pairs in the same order less pairs in the other, over all (Kendall 1938, tau-b with ties).
+
+    tie: share by which two measured values must differ to be in an order.
+    """
     x, y = np.array(predicted), np.array(measured)
     above = np.triu_indices(len(x), 1)
-    dx, dy = np.sign(x[:, None] - x)[above], np.sign(y[:, None] - y)[above]
+    dx, dy = np.sign(x[:, None] - x)[above], (y[:, None] - y)[above]
+    dy = np.where(np.abs(dy) > tie * np.maximum(y[:, None], y)[above], np.sign(dy), 0)
+    dx = np.where(dy == 0, 0, dx) if tie else dx
     pairs = math.sqrt(float(np.sum(dx != 0)) * float(np.sum(dy != 0)))
     return float(np.sum(dx * dy)) / pairs if pairs else math.nan
 
 
 def sweep_taus(rows: Sequence[Row], at_least: int = 5) -> dict[str, float]:
-    """Rank correlation of tokens per second and GPU, within each sweep of at least so many rows."""
+    """Rank correlation of tokens per second and GPU, within each sweep of at least so many rows.
+
+    Pairs that were measured within `_NOISE` of each other have no order: runs that were repeated differ by as much.
+    """
     sweeps: dict[str, list[Row]] = {}
     for row in rows:
         sweeps.setdefault(row.sweep, []).append(row)
@@ -89,7 +100,8 @@ def sweep_taus(rows: Sequence[Row], at_least: int = 5) -> dict[str, float]:
     for name, members in sweeps.items():
         if len(members) >= at_least:
             predicted = [_rate(row, step_time(row.job).seconds) for row in members]
-            found[name] = kendall_tau(predicted, [_rate(row, row.step_s or math.nan) for row in members])
+            measured = [_rate(row, row.step_s or math.nan) for row in members]
+            found[name] = kendall_tau(predicted, measured, _NOISE)
     return {name: tau for name, tau in found.items() if not math.isnan(tau)}
 
 
@@ -134,7 +146,7 @@ def fit(rows: Sequence[Row], say: Callable[[str], None]) -> dict[str, Constants]
     found = {}
     for name in dict.fromkeys(row.job.machine.constants_name for row in rows):
         ours = [row for row in rows if row.job.machine.constants_name == name and is_seen(row)]
-        start = next(row.job.machine.constants for row in ours) if ours else Constants()
+        start = found.get(_BEGIN.get(name, ""), Constants())
         with_time = _sampled(timed(ours))
         fitted = _least_squares(start, TIME_CONSTANTS, with_time, _log_time, say) if with_time else start
         with_memory = [row for row in ours if row.memory_gib and row.failed is not None]
@@ -172,10 +184,10 @@ def _least_squares(
     rows: Sequence[Row],
     log_ratio: Callable[[Row], float],
     say: Callable[[str], None],
-    rounds: int = 12,
+    rounds: int = 20,
 ) -> Constants:
     """Levenberg-Marquardt over the constants' logs."""
-    prior = np.log([getattr(Constants(), name) for name in names])
+    prior = np.log([getattr(start, name) for name in names])
     counts = {row.source: sum(r.source == row.source for r in rows) for row in rows}
     weights = np.array([counts[row.source] ** -0.25 for row in rows])
 
@@ -203,7 +215,7 @@ def _least_squares(
         gained = now @ now - there @ there
         logs, now, damping = tried, there, damping / 3
         say(f"  {names[0]}…: {now @ now:.4f}")
-        if gained < 1e-4 * (now @ now):
+        if gained < 1e-3 * (now @ now):
             break
     return _with(start, names, logs)
 
@@ -213,8 +225,10 @@ def _with(start: Constants, names: Sequence[str], logs: np.ndarray) -> Constants
 
 
 def _bounded(names: Sequence[str], logs: np.ndarray) -> np.ndarray:
-    """Shares are at most 1."""
-    return np.array([min(log, 0.0) if name in _SHARES else log for name, log in zip(names, logs, strict=True)])
+    """Shares are at most 1; a copy is known to reach more than 0.6 of the bandwidth."""
+    low = [math.log(0.6) if name == "memory" else -math.inf for name in names]
+    high = [0.0 if name in _SHARES else math.inf for name in names]
+    return np.clip(logs, low, high)
 
 
 def _usable(constants: Constants, rows: Sequence[Row]) -> Constants:

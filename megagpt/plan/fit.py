@@ -52,7 +52,8 @@ def _shares_kv_heads(model: ModelConfig, tp: int) -> bool:
     return model.kv_heads % tp == 0 or tp % model.kv_heads == 0
 
 
-def _fits_tp(model: ModelConfig, tp: int) -> bool:
+def shares_model(model: ModelConfig, tp: int) -> bool:
+    """Whether tp ranks can share every layer."""
     try:
         _check_tp(model, tp)
     except UserError:
@@ -146,7 +147,7 @@ def _other_layouts(config: RunConfig, world_size: int) -> str:
     fitting = [
         (tp, pp)
         for tp in divisors(world_size)
-        if _fits_tp(model, tp)
+        if shares_model(model, tp)
         for pp in divisors(world_size // tp)
         if pp <= model.n_layers
     ]

@@ -43,8 +43,18 @@ def footprint(job: Job) -> Footprint:
 
 
 def fits(job: Job) -> bool:
-    """Whether the fullest rank has room: allocators leave some of a device unused."""
-    return footprint(job).total <= job.machine.memory_bytes * job.machine.constants.usable
+    """Whether no stage is empty, and the fullest rank has room: allocators leave some of a device unused.
+
+    The last two stages may be without blocks: they hold the head and the loss.
+    """
+    if min(job.stage_blocks[:-2], default=1) == 0:
+        return False
+    return fullest_bytes(job) <= job.machine.memory_bytes * job.machine.constants.usable
+
+
+def fullest_bytes(job: Job) -> float:
+    """Bytes of the fullest rank: the first, which has most micro-batches in flight, or the last, which has the logits."""
+    return max(sum(_rank(job, rank).values()) for rank in {0, job.layout.pp - 1})
 
 
 def _rank(job: Job, rank: int) -> dict[str, float]:
@@ -104,7 +114,7 @@ def block_bytes(job: Job) -> float:
     if engine.dropout:
         stream += model.d_model  # two masks of a byte each, as 16-bit numbers
     numbers = stream / (layout.tp if layout.sequence_parallel else 1) + local
-    if engine.async_tp and layout.sequence_parallel:
+    if engine.async_tp and layout.sequence_parallel and layout.pp == 1:  # with a pipeline they were not seen
         numbers += 2 * model.d_model * (1 - 1 / layout.tp)  # the gathered inputs of both column-parallel matrices
     total = job.tokens * WIDTH * numbers
     if not engine.flash and layout.recompute == "none":

@@ -54,8 +54,9 @@ class Engine:
     flash: attention keeps no scores.  fp8: matrix products of blocks in 8 bits.  grad_bytes: of a gradient that is
     kept and reduced.  overlap_tp, overlap_grads, overlap_params, overlap_p2p: runs that communication beside work.
     async_tp: issues the tensor axis's collectives as asynchronous calls from autograd functions.
-    scatter_p2p: sends a pipeline's activations once over the tensor axis.  even_blocks: stages have equally many blocks;
-    otherwise equal work.  dropout: keeps its masks.  compiled: elementwise chains and launches are fused by a compiler.
+    scatter_p2p: sends a pipeline's activations once over the tensor axis.  stages: have equally many blocks (even), equal
+    work (work), or as many as pass their share of all work, the block that passes it included (passing).  dropout: keeps its masks.  fused: elementwise chains are one kernel each.  fused_wgrad: the
+    product that makes a weight's gradient adds it up.  gathers: pieces of a block that ZeRO-3 gathers one by one.
     """
 
     flash: bool = True
@@ -67,9 +68,11 @@ class Engine:
     overlap_p2p: bool = False
     async_tp: bool = False
     scatter_p2p: bool = False
-    even_blocks: bool = True
+    stages: Literal["even", "work", "passing"] = "even"
     dropout: bool = False
-    compiled: bool = False
+    fused: bool = True
+    fused_wgrad: bool = False
+    gathers: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,31 @@ class Job:
     @cached_property
     def stage_blocks(self) -> tuple[int, ...]:
         """Blocks of each stage, the virtual ones of all ranks in their order."""
-        listed, n_stages = layers_of(self.model), self.layout.pp * self.layout.virtual
-        if self.engine.even_blocks:
-            whole, more = divmod(self.model.n_layers, n_stages)
-            return tuple(whole + (stage < more) for stage in range(n_stages))
-        weights = [layer.flops_per_token for layer in listed[1:-1]]
-        return tuple(balance(weights, n_stages, 0, listed[-1].flops_per_token))
+        return _blocks(self.model, self.layout.pp * self.layout.virtual, self.engine.stages)
+
+
+@cache
+def _blocks(model: ModelConfig, n_stages: int, rule: str) -> tuple[int, ...]:
+    """Blocks of each stage by a rule of `Engine.stages`."""
+    if rule == "passing":
+        return _passing(model, n_stages)
+    if rule == "work":
+        listed = layers_of(model)
+        return tuple(balance([layer.flops_per_token for layer in listed[1:-1]], n_stages, 0, listed[-1].flops_per_token))
+    whole, more = divmod(model.n_layers, n_stages)
+    return tuple(whole + (stage < more) for stage in range(n_stages))
+
+
+def _passing(model: ModelConfig, n_stages: int) -> tuple[int, ...]:
+    """nanotron's rule (models/base.py, build_model): costs are the elements of the blocks' and the head's matrices."""
+    costs = [sum(p.size for p in layer.parameters.values() if p.kind == "map") for layer in layers_of(model)[1:-1]]
+    whole, counts, stage, passed = sum(costs) + model.vocab * model.d_model, [0] * n_stages, 0, 0
+    for cost in costs:
+        counts[stage] += 1
+        passed += cost
+        if passed > whole * (stage + 1) / n_stages and stage < n_stages - 1:
+            stage += 1
+    return tuple(counts)
 
 
 @cache

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from megagpt.config import ModelConfig
-from megagpt.plan.job import Job, layers_of, vocab_rows
+from megagpt.plan.job import Job, layers_of, local_params, vocab_rows
 from megagpt.plan.machine import Machine
 from megagpt.plan.network import all_reduce_s, axis_groups, gather_s
 
@@ -62,7 +62,7 @@ def block_times(job: Job) -> tuple[Times, Times]:
     context = _context(job, attention)
     host = _host_s(job)
     ahead = _waiting(Times(forward, attention, memory, tensor, context), host)
-    back = Times(backward, attention_back, memory_back, tensor_back, 2 * context)
+    back = Times(backward, attention_back, memory_back + _accumulation(job), tensor_back, 2 * context)
     recompute = job.layout.recompute
     if recompute == "selective" and not job.engine.flash:
         back += Times(attention=attention)
@@ -76,7 +76,8 @@ def head_times(job: Job) -> tuple[Times, Times]:
     rows = vocab_rows(model, job.layout.tp)
     product = matmul_s(m, rows, model.d_model, job.machine)
     back = matmul_s(m, model.d_model, rows, job.machine) + matmul_s(rows, model.d_model, m, job.machine)
-    passes = m * rows * 16 * job.machine.constants.traffic / _reached(job.machine)
+    traffic = 1.0 if job.engine.fused else job.machine.constants.traffic
+    passes = m * rows * 10 * traffic / _reached(job.machine)
     return Times(matrix=product, memory=passes), Times(matrix=back, memory=passes)
 
 
@@ -149,9 +150,17 @@ def _elementwise(job: Job) -> tuple[float, float]:
     local = (5 if model.gated else 2) * F
     local += 2 * (inner + shared) if engine.flash else 2 * (2 * inner + 2 * shared)  # rotary, or transposes
     numbers = stream / (tp if job.layout.sequence_parallel else 1) + local
-    traffic = 1.0 if engine.compiled else job.machine.constants.traffic
+    traffic = 1.0 if engine.fused else job.machine.constants.traffic
     forward = job.tokens * numbers * WIDTH * traffic / _reached(job.machine)
     return forward, 2 * forward
+
+
+def _accumulation(job: Job) -> float:
+    """A block's gradients, added to those of the micro-batches before."""
+    if job.engine.fused_wgrad or job.layout.micro_batches == 1:
+        return 0.0
+    size = local_params(job.model, job.layout.tp)[1] * (WIDTH + job.engine.grad_bytes)
+    return size * job.machine.constants.accumulate / _reached(job.machine)
 
 
 def _tensor(job: Job, beside: float) -> float:

@@ -25,7 +25,8 @@ class Constants:
     matrix, flash, memory: share of the peak FLOP rate that large matrix products and flash attention reach, and of the
     memory bandwidth that elementwise kernels do.  fp8: the matrix share's factor where the peak is that of 8 bits.
     half_depth: the inner dim at which a matrix product reaches half its rate.  misaligned: factor of the rate where a
-    dim is no multiple of 64.  traffic: bytes that elementwise kernels move, over those that must move.
+    dim is no multiple of 64.  traffic: bytes that unfused elementwise kernels move, over what fused ones do.
+    accumulate: passes over its bytes that a micro-batch's gradient takes where no kernel adds it up on the way.
     nvlink, network: share of a link's bandwidth that collectives reach.  nvlink_us, network_us: a step of a ring.
     p2p_us: a hand-over between pipeline stages.
     host_us: what the host takes to launch the kernels of one pass through a block.  async_host_us: the same for the
@@ -43,7 +44,8 @@ class Constants:
     fp8: float = 0.75
     half_depth: float = 200.0
     misaligned: float = 0.8
-    traffic: float = 1.3
+    traffic: float = 3.0
+    accumulate: float = 2.0
     nvlink: float = 0.75
     network: float = 0.7
     nvlink_us: float = 4.0

@@ -138,6 +138,15 @@ def pipeline_s(schedule: ScheduleName, pp: int, virtual: int, micro_batches: int
     return end + max(0, micro_batches - rounds) * slowest_rank_s(pp, durations)
 
 
+def estimated_s(schedule: ScheduleName, pp: int, virtual: int, micro_batches: int, durations: Durations) -> float:
+    """The same by formula: the slowest rank's work, and (pp - 1) / virtual micro-batches of the others' before and after
+    it (Narayanan et al. 2021, section 2.2); with zero bubble a third of them.
+    """
+    mean = (sum(durations.forward) + sum(durations.backward)) / pp + 2 * durations.send
+    waits = (pp - 1) / virtual / (3 if schedule == "zero_bubble" else 1)
+    return micro_batches * slowest_rank_s(pp, durations) + waits * mean
+
+
 def slowest_rank_s(pp: int, durations: Durations) -> float:
     """Work of a micro-batch on the rank that has most of it."""
     n_stages = len(durations.forward)

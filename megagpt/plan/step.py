@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megagpt.plan.job import Job, local_params, step_flops, vocab_rows
 from megagpt.plan.kernels import KINDS, WIDTH, Times, block_times, head_times, smooth_max
 from megagpt.plan.network import all_reduce_s, axis_groups, gather_s, send_s
-from megagpt.plan.pipeline import Durations, pipeline_s
+from megagpt.plan.pipeline import Durations, estimated_s, pipeline_s
 
 STEP_KINDS = (*KINDS, "pipeline", "bubble", "data", "optimizer", "other")
 ADAM_BYTES = 34  # a parameter's way through Adam: gradient, master, two moments read; three written, and 16 bits
@@ -31,22 +31,21 @@ class Step:
         return self.flops / self.seconds / gpus / 1e12
 
 
-def step_time(job: Job) -> Step:
-    """Seconds of a step of this job, and what they go into."""
+def step_time(job: Job, simulated: bool = True) -> Step:
+    """Seconds of a step of this job, and what they go into. simulated: its pipeline, rather than estimated."""
     layout, machine = job.layout, job.machine
     forward, backward = stage_times(job)
     ahead, back = [t.total for t in forward], [t.total for t in backward]
     sharded, hidden = _sharded(job, ahead, back)
-    send = _send_s(job)
-    split = [b / 2 if layout.recompute != "full" else b / 3 for b in back]
-    durations = Durations(ahead, back, split, send, job.engine.overlap_p2p)
+    durations = _durations(job, ahead, back)
     m, pp, v = layout.micro_batches, layout.pp, layout.virtual
-    pipe = pipeline_s(layout.schedule, pp, v, m, durations) if pp > 1 else m * (ahead[0] + back[0])
+    taken = pipeline_s if simulated else estimated_s
+    pipe = taken(layout.schedule, pp, v, m, durations) if pp > 1 else m * (ahead[0] + back[0])
     busiest = max(range(pp), key=lambda rank: sum(ahead[rank::pp]) + sum(back[rank::pp]))
     work = Times()
     for stage in range(busiest, pp * v, pp):
         work += (forward[stage] + backward[stage]) * m
-    handed = 0.0 if job.engine.overlap_p2p or pp == 1 else m * v * 2 * send
+    handed = 0.0 if job.engine.overlap_p2p or pp == 1 else m * v * 2 * durations.send
     data, hidden_data = _data(job, max(back), max(ahead))
     kinds = {kind: getattr(work, kind) for kind in KINDS}
     kinds["pipeline"] = min(handed, max(0.0, pipe - work.total))
@@ -67,6 +66,18 @@ def stage_times(job: Job) -> tuple[list[Times], list[Times]]:
     forward[-1] += head
     backward[-1] += head_back
     return forward, backward
+
+
+def pipeline_durations(job: Job) -> Durations:
+    """What the tasks of a pipeline take."""
+    forward, backward = stage_times(job)
+    return _durations(job, [t.total for t in forward], [t.total for t in backward])
+
+
+def _durations(job: Job, ahead: list[float], back: list[float]) -> Durations:
+    """A third or half of a backward pass makes the gradients of weights."""
+    share = 1 / 3 if job.layout.recompute == "full" else 1 / 2
+    return Durations(ahead, back, [share * b for b in back], _send_s(job), job.engine.overlap_p2p)
 
 
 def _send_s(job: Job) -> float:
@@ -93,8 +104,9 @@ def _sharded(job: Job, ahead: list[float], back: list[float]) -> tuple[float, fl
     if layout.zero < 3:
         return 0.0, 0.0
     groups, params = axis_groups(layout, machine), rank_params(job)
-    gather = gather_s(params * WIDTH, groups["shard"], machine)
-    scatter = gather_s(params * job.engine.grad_bytes, groups["shard"], machine)
+    pieces = job.engine.gathers * sum(job.stage_blocks) // layout.pp
+    gather = pieces * gather_s(params * WIDTH / pieces, groups["shard"], machine)
+    scatter = pieces * gather_s(params * job.engine.grad_bytes / pieces, groups["shard"], machine)
     if layout.shards < layout.dp * layout.cp:  # copies of the shards: their gradients are summed over nodes
         scatter += all_reduce_s(params * job.engine.grad_bytes / layout.shards, groups["data"], machine)
     work, work_back = max(ahead), max(back)

@@ -5,31 +5,34 @@ Features only: no rate and no factor stands here. Where a source does not say, w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megagpt.plan.job import Engine, Layout
 
 # Megatron-LM 2021 (Narayanan et al. 2021, section 4): fused softmax, scores kept, dropout, gradients reduced after the
 # backward pass in the weights' 16 bits, sends cut over the tensor axis (section 4.1).
-MEGATRON_2021 = Engine(flash=False, grad_bytes=2, scatter_p2p=True, dropout=True)
-# Megatron-DeepSpeed: the same kernels; bf16 accumulates in 32 bits (BLOOM's chronicles, "BF16Optimizer").
-MEGATRON_DEEPSPEED = Engine(flash=False, grad_bytes=2, scatter_p2p=False, dropout=True)
+MEGATRON_2021 = Engine(flash=False, grad_bytes=2, scatter_p2p=True, dropout=True, fused_wgrad=True)
+# Megatron-DeepSpeed: the same kernels, DeepSpeed's pipeline, ZeRO-3 by parameters; gradients are added up by autograd,
+# bf16's in 32 bits (BLOOM's chronicles, "BF16Optimizer").
+MEGATRON_DEEPSPEED = Engine(flash=False, grad_bytes=2, scatter_p2p=False, dropout=True, gathers=12)
 # NeMo with Transformer Engine: userbuffers hide the tensor axis, the distributed optimizer overlaps both directions.
 NEMO = Engine(
-    overlap_tp=True, overlap_grads=True, overlap_params=True, overlap_p2p=True, scatter_p2p=True, grad_bytes=2
-)
-# Composer and FSDP: flash attention (llm-foundry attn_impl), gathers run ahead, gradients in 16 bits.
-FSDP = Engine(grad_bytes=2, overlap_grads=True, overlap_params=True)
+    overlap_tp=True, overlap_grads=True, overlap_params=True, overlap_p2p=True, scatter_p2p=True, grad_bytes=2,
+    fused_wgrad=True,
+)  # fmt: skip
+# The same in the launcher's 23.08: no flash attention yet (use_flash_attention is not set), dropout as GPT-3's configs.
+NEMO_2023 = replace(NEMO, flash=False, dropout=True)
+# Composer and FSDP: flash attention (llm-foundry attn_impl), norms and activations as PyTorch's eager kernels under
+# autocast, gathers run ahead, gradients in 16 bits.
+FSDP = Engine(grad_bytes=2, overlap_grads=True, overlap_params=True, fused=False)
 # torchtitan, fms-fsdp: FSDP with torch.compile.
-FSDP_COMPILED = Engine(grad_bytes=4, overlap_grads=True, overlap_params=True, compiled=True)
+FSDP_COMPILED = Engine(grad_bytes=4, overlap_grads=True, overlap_params=True)
 # MaxText and PaxML: XLA compiles the whole step.
-XLA = Engine(grad_bytes=4, overlap_grads=True, overlap_params=True, overlap_tp=True, compiled=True)
+XLA = Engine(grad_bytes=4, overlap_grads=True, overlap_params=True, overlap_tp=True)
 # nanotron scripts/scaling_benchmarks.py: REDUCE_SCATTER mode with tp_linear_async_communication, gradients accumulated
-# and reduced in 32 bits from hooks, stages of equal work (get_block_compute_costs).
-NANOTRON = Engine(overlap_tp=True, overlap_grads=True, async_tp=True, even_blocks=False)
-# Hugging Face's own trainer in the FlashAttention figures: eager, scores kept.
-EAGER = Engine(flash=False, grad_bytes=2, dropout=True, overlap_grads=True)
+# and reduced in 32 bits from hooks, stages by cumulative cost (get_block_compute_costs).
+NANOTRON = Engine(overlap_tp=True, overlap_grads=True, async_tp=True, stages="passing", fused=False)
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,13 @@ def source_of(words: str) -> Source | None:
 
 
 __all__ = [
-    "EAGER",
     "FSDP",
     "FSDP_COMPILED",
     "MEGATRON_2021",
     "MEGATRON_DEEPSPEED",
     "NANOTRON",
     "NEMO",
+    "NEMO_2023",
     "SURVEY",
     "XLA",
     "Layout",

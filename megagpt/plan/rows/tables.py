@@ -25,7 +25,7 @@ from megagpt.errors import UserError
 from megagpt.plan.job import Engine, Job, Layout, step_flops
 from megagpt.plan.machine import machine
 from megagpt.plan.rows.row import Row, Skipped
-from megagpt.plan.rows.sources import FSDP_COMPILED, MEGATRON_DEEPSPEED, NANOTRON, NEMO, XLA, source_of
+from megagpt.plan.rows.sources import FSDP_COMPILED, MEGATRON_2021, MEGATRON_DEEPSPEED, NANOTRON, NEMO, NEMO_2023, XLA, source_of
 
 Record = dict[str, str]
 Read = Iterator[Row | Skipped]
@@ -117,12 +117,13 @@ def _survey_row(r: Record) -> Row | Skipped:
     per_chunk = int(_after(note, "layers/virtual stage=") or 0)
     if per_chunk:
         virtual = max(1, L // pp // per_chunk)
-    if L % (pp * virtual):
-        virtual = 1
+    virtual = virtual if L >= pp * virtual else 1
     dp = max(1, gpus // (tp * pp * cp))
     batch = int(_number(r["global_batch"]))
-    micro = int(_number(r["micro_batch"])) or max(1, min(2, batch // dp))
     zero = int(_number(r["zero_stage"]))
+    micro = int(_number(r["micro_batch"])) or (1 if pp > 1 else min(16, max(1, batch // dp)))
+    if source.label == "torchtitan" and pp > 1:  # its table gives what a data parallel rank takes a step
+        micro, virtual = max(1, batch // dp // (2 * pp)), 2 if "Interleaved" in note else 1
     layout = Layout(
         gpus=gpus, tp=tp, pp=pp, cp=cp, dp=dp, virtual=virtual, zero=zero, micro_batch=micro, global_batch=batch,
         recompute="full" if recompute.startswith("full") else "selective" if "selective" in recompute else "none",
@@ -132,6 +133,10 @@ def _survey_row(r: Record) -> Row | Skipped:
     engine = source.engine
     if "fp8" in r["precision"]:
         engine = replace(engine, fp8=True)
+    if re.search("async ?tp", note, re.IGNORECASE):
+        engine = replace(engine, overlap_tp=True)
+    if "ZeRO-3 (no model parallel)" in r["sharding"]:
+        engine = MEGATRON_DEEPSPEED
     if "fp32 grad" in r["precision"]:
         engine = replace(engine, grad_bytes=4)
     if "HF" in r["model"] or "Huggingface" in r["model"] or "Megatron-LM]" in r["model"]:
@@ -200,9 +205,6 @@ def _nanotron(records: list[Record]) -> Read:
     for r in records:
         gpus, tp, pp, dp, m, micro = (int(r[k]) for k in ("gpus", "tp", "pp", "dp", "grad_accum", "micro_batch"))
         model = shape(f"nanotron-{r['model']}", 4096)
-        if pp > model.n_layers:
-            yield Skipped("nanotron sweep", "more stages than blocks")
-            continue
         layout = Layout(
             gpus=gpus, tp=tp, pp=pp, dp=dp, zero=int(r["zero"]), micro_batch=micro, global_batch=dp * m * micro,
             sequence_parallel=tp > 1,
@@ -238,7 +240,7 @@ def _vtrain(records: list[Record]) -> Read:
             gpus=gpus, tp=tp, pp=pp, dp=dp, micro_batch=micro, global_batch=batch, recompute="full"
         )  # fmt: skip
         label = "vTrain, a node" if gpus <= 8 else "vTrain, 64-512 GPUs"
-        job = Job(model, layout, MEGATRON_DEEPSPEED, machine("a100-80g", "infiniband-hdr-4"))
+        job = Job(model, layout, MEGATRON_2021, machine("a100-80g", "infiniband-hdr-4"))
         name = f"{width} x {n_layers} {_words(layout)}"
         sweep = f"{label}, {width} x {n_layers}" + (f", {gpus} GPUs" if gpus <= 8 else "")
         yield Row(label, sweep, name, job, float(r["iteration time (ms)"]) / 1e3)
@@ -262,8 +264,7 @@ def _recipes(records: list[Record]) -> Read:
             pp = 1
         if tp * pp * cp > gpus:  # proxies: pp of the whole model
             pp = max(1, gpus // (tp * cp))
-        if model.n_layers % (pp * virtual):
-            virtual = _whole_virtual(model.n_layers, pp, virtual)
+        virtual = virtual if model.n_layers >= pp * virtual else 1
         layout = Layout(
             gpus=gpus, tp=tp, pp=pp, cp=cp, dp=max(1, gpus // (tp * pp * cp)), virtual=virtual, micro_batch=micro,
             zero=3 if xla else 1, shard=int(_number(r["fsdp"])), global_batch=int(r["global_batch"]),
@@ -284,11 +285,6 @@ def _recipe_model(title: str) -> str | None:
     return next((f"{name}-{size[1]}b" for word, name in families if word in title), None)
 
 
-def _whole_virtual(n_layers: int, pp: int, virtual: int) -> int:
-    """The table's virtual stages where blocks divide evenly; NVIDIA's 126 blocks over 8 x 8 have uneven ones."""
-    return virtual if n_layers >= pp * virtual else 1
-
-
 def _launcher(records: list[Record]) -> Read:
     """NeMo-Framework-Launcher conf/training/gpt3: 5b TP 1, micro-batch 4; 175b TP 8 PP 8 at that tag, selective."""
     for r in records:
@@ -300,7 +296,7 @@ def _launcher(records: list[Record]) -> Read:
             global_batch=2048, recompute="selective" if big else "none", sequence_parallel=big,
             schedule="interleaved" if big else "1f1b",
         )  # fmt: skip
-        job = Job(model, layout, NEMO, machine("a100-80g"))
+        job = Job(model, layout, NEMO_2023, machine("a100-80g"))
         seconds = layout.global_batch * 2048 / float(r["tokens_per_s"])
         yield Row("NeMo launcher", f"NeMo {r['model']}", f"{r['model']} {_words(layout)}", job, seconds)
 
@@ -309,9 +305,10 @@ def _fms(records: list[Record]) -> Read:
     for r in records:
         for gpu, gpus, key in (("a100-80g", 128, "a100_128gpu"), ("h100-80g", 96, "h100_96gpu")):
             model, micro = shape(r["model"], 4096), int(r["batch_per_gpu"])
+            recomputed = float(r[f"{key[:4]}_hfu"]) / float(r[f"{key[:4]}_mfu"])  # 4/3 where all blocks are
             layout = Layout(
                 gpus=gpus, dp=gpus, zero=3, shard=8 if r["sharding"] == "HSDP" else 0, micro_batch=micro,
-                global_batch=micro * gpus, recompute="none" if r["recompute"] == "none" else "full",
+                global_batch=micro * gpus, recompute="full" if recomputed > 1.17 else "none",
             )  # fmt: skip
             rate = float(r[f"{key}_tokens_per_s_per_gpu"])
             job = Job(model, layout, FSDP_COMPILED, machine(gpu, "ethernet-1600" if gpu == "a100-80g" else "ethernet-3200"))
@@ -324,6 +321,9 @@ def _context(records: list[Record]) -> Read:
         h100 = "H100" in r["section"]
         seq, gpus, batch = int(r["seqlen_k"]) * 1024, int(r["gpus"]), int(r["global_batch"])
         tp, pp, cp = int(r["tp"]), int(r["pp"]), int(r["cp"])
+        if batch * tp * pp * cp < gpus:
+            yield Skipped("NeMo context", "its data axis is longer than its batch")
+            continue
         model = shape("llama2-7b" if h100 else "llama3-8b", seq)
         layout = Layout(
             gpus=gpus, tp=tp, pp=pp, cp=cp, dp=gpus // (tp * pp * cp), zero=1, global_batch=batch,

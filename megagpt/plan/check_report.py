@@ -1,0 +1,145 @@
+"""What a check shows: a table of errors by source, the worst rows, which constants matter, and scatter plots. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from megagpt.plan.check import Errors, is_seen, memory_ratios, sensitivity, sweep_taus, time_ratios, timed
+from megagpt.plan.rows.row import Row, Skipped
+from megagpt.plan.step import step_time
+
+
+def sources_of(rows: Sequence[Row]) -> list[str]:
+    """In the order of their first rows."""
+    return list(dict.fromkeys(row.source for row in rows))
+
+
+def error_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """By source: rows, median, 90th percentile and bias in per cent; of rows the fit saw, the median; sick rows."""
+    cells = []
+    for source in sources_of(rows):
+        ours = [row for row in rows if row.source == source]
+        unseen = Errors.of(time_ratios(row for row in timed(ours) if not is_seen(row)))
+        seen = Errors.of(time_ratios(row for row in timed(ours) if is_seen(row)))
+        sick = sum(row.sick for row in ours)
+        cells.append(
+            (source, str(unseen.rows), _percent(unseen.median), _percent(unseen.p90), _signed(unseen.bias))
+            + (str(seen.rows), _percent(seen.median), str(sick))
+        )
+    return cells
+
+
+ERROR_HEADINGS = ("source", "rows", "median %", "p90 %", "bias %", "fitted on", "median %", "sick")
+
+
+def error_table(rows: Sequence[Row]) -> Table:
+    """The same, to be shown."""
+    title = "step time, predicted against measured: rows that the fit did not see, then those that it saw"
+    return _table(title, ERROR_HEADINGS, error_cells(rows))
+
+
+def tau_table(rows: Sequence[Row]) -> Table:
+    """Rank correlation within each sweep."""
+    taus = sweep_taus(timed(rows))
+    return _table("order of layouts within a sweep", ("sweep", "Kendall tau"), [(n, f"{t:.2f}") for n, t in taus.items()])
+
+
+def memory_table(rows: Sequence[Row]) -> Table:
+    """Errors of the memory of a rank, by source."""
+    cells = []
+    for source in sources_of(rows):
+        errors = Errors.of(memory_ratios(row for row in rows if row.source == source and not row.sick))
+        if errors.rows:
+            cells.append((source, str(errors.rows), _percent(errors.median), _percent(errors.p90), _signed(errors.bias)))
+    return _table("memory of a rank, predicted against measured", ("source", "rows", "median %", "p90 %", "bias %"), cells)
+
+
+def worst_table(rows: Sequence[Row], count: int) -> Table:
+    """The rows furthest off, with what the prediction is made of."""
+
+    def off(row: Row) -> float:
+        return math.log(step_time(row.job).seconds / (row.step_s or math.nan))
+
+    cells = []
+    for row in sorted(timed(rows), key=lambda row: -abs(off(row)))[:count]:
+        step = step_time(row.job)
+        most = sorted(step.kinds.items(), key=lambda item: -item[1])[:3]
+        made_of = ", ".join(f"{kind} {100 * part / step.seconds:.0f}%" for kind, part in most)
+        cells.append((row.source, row.name, f"{row.step_s:.3g}", f"{step.seconds:.3g}", made_of))
+    return _table("worst rows", ("source", "row", "measured s", "predicted s", "predicted of"), cells)
+
+
+def skipped_table(skipped: Sequence[Skipped]) -> Table:
+    """What could not be predicted, and why."""
+    counts = Counter((s.source, s.why) for s in skipped)
+    return _table("not predicted", ("rows", "source", "why"), [(str(n), *key) for key, n in counts.items()])
+
+
+def sensitivity_table(rows: Sequence[Row]) -> Table:
+    """How much predictions move with each constant."""
+    cells = []
+    for name in dict.fromkeys(row.job.machine.constants_name for row in rows):
+        ours = [row for row in timed(rows) if row.job.machine.constants_name == name]
+        if ours:
+            found = sorted(sensitivity(ours[:: max(1, len(ours) // 100)]).items(), key=lambda item: -item[1])
+            cells.append((name, ", ".join(f"{constant} {moves:.1f}" for constant, moves in found if moves >= 0.05)))
+    return _table("mean change of the time, in %, where a constant grows by 10 %", ("GPU", "constant"), cells)
+
+
+def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """A scatter plot for each source, and one of memory: measured across, predicted up, both logarithmic."""
+    import matplotlib  # not at the top: it takes half a second
+
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for source in sources_of(timed(rows)):
+        ours = [row for row in timed(rows) if row.source == source]
+        points = [(row.step_s or math.nan, step_time(row.job).seconds, is_seen(row)) for row in ours]
+        written.append(_scatter(folder, source, "seconds of a step", points))
+    memory = [row for row in rows if row.memory_gib and not row.sick]
+    if memory:
+        ratios = memory_ratios(memory)
+        points = [(r.memory_gib or 0, ratio * (r.memory_gib or 0), is_seen(r)) for r, ratio in zip(memory, ratios, strict=True)]
+        written.append(_scatter(folder, "memory", "GiB of a rank", points))
+    return written
+
+
+def _scatter(folder: Path, name: str, unit: str, points: Sequence[tuple[float, float, bool]]) -> Path:
+    from matplotlib import pyplot  # see plot
+
+    figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
+    low, high = min(min(p[:2]) for p in points), max(max(p[:2]) for p in points)
+    axes.plot((low, high), (low, high), color="0.6", linewidth=1)
+    for seen, color, label in ((True, "0.6", "fitted on"), (False, "tab:blue", "not seen")):
+        ours = [p for p in points if p[2] == seen]
+        axes.scatter([p[0] for p in ours], [p[1] for p in ours], s=10, color=color, label=label)
+    axes.set(xscale="log", yscale="log", xlabel=f"measured {unit}", ylabel=f"predicted {unit}", title=name)
+    axes.legend()
+    path = folder / (name.lower().replace(" ", "-").replace(",", "") + ".png")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _percent(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.1f}"
+
+
+def _signed(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:+.1f}"
