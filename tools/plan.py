@@ -18,7 +18,7 @@ from megagpt.errors import ArgumentParser, UserError, run_cli
 from megagpt.plan.draw import draw
 from megagpt.plan.machine import machine
 from megagpt.plan.plan import make_plan
-from megagpt.plan.search import POSSIBLE, TODAY, Search, search
+from megagpt.plan.search import POSSIBLE, TODAY, Search, runs_today, search
 from megagpt.plan.search_report import Bill, run_command, search_page
 from megagpt.plan.table import config_table, plan_table
 from megagpt.schedule import Schedule
@@ -71,7 +71,7 @@ def _best_layouts(config: RunConfig, own: Namespace, rest: list[str], note: str 
     possible = search(model, own.gpus, batch, on, POSSIBLE)
     today: Search | None = None
     with suppress(UserError):  # the best possible is shown all the same
-        today = search(model, own.gpus, batch, on, TODAY)
+        today = search(model, own.gpus, batch, on, TODAY, runs_today)
     tokens = own.tokens or float(Schedule(config).total_tokens)
     command = run_command(today.best[0], " ".join(rest)) if today else ""
     console = console_here()

@@ -70,7 +70,7 @@ def _rank(job: Job, rank: int) -> dict[str, float]:
         "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
-        "activations": c.kept * _activations(job, rank),
+        "activations": (1.0 if engine.fused else c.kept) * _activations(job, rank),
         "logits": logits,
         "buffers": c.buffers_gib * 2**30 + _buffers(job),
     }

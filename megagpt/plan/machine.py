@@ -34,7 +34,7 @@ class Constants:
     axis more, where these meet a pipeline's messages.
     tp_hidden, dp_hidden: share of a communication that work can hide, where the engine overlaps them.
     step_ms: what a step takes beside all that: optimizer launch, logging, data.
-    kept: bytes that blocks keep, over those that the backward pass needs.  logit_bytes: of a logit and its copies.
+    kept: bytes that blocks of unfused kernels keep, over those that the backward pass needs.  logit_bytes: of a logit and its copies.
     buffers_gib: communicators, workspaces, fragments.  usable: share of the memory that can be filled.
     """
 

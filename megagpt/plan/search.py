@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from megagpt.config import ModelConfig
@@ -25,7 +25,7 @@ POSSIBLE = Engine(
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
 _CONTEXTS = (1, 2, 4, 8, 16)
-_LONG = 16384  # tokens from which splitting a sequence is looked at
+_LONG = 8192  # tokens from which splitting a sequence is looked at
 _SIMULATED = 24  # of the layouts that an estimate puts first
 _MOST_GPUS = 2**20
 
@@ -64,10 +64,23 @@ def lacks(layout: Layout) -> list[str]:
     return [name for name, has in wanted.items() if has]
 
 
-def search(model: ModelConfig, gpus: int, global_batch: int, machine: Machine, engine: Engine, count: int = 5) -> Search:
+def runs_today(layout: Layout) -> bool:
+    """Whether megagpt runs it today."""
+    return not lacks(layout)
+
+
+def search(
+    model: ModelConfig,
+    gpus: int,
+    global_batch: int,
+    machine: Machine,
+    engine: Engine,
+    may: Callable[[Layout], bool] = lambda layout: True,
+    count: int = 5,
+) -> Search:
     """The fastest layouts that fit, estimated first and, those that come first, simulated.
 
-    engine: POSSIBLE looks at all layouts, TODAY at those that megagpt runs.
+    may: which layouts the engine runs.
     Raises: UserError where none fits, with what is missing.
     """
     if not 1 <= gpus <= _MOST_GPUS:
@@ -75,8 +88,8 @@ def search(model: ModelConfig, gpus: int, global_batch: int, machine: Machine, e
     rejected: Counter[str] = Counter()
     fitting, leanest = [], None
     for layout in _layouts(model, gpus, global_batch, machine, rejected):
-        if engine == TODAY and lacks(layout):
-            rejected["needs what megagpt does not run today"] += 1
+        if not may(layout):
+            rejected["is not run by this engine"] += 1
             continue
         job = Job(model, layout, _as_run(engine, layout), machine)
         if fits(job):
