@@ -3,6 +3,7 @@
 #   ARGS="--tp 2"       passed on to the program of a target
 #   TESTS="-k norm"     passed on to pytest
 #   OP=softmax          the ops that bench-kernels measures
+#   FACTS=folder        tables of measured runs, for plan-check
 #   FUZZ_S=600          seconds that fuzz takes for each of its six targets
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,6 +13,7 @@ ARGS   ?=
 TESTS  ?=
 OP     ?=
 FUZZ_S ?= 60
+FACTS  ?= ../shared/facts
 # What a developer runs at each change: fast and broad, under 90 s on two idle cores.
 QUICK := tests/repository/test_layering.py tests/repository/test_safe_code.py tests/config tests/plan/test_table.py \
   tests/plan/test_plan.py tests/checkpoint/test_folders.py tests/model/test_gpt.py tests/inventory \
@@ -38,7 +40,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train quick test test-slow soak parity plan bench-data bench-train bench-generate bench-kernels scale-check gpu-check fuzz lint format build clean
+.PHONY: help train quick test test-slow soak parity plan plan-check bench-data bench-train bench-generate bench-kernels scale-check gpu-check fuzz lint format build clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -66,6 +68,9 @@ parity: $(ready) ## Train 20 steps in every layout and compare losses, gradient 
 
 plan: $(ready) ## Show stages, memory and batch arithmetic of a run without starting it
 	$(bin)/python tools/plan.py $(ARGS)
+
+plan-check: $(ready) ## Hold the cost model against measured runs: of FACTS (a folder), or ARGS="--rows FILE"
+	MEGAGPT_FACTS="$(FACTS)" $(bin)/python tools/plan_check.py $(ARGS)
 
 bench-data: $(ready) ## Measure preprocessing, beside Megatron-LM's way, and indexing a billion tokens
 	$(bin)/python benchmarks/preprocess.py $(ARGS)

@@ -16,13 +16,16 @@ from megagpt.plan.check import fit, is_seen, summary
 from megagpt.plan.check_report import (
     error_table,
     memory_table,
+    page_part,
     plot,
     sensitivity_table,
     skipped_table,
     tau_table,
     worst_table,
+    write_page,
 )
 from megagpt.plan.machine import write_constants
+from megagpt.plan.recommended import read_recommended
 from megagpt.plan.rows.row import Row, Skipped
 from megagpt.plan.rows.tables import is_table, read_table
 
@@ -53,6 +56,8 @@ def main() -> int:
     if args.plot:
         written = plot(rows, args.plot)
         console.print(f"{len(written)} plots are in {args.plot}")
+    if args.page:
+        write_page(args.page, page_part(rows, read_recommended(args.recommended) if args.recommended else []))
     print(json.dumps(summary(unseen)))
     return 0
 
@@ -78,6 +83,8 @@ def _flags() -> ArgumentParser:
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write scatter plots there")
     parser.add_argument("--worst", type=int, default=15, help="rows furthest off to show (default 15)")
     parser.add_argument("--sensitivity", action="store_true", help="show how much each constant matters")
+    parser.add_argument("--page", type=Path, metavar="FILE.md", help="write the tables between the marks of a page")
+    parser.add_argument("--recommended", type=Path, metavar="FILE", help="for --page: NVIDIA's recommended layouts")
     return parser
 
 

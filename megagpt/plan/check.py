@@ -232,11 +232,11 @@ def _bounded(names: Sequence[str], logs: np.ndarray) -> np.ndarray:
 
 
 def _usable(constants: Constants, rows: Sequence[Row]) -> Constants:
-    """The share of memory at which runs begin to fail: the best mean of precision and recall."""
+    """The share of memory at which runs begin to fail: where the lower of precision and recall is highest."""
 
     def score(share: float) -> float:
         precision, recall = failures(at(row, replace(constants, usable=share)) for row in rows)
-        return (precision or 0) + (recall or 0)
+        return min(precision or 0, recall or 0)
 
     best = max(np.arange(0.7, 1.06, 0.01).tolist(), key=score)
     return replace(constants, usable=float(best))

@@ -10,9 +10,13 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from megagpt.plan.check import Errors, is_seen, memory_ratios, sensitivity, sweep_taus, time_ratios, timed
+from megagpt.plan.check import Errors, is_seen, memory_ratios, sensitivity, summary, sweep_taus, time_ratios, timed
+from megagpt.plan.job import Layout
+from megagpt.plan.recommended import Recommended
 from megagpt.plan.rows.row import Row, Skipped
 from megagpt.plan.step import step_time
+
+MARKS = ("<!-- plan-check -->", "<!-- /plan-check -->")
 
 
 def sources_of(rows: Sequence[Row]) -> list[str]:
@@ -143,3 +147,61 @@ def _percent(value: float) -> str:
 
 def _signed(value: float) -> str:
     return "" if math.isnan(value) else f"{value:+.1f}"
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of a Markdown page."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def page_part(rows: Sequence[Row], recommended: Sequence[Recommended]) -> str:
+    """What docs/planning.md holds between its marks: errors, order, failures, memory, recommended layouts."""
+    unseen = [row for row in rows if not is_seen(row)]
+    total = summary(unseen)
+    taus = [(name, f"{tau:.2f}") for name, tau in sweep_taus(timed(unseen)).items()]
+    memory = Errors.of(memory_ratios(row for row in unseen if not row.sick and row.failed is not None))
+    parts = [
+        "Step time, of rows that the fit did not see; then how many it saw, and their median. Sick rows are left out.",
+        markdown(ERROR_HEADINGS, error_cells(rows)),
+        f"All {total['rows']}: median {total['median_error_percent']} %, 90th percentile {total['p90_error_percent']} %. "
+        f"Out of memory, of the H100 sweep's unseen half: precision {total['oom_precision']}, recall {total['oom_recall']}. "
+        f"Memory of a rank there: median {memory.median:.1f} %, 90th percentile {memory.p90:.1f} %.",
+        f"Kendall tau within sweeps (mean {total['kendall_tau']}), pairs within 2 % of each other left out:",
+        markdown(("sweep", "tau"), taus),
+    ]
+    if recommended:
+        parts += [
+            "NVIDIA's recommended layouts beside the planner's best of the same GPUs, batch and precision:",
+            markdown(("model", "GPUs", "theirs", "s", "best", "s", "theirs slower by"), recommended_cells(recommended)),
+        ]
+    return "\n\n".join(parts)
+
+
+def recommended_cells(found: Sequence[Recommended]) -> list[tuple[str, ...]]:
+    """Their layout and the planner's, seconds of a step, and how much slower theirs is predicted."""
+
+    def words(layout: Layout) -> str:
+        text = f"tp {layout.tp} pp {layout.pp}" + (f" x{layout.virtual}" if layout.virtual > 1 else "")
+        return text + (f" cp {layout.cp}" if layout.cp > 1 else "") + f" micro {layout.micro_batch}"
+
+    return [
+        (
+            r.name,
+            str(r.layout.gpus),
+            words(r.layout) + ("" if r.fits else ", does not fit"),
+            f"{r.seconds:.3g}",
+            words(r.best.job.layout),
+            f"{r.best.step.seconds:.3g}",
+            f"{100 * r.slower:+.0f} %",
+        )
+        for r in found
+    ]
+
+
+def write_page(page: Path, part: str) -> None:
+    """Put it between the marks of a page."""
+    text = page.read_text(encoding="utf-8")
+    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    page.write_text(f"{before}{MARKS[0]}\n\n{part}\n\n{MARKS[1]}{after}", encoding="utf-8")
+

@@ -16,7 +16,7 @@ from functools import cache
 from megagpt.config import ModelConfig
 from megagpt.plan.job import Job, layers_of, local_params, vocab_rows
 from megagpt.plan.machine import Machine
-from megagpt.plan.network import all_reduce_s, axis_groups, gather_s
+from megagpt.plan.network import all_reduce_s, axis_groups, gather_s, stages_share_node
 
 KINDS = ("matrix", "attention", "memory", "tensor", "context", "host")
 WIDTH = 2  # bytes of an activation
@@ -191,7 +191,8 @@ def _host_s(job: Job) -> float:
     c, layout = job.machine.constants, job.layout
     us = c.host_us
     if job.engine.async_tp and layout.tp > 1:
-        us += c.async_host_us + (c.async_rank_us * layout.tp if layout.pp > 1 else 0)
+        meet = layout.pp > 1 and not stages_share_node(layout, job.machine)
+        us += c.async_host_us + (c.async_rank_us * layout.tp if meet else 0)
     return us * 1e-6
 
 

@@ -31,7 +31,7 @@ class Constants:
     p2p_us: a hand-over between pipeline stages.
     host_us: what the host takes to launch the kernels of one pass through a block.  async_host_us: the same for the
     collectives of a tensor-parallel block where they run as asynchronous calls.  async_rank_us: for each rank of the
-    axis more, where these meet a pipeline's messages.
+    axis more, where these meet a pipeline's messages to other nodes.
     tp_hidden, dp_hidden: share of a communication that work can hide, where the engine overlaps them.
     step_ms: what a step takes beside all that: optimizer launch, logging, data.
     kept: bytes that blocks of unfused kernels keep, over those that the backward pass needs.  logit_bytes: of a logit and its copies.

@@ -2,7 +2,8 @@
 
 A ring of n ranks moves (n - 1) / n of the whole for an all-gather or a reduce-scatter, twice that for an all-reduce
 (Thakur et al. 2005; NCCL's "bus bandwidth"). Where a group spans nodes, each of its members on a node brings its share
-of the node's adapters; a tree needs fewer steps, which counts for small messages (NCCL's double trees).
+of the node's adapters. A tree over nodes (NCCL's double trees) needs fewer steps, and its bytes cross the network once
+a node and not once a rank.
 """
 
 from __future__ import annotations
@@ -44,9 +45,13 @@ def all_reduce_s(size: float, group: Group, machine: Machine) -> float:
     """Seconds to sum `size` bytes over a group."""
     if group.n == 1:
         return 0.0
-    ring = 2 * (group.n - 1) * _hop_s(group, machine)
-    tree = 2 * (math.log2(group.nodes) * _network_s(machine) + (group.on_node - 1) * _nvlink_s(machine))
-    return 2 * (group.n - 1) / group.n * size / _bandwidth(group, machine) + min(ring, tree)
+    ring = 2 * (group.n - 1) * _hop_s(group, machine) + 2 * (group.n - 1) / group.n * size / _bandwidth(group, machine)
+    if group.nodes == 1:
+        return ring
+    hops = 2 * (math.log2(group.nodes) * _network_s(machine) + (group.on_node - 1) * _nvlink_s(machine))
+    crossing = 2 * (group.nodes - 1) / group.nodes * size / (group.on_node * _adapter(machine))
+    inside = 2 * (group.on_node - 1) / group.on_node * size / _inside(machine)
+    return min(ring, hops + max(crossing, inside))
 
 
 def gather_s(size: float, group: Group, machine: Machine) -> float:
@@ -58,15 +63,22 @@ def gather_s(size: float, group: Group, machine: Machine) -> float:
 
 def send_s(size: float, layout: Layout, machine: Machine) -> float:
     """Seconds from one pipeline stage to the next: over NVLink where two stages fit a node."""
-    within = 2 * layout.gpus // layout.pp <= machine.gpus_per_node
-    share = machine.nvlink * machine.constants.nvlink if within else _adapter(machine)
+    share = _inside(machine) if stages_share_node(layout, machine) else _adapter(machine)
     return size / share + machine.constants.p2p_us * 1e-6
+
+
+def stages_share_node(layout: Layout, machine: Machine) -> bool:
+    """Whether a pipeline's messages stay within nodes."""
+    return 2 * layout.gpus // layout.pp <= machine.gpus_per_node
 
 
 def _bandwidth(group: Group, machine: Machine) -> float:
     """Of a ring: NVLink's, or what its members on a node have of the adapters."""
-    inside = machine.nvlink * machine.constants.nvlink
-    return inside if group.nodes == 1 else min(inside, group.on_node * _adapter(machine))
+    return _inside(machine) if group.nodes == 1 else min(_inside(machine), group.on_node * _adapter(machine))
+
+
+def _inside(machine: Machine) -> float:
+    return machine.nvlink * machine.constants.nvlink
 
 
 def _adapter(machine: Machine) -> float:

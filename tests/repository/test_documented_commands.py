@@ -60,6 +60,8 @@ PARSED = {  # program or module: why its arguments are parsed only
     "examples/finetune_gpt.py": "trains on files that are not in this repository: planned; tests/finetune runs it",
     "tools/finetuned.py": "reads runs that were fine-tuned; tests/tools runs it",
     "examples/serve.py": "runs until a signal; tests/serve asks it",
+    "tools/plan_check.py": "reads tables that are not in this repository; tests/plan runs it on small ones",
+    "tools/calibrate.py": "measures machines; tests/processes/preflight asks its rates",
     "tools/preflight.py": "measures machines; tests/processes/preflight runs it",
     "tools/parity.py": "walks for minutes; tests/parity runs it",
     "tools/config_reference.py": "writes a page of this checkout; tests/tools compare it",

@@ -54,7 +54,7 @@ SURVEY = (
     Source("Shoeybi et al. 2019", "Megatron 2019", MEGATRON_2021, layout={"recompute": "full"}),
     Source("Smith et al. 2022", "MT-NLG", MEGATRON_DEEPSPEED, layout={"recompute": "full"}),
     Source("Korthikanti et al. 2022", "Korthikanti", MEGATRON_2021, layout={"recompute": "full"}),
-    Source("tr11-176B-ml", "BLOOM", MEGATRON_DEEPSPEED, "infiniband-hdr-8", 8, {"recompute": "full"}),
+    Source("tr11-176B-ml", "BLOOM", MEGATRON_DEEPSPEED, "infiniband-edr-4", 8, {"recompute": "full"}),
     Source("bigscience", "BigScience V100", MEGATRON_DEEPSPEED, "infiniband-edr-4", 4),
     Source("llm-foundry", "MosaicML", FSDP),
     Source("model_table", "Megatron-Core", NEMO, layout={"sequence_parallel": True}),
