@@ -38,14 +38,23 @@ def main() -> int:
         constants = replace(constants, nvlink_us=step_us)
     if int(os.environ.get("RANK", "0")) == 0:
         _write(args.out, args.watts, n, best, memory, link, constants, device)
-        print(f"{best / 1e12:.3g} TFLOP/s, half of it at depth {half:.0f}; {memory / 1e9:.3g} GB/s; written to {args.out}")
+        print(
+            f"{best / 1e12:.3g} TFLOP/s, half of it at depth {half:.0f}; {memory / 1e9:.3g} GB/s; written to {args.out}"
+        )
     if n > 1:
         dist.destroy_process_group()
     return 0
 
 
 def _write(
-    path: Path, watts: float, n: int, best: float, memory: float, link: float, constants: Constants, device: torch.device
+    path: Path,
+    watts: float,
+    n: int,
+    best: float,
+    memory: float,
+    link: float,
+    constants: Constants,
+    device: torch.device,
 ) -> None:
     """The keys of megagpt/plan/machines/gpus.yaml, and what is reached of them."""
     on_gpu = device.type == "cuda"

@@ -1,4 +1,4 @@
-"""What a check shows: a table of errors by source, the worst rows, which constants matter, and scatter plots. No torch."""
+"""What a check shows: errors by source, the worst rows, which constants matter, scatter plots. No torch."""
 
 from __future__ import annotations
 
@@ -33,8 +33,16 @@ def error_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         seen = Errors.of(time_ratios(row for row in timed(ours) if is_seen(row)))
         sick = sum(row.sick for row in ours)
         cells.append(
-            (source, str(unseen.rows), _percent(unseen.median), _percent(unseen.p90), _signed(unseen.bias))
-            + (str(seen.rows), _percent(seen.median), str(sick))
+            (
+                source,
+                str(unseen.rows),
+                _percent(unseen.median),
+                _percent(unseen.p90),
+                _signed(unseen.bias),
+                str(seen.rows),
+                _percent(seen.median),
+                str(sick),
+            )
         )
     return cells
 
@@ -51,7 +59,9 @@ def error_table(rows: Sequence[Row]) -> Table:
 def tau_table(rows: Sequence[Row]) -> Table:
     """Rank correlation within each sweep."""
     taus = sweep_taus(timed(rows))
-    return _table("order of layouts within a sweep", ("sweep", "Kendall tau"), [(n, f"{t:.2f}") for n, t in taus.items()])
+    return _table(
+        "order of layouts within a sweep", ("sweep", "Kendall tau"), [(n, f"{t:.2f}") for n, t in taus.items()]
+    )
 
 
 def memory_table(rows: Sequence[Row]) -> Table:
@@ -60,8 +70,12 @@ def memory_table(rows: Sequence[Row]) -> Table:
     for source in sources_of(rows):
         errors = Errors.of(memory_ratios(row for row in rows if row.source == source and not row.sick))
         if errors.rows:
-            cells.append((source, str(errors.rows), _percent(errors.median), _percent(errors.p90), _signed(errors.bias)))
-    return _table("memory of a rank, predicted against measured", ("source", "rows", "median %", "p90 %", "bias %"), cells)
+            cells.append(
+                (source, str(errors.rows), _percent(errors.median), _percent(errors.p90), _signed(errors.bias))
+            )
+    return _table(
+        "memory of a rank, predicted against measured", ("source", "rows", "median %", "p90 %", "bias %"), cells
+    )
 
 
 def worst_table(rows: Sequence[Row], count: int) -> Table:
@@ -110,7 +124,10 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     memory = [row for row in rows if row.memory_gib and not row.sick]
     if memory:
         ratios = memory_ratios(memory)
-        points = [(r.memory_gib or 0, ratio * (r.memory_gib or 0), is_seen(r)) for r, ratio in zip(memory, ratios, strict=True)]
+        points = [
+            (r.memory_gib or 0, ratio * (r.memory_gib or 0), is_seen(r))
+            for r, ratio in zip(memory, ratios, strict=True)
+        ]
         written.append(_scatter(folder, "memory", "GiB of a rank", points))
     return written
 
@@ -164,9 +181,9 @@ def page_part(rows: Sequence[Row], recommended: Sequence[Recommended]) -> str:
     parts = [
         "Step time, of rows that the fit did not see; then how many it saw, and their median. Sick rows are left out.",
         markdown(ERROR_HEADINGS, error_cells(rows)),
-        f"All {total['rows']}: median {total['median_error_percent']} %, 90th percentile {total['p90_error_percent']} %. "
-        f"Out of memory, of the H100 sweep's unseen half: precision {total['oom_precision']}, recall {total['oom_recall']}. "
-        f"Memory of a rank there: median {memory.median:.1f} %, 90th percentile {memory.p90:.1f} %.",
+        f"All {total['rows']}: median {total['median_error_percent']} %, "
+        f"90th percentile {total['p90_error_percent']} %. Out of memory, of the H100 sweep's unseen half: "
+        f"precision {total['oom_precision']}, recall {total['oom_recall']}. Memory of a rank there: median {memory.median:.1f} %, 90th percentile {memory.p90:.1f} %.",
         f"Kendall tau within sweeps (mean {total['kendall_tau']}), pairs within 2 % of each other left out:",
         markdown(("sweep", "tau"), taus),
     ]
@@ -204,4 +221,3 @@ def write_page(page: Path, part: str) -> None:
     text = page.read_text(encoding="utf-8")
     before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
     page.write_text(f"{before}{MARKS[0]}\n\n{part}\n\n{MARKS[1]}{after}", encoding="utf-8")
-

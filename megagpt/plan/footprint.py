@@ -53,7 +53,7 @@ def fits(job: Job) -> bool:
 
 
 def fullest_bytes(job: Job) -> float:
-    """Bytes of the fullest rank: the first, which has most micro-batches in flight, or the last, which has the logits."""
+    """Bytes of the fullest rank: the first, with most micro-batches in flight, or the last, with the logits."""
     return max(sum(_rank(job, rank).values()) for rank in {0, job.layout.pp - 1})
 
 

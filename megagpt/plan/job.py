@@ -54,9 +54,11 @@ class Engine:
     flash: attention keeps no scores.  fp8: matrix products of blocks in 8 bits.  grad_bytes: of a gradient that is
     kept and reduced.  overlap_tp, overlap_grads, overlap_params, overlap_p2p: runs that communication beside work.
     async_tp: issues the tensor axis's collectives as asynchronous calls from autograd functions.
-    scatter_p2p: sends a pipeline's activations once over the tensor axis.  stages: have equally many blocks (even), equal
-    work (work), or as many as pass their share of all work, the block that passes it included (passing).  dropout: keeps its masks.  fused: elementwise chains are one kernel each.  fused_wgrad: the
-    product that makes a weight's gradient adds it up.  gathers: pieces of a block that ZeRO-3 gathers one by one.
+    scatter_p2p: sends a pipeline's activations once over the tensor axis.
+    stages: have equally many blocks (even), equal work (work), or as many as pass their share of all work, with the
+    block that passes it (passing).
+    dropout: keeps its masks.  fused: elementwise chains are one kernel each.  fused_wgrad: the product that makes a
+    weight's gradient adds it up.  gathers: pieces of a block that ZeRO-3 gathers one by one.
     """
 
     flash: bool = True
@@ -102,7 +104,9 @@ def _blocks(model: ModelConfig, n_stages: int, rule: str) -> tuple[int, ...]:
         return _passing(model, n_stages)
     if rule == "work":
         listed = layers_of(model)
-        return tuple(balance([layer.flops_per_token for layer in listed[1:-1]], n_stages, 0, listed[-1].flops_per_token))
+        return tuple(
+            balance([layer.flops_per_token for layer in listed[1:-1]], n_stages, 0, listed[-1].flops_per_token)
+        )
     whole, more = divmod(model.n_layers, n_stages)
     return tuple(whole + (stage < more) for stage in range(n_stages))
 

@@ -169,10 +169,7 @@ def _tensor(job: Job, beside: float) -> float:
     if layout.tp == 1:
         return 0.0
     group, size = axis_groups(layout, machine)["tensor"], job.tokens * job.model.d_model * WIDTH
-    if layout.sequence_parallel:
-        whole = 4 * gather_s(size, group, machine)
-    else:
-        whole = 2 * all_reduce_s(size, group, machine)
+    whole = 4 * gather_s(size, group, machine) if layout.sequence_parallel else 2 * all_reduce_s(size, group, machine)
     hidden = machine.constants.tp_hidden if job.engine.overlap_tp else 0.0
     return whole - min(hidden * whole, beside)
 

@@ -34,8 +34,9 @@ class Constants:
     axis more, where these meet a pipeline's messages to other nodes.
     tp_hidden, dp_hidden: share of a communication that work can hide, where the engine overlaps them.
     step_ms: what a step takes beside all that: optimizer launch, logging, data.
-    kept: bytes that blocks of unfused kernels keep, over those that the backward pass needs.  logit_bytes: of a logit and its copies.
-    buffers_gib: communicators, workspaces, fragments.  usable: share of the memory that can be filled.
+    kept: bytes that blocks of unfused kernels keep, over those that the backward pass needs.
+    logit_bytes: of a logit and its copies.  buffers_gib: communicators, workspaces, fragments.
+    usable: share of the memory that can be filled.
     """
 
     matrix: float = 0.75
@@ -134,7 +135,7 @@ def write_constants(fitted: dict[str, Constants]) -> None:
         name: {field.name: float(f"{getattr(found, field.name):.4g}") for field in fields(Constants)}
         for name, found in fitted.items()
     }
-    head = "# Written by tools/plan_check.py --fit: what measured runs of a GPU type reach; see Constants in machine.py.\n"
+    head = "# Written by tools/plan_check.py --fit: what measured runs reach; see Constants in machine.py.\n"
     (_FOLDER / "constants.yaml").write_text(head + yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
 
 

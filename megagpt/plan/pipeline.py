@@ -110,8 +110,8 @@ def _run(
 ) -> tuple[list[float], list[float]]:
     """Start and end of each step."""
     handed = [0.0 if durations.overlapped else durations.send] * (pp * virtual)
-    forward = [f + h for f, h in zip(durations.forward, handed[1:] + [0.0], strict=True)]
-    backward = [b + h for b, h in zip(durations.backward, [0.0] + handed[1:], strict=True)]
+    forward = [f + h for f, h in zip(durations.forward, [*handed[1:], 0.0], strict=True)]
+    backward = [b + h for b, h in zip(durations.backward, [0.0, *handed[1:]], strict=True)]
     if split:
         backward = [b - w for b, w in zip(backward, durations.weights, strict=True)]
     lengths = {"F": forward, "B": backward, "W": durations.weights}
@@ -129,7 +129,7 @@ def _run(
 
 
 def pipeline_s(schedule: ScheduleName, pp: int, virtual: int, micro_batches: int, durations: Durations) -> float:
-    """Seconds from the first task to the last. Beyond the first rounds each micro-batch adds the slowest rank's work."""
+    """Seconds from the first task to the last. Beyond the first rounds each adds the slowest rank's work."""
     rounds = min(micro_batches, pp + 2)
     if schedule == "interleaved" and virtual > 1:
         rounds = min(-(-micro_batches // pp) * pp, 2 * pp)
@@ -139,8 +139,8 @@ def pipeline_s(schedule: ScheduleName, pp: int, virtual: int, micro_batches: int
 
 
 def estimated_s(schedule: ScheduleName, pp: int, virtual: int, micro_batches: int, durations: Durations) -> float:
-    """The same by formula: the slowest rank's work, and (pp - 1) / virtual micro-batches of the others' before and after
-    it (Narayanan et al. 2021, section 2.2); with zero bubble a third of them.
+    """The same by formula: the slowest rank's work, and (pp - 1) / virtual micro-batches of the others' around it
+    (Narayanan et al. 2021, section 2.2); with zero bubble a third of them.
     """
     mean = (sum(durations.forward) + sum(durations.backward)) / pp + 2 * durations.send
     waits = (pp - 1) / virtual / (3 if schedule == "zero_bubble" else 1)

@@ -51,8 +51,7 @@ def _compared(r: dict[str, str]) -> Recommended | None:
     if not name:
         return None
     gpus, seq, tp, pp, cp, virtual, micro, batch = (
-        int(float(r[k]))
-        for k in ("num_gpus", "seq_len", "tp_size", "pp_size", "cp_size", "vp_size", "mbs", "gbs")
+        int(float(r[k])) for k in ("num_gpus", "seq_len", "tp_size", "pp_size", "cp_size", "vp_size", "mbs", "gbs")
     )
     model, engine, on = shape(name, seq), replace(NEMO, fp8=r["dtype"] == "fp8"), machine("h100-80g")
     virtual = virtual if pp > 1 else 1

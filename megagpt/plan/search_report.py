@@ -59,7 +59,21 @@ def search_page(today: Search | None, possible: Search, machine: Machine, bill: 
 def layouts_table(title: str, found: tuple[Found, ...]) -> Table:
     """A row a layout: sizes, what it takes, and what megagpt lacks for it."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    headings = ("tp", "pp", "dp", "cp", "micro", "ZeRO", "schedule", "recompute", "seq par", "GiB", "s", "TFLOP/s", "MFU %")
+    headings = (
+        "tp",
+        "pp",
+        "dp",
+        "cp",
+        "micro",
+        "ZeRO",
+        "schedule",
+        "recompute",
+        "seq par",
+        "GiB",
+        "s",
+        "TFLOP/s",
+        "MFU %",
+    )
     for heading in headings:
         table.add_column(heading, justify="right", overflow="fold")
     for f in found:
@@ -76,7 +90,7 @@ def layouts_table(title: str, found: tuple[Found, ...]) -> Table:
 
 
 def details(found: Found, machine: Machine, bill: Bill, command: str) -> Table:
-    """The first layout: step time and memory by kind, the run's bill, what megagpt lacks or the command that runs it."""
+    """A layout: step time and memory by kind, the run's bill, what megagpt lacks or the command that runs it."""
     step, kept = found.step, found.footprint.fullest
     kinds = ", ".join(f"{kind} {step.kinds[kind]:.3g}" for kind in STEP_KINDS if step.kinds[kind] > 1e-3 * step.seconds)
     memory = ", ".join(f"{kind} {kept[kind] / _GIB:.1f}" for kind in MEMORY_KINDS if kept[kind] > 1e-3 * _GIB)

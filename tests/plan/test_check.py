@@ -1,4 +1,6 @@
-"""The check: tables read as rows, errors and ranks of known values, failures, the fit, and the last line of the tool."""
+"""The check: tables as rows, errors and ranks of known values, failures, the fit, the last line of the tool."""
+
+# ruff: noqa: E501  (the tables are their publishers')
 
 from __future__ import annotations
 
@@ -51,7 +53,12 @@ def rows_of(path: Path) -> list[Row]:
 def test_a_survey_says_what_its_sources_do(tables):
     korthikanti, narayanan = rows_of(tables["survey"])
     layout = korthikanti.job.layout
-    assert (layout.recompute, layout.sequence_parallel, layout.virtual, layout.schedule) == ("selective", True, 3, "interleaved")
+    assert (layout.recompute, layout.sequence_parallel, layout.virtual, layout.schedule) == (
+        "selective",
+        True,
+        3,
+        "interleaved",
+    )
     assert korthikanti.step_s == 13.75 and not korthikanti.job.engine.flash
     # eq. 3 of the paper with 142 TFLOP/s a GPU: 96 B s l h² (1 + s / 6h + V / 16lh) / 128 / 142e12
     whole = 96 * 512 * 2048 * 36 * 4096**2 * (1 + 2048 / 6 / 4096 + 51200 / 16 / 36 / 4096)
@@ -93,7 +100,9 @@ def test_a_runs_half_does_not_depend_on_what_was_measured(tables):
 def test_the_fit_finds_constants_that_made_the_times(tables):
     """Times made with half of the matrix rate are met far better after a fit than before."""
     truth = replace(Constants(), matrix=0.4, host_us=1500.0)
-    base = [replace(row, memory_gib=None, failed=None) for name in ("survey", "vtrain") for row in rows_of(tables[name])]
+    base = [
+        replace(row, memory_gib=None, failed=None) for name in ("survey", "vtrain") for row in rows_of(tables[name])
+    ]
     made = []
     for n in range(1, 7):
         for row in base:

@@ -1,7 +1,8 @@
-"""The cost model against formulae and figures of its sources: schedules, collectives, activations, FLOPs, measured runs."""
+"""The cost model against its sources: schedules, collectives, activations, FLOPs, measured runs."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -57,7 +58,7 @@ def test_no_rank_does_two_things_at_once_and_nothing_starts_before_what_it_needs
     ends = {event.task: event.end_s for event in events}
     for rank in range(4):
         own = [e for e in events if e.rank == rank]
-        assert all(a.end_s <= b.start_s + 1e-9 for a, b in zip(own, own[1:], strict=False))
+        assert all(a.end_s <= b.start_s + 1e-9 for a, b in itertools.pairwise(own))
     for event in events:
         if event.task.kind == "F" and event.task.stage > 0:
             assert ends[event.task._replace(stage=event.task.stage - 1)] <= event.start_s + 1e-9
@@ -80,7 +81,9 @@ def test_activations_of_a_block_are_those_of_the_table(tp, parallel, recompute, 
 
 def test_parameters_are_those_of_the_inventory():
     embedding, block, head = local_params(GPT3, 1)
-    assert embedding + 96 * block + head == pytest.approx(12 * 96 * 12288**2 * (1 + 13 / 12 / 12288) + 53248 * 12288, rel=1e-4)
+    assert embedding + 96 * block + head == pytest.approx(
+        12 * 96 * 12288**2 * (1 + 13 / 12 / 12288) + 53248 * 12288, rel=1e-4
+    )
 
 
 def test_flops_give_the_days_of_the_paper():

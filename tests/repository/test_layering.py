@@ -22,7 +22,8 @@ PAGE, HEADING = "docs/architecture.md", "## Layers of the code"
 # Programs that answer, with a message or a result, before torch is loaded or without it; the layers that the page
 # marks "no torch" do all the same.
 WITHOUT_TORCH = (
-    "megagpt.train.pretrain", "examples.pretrain_gpt", "tools.plan", "tools.plan_check", "tools.preflight", "tools.checkpoint",
+    "megagpt.train.pretrain", "examples.pretrain_gpt", "tools.plan", "tools.plan_check", "tools.preflight",
+    "tools.checkpoint",
     "tools.average_checkpoints", "tools.factorize", "tools.plot_run", "tools.preprocess_data", "tools.inspect_data",
     "tools.config_reference", "tools.models_page", "tools.parity",
 )  # fmt: skip

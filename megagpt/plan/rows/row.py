@@ -1,4 +1,4 @@
-"""A measured run, read from any of the tables: the job as far as the table and its source say, and what was measured."""
+"""A measured run of any of the tables: the job, as far as table and source say it, and what was measured."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ NANOTRON = Engine(overlap_tp=True, overlap_grads=True, async_tp=True, stages="pa
 
 @dataclass(frozen=True)
 class Source:
-    """key: begins or stands in the source's words.  network, gpus_per_node: where it says.  layout: what rows leave out."""
+    """key: stands in the source's words.  network, gpus_per_node: where it says.  layout: what rows leave out."""
 
     key: str
     label: str

@@ -23,10 +23,19 @@ import yaml
 
 from megagpt.config import ModelConfig
 from megagpt.errors import UserError
-from megagpt.plan.job import Engine, Job, Layout, step_flops
+from megagpt.plan.job import Job, Layout, step_flops
 from megagpt.plan.machine import machine
 from megagpt.plan.rows.row import Row, Skipped
-from megagpt.plan.rows.sources import FSDP_COMPILED, MEGATRON_2021, MEGATRON_DEEPSPEED, NANOTRON, NEMO, NEMO_2023, XLA, source_of
+from megagpt.plan.rows.sources import (
+    FSDP_COMPILED,
+    MEGATRON_2021,
+    MEGATRON_DEEPSPEED,
+    NANOTRON,
+    NEMO,
+    NEMO_2023,
+    XLA,
+    source_of,
+)
 
 Record = dict[str, str]
 Read = Iterator[Row | Skipped]
@@ -109,7 +118,7 @@ def _survey_row(r: Record) -> Row | Skipped:
     source = source_of(r["source"])
     assert source is not None
     seq, D, V = int(_number(r["seq"])), int(_number(r["hidden"])), int(_number(r["vocab"]) or 50257)
-    L = int(_number(r["layers"])) or round((_number(r["params"]) - V * D) / (12 * D * D))  # noqa: N806
+    L = int(_number(r["layers"])) or round((_number(r["params"]) - V * D) / (12 * D * D))
     model = _survey_model(r, L, D, V, seq)
     gpus, tp, pp = (int(_number(r[k]) or 1) for k in ("gpus", "tp", "pp"))
     note, recompute = r["note"], r["recompute"] or source.layout.get("recompute", "none")
@@ -118,7 +127,7 @@ def _survey_row(r: Record) -> Row | Skipped:
     per_chunk = int(_after(note, "layers/virtual stage=") or 0)
     if per_chunk:
         virtual = max(1, L // pp // per_chunk)
-    virtual = virtual if L >= pp * virtual else 1
+    virtual = virtual if pp * virtual <= L else 1
     dp = max(1, gpus // (tp * pp * cp))
     batch = int(_number(r["global_batch"]))
     zero = int(_number(r["zero_stage"]))
@@ -152,7 +161,7 @@ def _survey_row(r: Record) -> Row | Skipped:
     return Row(source.label, f"{source.label}, {gpu}", r["model"], job, seconds, memory or None)
 
 
-def _survey_model(r: Record, L: int, D: int, V: int, seq: int) -> ModelConfig:  # noqa: N803
+def _survey_model(r: Record, L: int, D: int, V: int, seq: int) -> ModelConfig:
     known = {"LLAMA3": "llama3", "Llama 3": "llama3", "Llama 2": "llama2"}
     for word, name in known.items():
         size = re.search(r"(\d+)B", r["model"])
@@ -286,7 +295,13 @@ def _recipes(records: list[Record]) -> Read:
 
 
 def _recipe_model(title: str) -> str | None:
-    families = (("llama2", "llama2"), ("llama", "llama3"), ("nemotron", "nemotron4"), ("gpt", "gpt3"), ("megatron", "gpt3"))
+    families = (
+        ("llama2", "llama2"),
+        ("llama", "llama3"),
+        ("nemotron", "nemotron4"),
+        ("gpt", "gpt3"),
+        ("megatron", "gpt3"),
+    )
     size = re.search(r"(\d+)b", title)
     if "grok" in title or size is None:
         return None
@@ -319,7 +334,9 @@ def _fms(records: list[Record]) -> Read:
                 global_batch=micro * gpus, recompute="full" if recomputed > 1.17 else "none",
             )  # fmt: skip
             rate = float(r[f"{key}_tokens_per_s_per_gpu"])
-            job = Job(model, layout, FSDP_COMPILED, machine(gpu, "ethernet-1600" if gpu == "a100-80g" else "ethernet-3200"))
+            job = Job(
+                model, layout, FSDP_COMPILED, machine(gpu, "ethernet-1600" if gpu == "a100-80g" else "ethernet-3200")
+            )
             yield Row("fms-fsdp", f"fms-fsdp {gpu}", f"{r['model']} {gpu}", job, micro * 4096 / rate)
 
 

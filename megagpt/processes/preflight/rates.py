@@ -58,9 +58,7 @@ def all_reduce_line(device: torch.device, sizes: tuple[int, ...]) -> tuple[float
     return float(1 / max(slope, 1e-15)), float(max(1e6 * start / (2 * (n - 1)), 0.01))
 
 
-def timed(
-    call: Callable[[], object], device: torch.device, seconds: float, *, burst: int = 1, least: int = 3
-) -> float:
+def timed(call: Callable[[], object], device: torch.device, seconds: float, *, burst: int = 1, least: int = 3) -> float:
     """The shortest of a call's times, which other programs disturbed least, in about so many seconds and `least` calls.
 
     burst: calls timed at once.
