@@ -183,7 +183,8 @@ def page_part(rows: Sequence[Row], recommended: Sequence[Recommended]) -> str:
         markdown(ERROR_HEADINGS, error_cells(rows)),
         f"All {total['rows']}: median {total['median_error_percent']} %, "
         f"90th percentile {total['p90_error_percent']} %. Out of memory, of the H100 sweep's unseen half: "
-        f"precision {total['oom_precision']}, recall {total['oom_recall']}. Memory of a rank there: median {memory.median:.1f} %, 90th percentile {memory.p90:.1f} %.",
+        f"precision {total['oom_precision']}, recall {total['oom_recall']}. "
+        f"Memory of a rank there: median {memory.median:.1f} %, 90th percentile {memory.p90:.1f} %.",
         f"Kendall tau within sweeps (mean {total['kendall_tau']}), pairs within 2 % of each other left out:",
         markdown(("sweep", "tau"), taus),
     ]

@@ -33,7 +33,8 @@ def draw(job: Job, path: Path) -> None:
         chunk = event.task.stage // job.layout.pp
         axes.broken_barh(
             [(event.start_s, event.end_s - event.start_s)], (event.rank - 0.42, 0.84),
-            facecolor=_COLORS[event.task.kind], alpha=1 - 0.6 * chunk / max(1, job.layout.virtual), edgecolor="white", linewidth=0.3,
+            facecolor=_COLORS[event.task.kind],
+            alpha=1 - 0.6 * chunk / max(1, job.layout.virtual), edgecolor="white", linewidth=0.3,
         )  # fmt: skip
     for kind in sorted({event.task.kind for event in events}, key="FBW".index):
         axes.bar(0, 0, color=_COLORS[kind], label=_NAMES[kind])
