@@ -70,7 +70,7 @@ plan: $(ready) ## Show stages, memory and batch arithmetic of a run without star
 	$(bin)/python tools/plan.py $(ARGS)
 
 plan-check: $(ready) ## Hold the cost model against measured runs: of FACTS (a folder), or ARGS="--rows FILE"
-	MEGAGPT_FACTS="$(FACTS)" $(bin)/python tools/plan_check.py $(ARGS)
+	$(bin)/python tools/plan_check.py --facts "$(FACTS)" $(ARGS)
 
 bench-data: $(ready) ## Measure preprocessing, beside Megatron-LM's way, and indexing a billion tokens
 	$(bin)/python benchmarks/preprocess.py $(ARGS)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from megagpt.plan.footprint import fits, footprint
-from megagpt.plan.machine import Constants
+from megagpt.plan.machine import Constants, constants_of
 from megagpt.plan.rows.row import Row
 from megagpt.plan.step import step_time
 
@@ -22,8 +23,9 @@ TIME_CONSTANTS = tuple(
     field.name for field in fields(Constants) if field.name not in (*MEMORY_CONSTANTS, "usable")
 )  # fmt: skip
 _SHARES = {"matrix", "flash", "memory", "fp8", "nvlink", "network", "tp_hidden", "dp_hidden", "misaligned"}
-_PRIOR = 0.7  # a constant's log is held to where it began, as a row with this error would hold it
+_HOLD = 1e-3  # how firmly the log of a constant is held to that of Constants
 _BEGIN = {"b200": "h100"}  # types of few rows begin with what another has
+_LARGE = 0.03  # errors above it count by their size only
 _NOISE = 0.02  # by which two runs of one layout differ
 _PER_SOURCE = 70  # rows of a source that a fit looks at
 
@@ -140,18 +142,18 @@ def _rounded(value: float | None, digits: int) -> float | None:
 
 
 def fit(rows: Sequence[Row], say: Callable[[str], None]) -> dict[str, Constants]:
-    """Constants of each GPU type from rows that `is_seen`: least squares of log(predicted / measured), of which large
-    ones count by their size only (Huber 1964); each source counts by the root of its rows.
+    """Constants of each GPU type from rows that `is_seen`: the least sum of squares of log(predicted / measured), of
+    which large ones count by their size only (Huber 1964); each source counts by the root of its rows.
     """
     found = {}
     for name in dict.fromkeys(row.job.machine.constants_name for row in rows):
         ours = [row for row in rows if row.job.machine.constants_name == name and is_seen(row)]
-        start = found.get(_BEGIN.get(name, ""), Constants())
+        start = found.get(_BEGIN.get(name, ""), constants_of(name))
         with_time = _sampled(timed(ours))
-        fitted = _least_squares(start, TIME_CONSTANTS, with_time, _log_time, say) if with_time else start
+        fitted = _fitted(start, TIME_CONSTANTS, with_time, _log_time, say) if with_time else start
         with_memory = [row for row in ours if row.memory_gib and row.failed is not None]
         if with_memory:
-            fitted = _least_squares(fitted, MEMORY_CONSTANTS, _sampled(with_memory), _log_memory, say)
+            fitted = _fitted(fitted, MEMORY_CONSTANTS, _sampled(with_memory), _log_memory, say)
             fitted = _usable(fitted, [row for row in ours if row.failed is not None])
         found[name] = fitted
         say(f"{name}: fitted on {len(with_time)} times and {len(with_memory)} memories")
@@ -178,7 +180,7 @@ def at(row: Row, constants: Constants) -> Row:
     return replace(row, job=replace(row.job, machine=row.job.machine.with_constants(constants)))
 
 
-def _least_squares(
+def _fitted(
     start: Constants,
     names: Sequence[str],
     rows: Sequence[Row],
@@ -186,36 +188,34 @@ def _least_squares(
     say: Callable[[str], None],
     rounds: int = 20,
 ) -> Constants:
-    """Levenberg-Marquardt over the constants' logs."""
-    prior = np.log([getattr(start, name) for name in names])
-    counts = {row.source: sum(r.source == row.source for r in rows) for row in rows}
-    weights = np.array([counts[row.source] ** -0.25 for row in rows])
+    """Pattern search (Hooke and Jeeves 1961): each constant in turn a step up or down, where that lowers the loss; where
+    neither does, its step is halved.
+    """
+    prior = np.log([getattr(Constants(), name) for name in names])
+    counts = Counter(row.source for row in rows)
+    weights = np.array([counts[row.source] ** -0.5 for row in rows])
 
-    def residuals(logs: np.ndarray) -> np.ndarray:
+    def loss(logs: np.ndarray) -> float:
         constants = _with(start, names, logs)
-        off = np.array([log_ratio(at(row, constants)) for row in rows])
-        size = np.maximum(np.abs(off), 1e-9)
-        huber = np.sign(off) * np.where(size < 0.1, size, np.sqrt(np.maximum(0.2 * size - 0.01, 0)))
-        return np.concatenate([weights * huber, 0.05 / _PRIOR * (logs - prior)])
+        size = np.abs([log_ratio(at(row, constants)) for row in rows])
+        huber = np.where(size < _LARGE, size**2, 2 * _LARGE * size - _LARGE**2)
+        return float(weights @ huber + _HOLD * np.sum((logs - prior) ** 2))
 
-    logs, damping = np.log([getattr(start, name) for name in names]), 1e-2
-    now = residuals(logs)
+    logs = np.log([getattr(start, name) for name in names])
+    now, steps = loss(logs), np.full(len(names), 0.1)
     for _ in range(rounds):
-        slopes = np.stack([(residuals(logs + step) - now) / 0.02 for step in 0.02 * np.eye(len(names))], axis=1)
-        normal = slopes.T @ slopes
-        for _ in range(6):
-            move = np.linalg.solve(normal + damping * np.diag(np.diag(normal) + 1e-9), -slopes.T @ now)
-            tried = _bounded(names, logs + np.clip(move, -0.7, 0.7))
-            there = residuals(tried)
-            if there @ there < now @ now:
-                break
-            damping *= 4
-        else:
-            break
-        gained = now @ now - there @ there
-        logs, now, damping = tried, there, damping / 3
-        say(f"  {names[0]}…: {now @ now:.4f}")
-        if gained < 1e-3 * (now @ now):
+        before = now
+        for i in range(len(names)):
+            for step in (steps[i], -steps[i]):
+                tried = _bounded(names, logs + step * np.eye(len(names))[i])
+                there = loss(tried)
+                if there < now:
+                    logs, now = tried, there
+                    break
+            else:
+                steps[i] /= 2
+        say(f"  {now:.4f} {_with(start, names, logs)}")
+        if before - now < 1e-3 * now and steps.max() < 0.03:
             break
     return _with(start, names, logs)
 
@@ -243,10 +243,7 @@ def _usable(constants: Constants, rows: Sequence[Row]) -> Constants:
 
 
 def sensitivity(rows: Sequence[Row], by: float = 1.1) -> dict[str, float]:
-    """How much the mean of |log(predicted / measured)|, and the predictions, move when a constant grows tenfold-th.
-
-    Returns, by constant: the mean |change| of the predicted time in per cent where it is 10 % larger.
-    """
+    """By constant: the mean |change| of the predicted time in per cent where it is `by` times as large."""
     before = np.array([step_time(row.job).seconds for row in rows])
     found = {}
     for name in TIME_CONSTANTS:

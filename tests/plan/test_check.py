@@ -120,6 +120,12 @@ def test_a_table_of_no_known_form_is_refused(tmp_path):
         read_table(tmp_path / "x.csv")
 
 
+def test_a_row_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text(VTRAIN + "18.4,many,1024,8,6144,48,40,2048,8,32,1,9603.6\n", encoding="utf-8")
+    with pytest.raises(UserError, match="has a row that cannot be read: ValueError"):
+        read_table(tmp_path / "x.csv")
+
+
 def run_tool(monkeypatch, capsys, *argv: object) -> str:
     monkeypatch.setattr(sys, "argv", ["plan_check.py", *map(str, argv)])
     monkeypatch.delenv("MEGAGPT_FACTS", raising=False)

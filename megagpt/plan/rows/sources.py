@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megagpt.plan.job import Engine, Layout
+from megagpt.plan.job import Engine
 
 # Megatron-LM 2021 (Narayanan et al. 2021, section 4): fused softmax, scores kept, dropout, gradients reduced after the
 # backward pass in the weights' 16 bits, sends cut over the tensor axis (section 4.1).
@@ -72,19 +72,3 @@ SURVEY = (
 def source_of(words: str) -> Source | None:
     """The first entry of SURVEY whose key stands in these words."""
     return next((source for source in SURVEY if source.key in words), None)
-
-
-__all__ = [
-    "FSDP",
-    "FSDP_COMPILED",
-    "MEGATRON_2021",
-    "MEGATRON_DEEPSPEED",
-    "NANOTRON",
-    "NEMO",
-    "NEMO_2023",
-    "SURVEY",
-    "XLA",
-    "Layout",
-    "Source",
-    "source_of",
-]

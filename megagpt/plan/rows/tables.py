@@ -23,7 +23,7 @@ import yaml
 
 from megagpt.config import ModelConfig
 from megagpt.errors import UserError
-from megagpt.plan.job import Job, Layout, step_flops
+from megagpt.plan.job import Engine, Job, Layout, step_flops
 from megagpt.plan.machine import machine
 from megagpt.plan.rows.row import Row, Skipped
 from megagpt.plan.rows.sources import (
@@ -34,6 +34,7 @@ from megagpt.plan.rows.sources import (
     NEMO,
     NEMO_2023,
     XLA,
+    Source,
     source_of,
 )
 
@@ -55,7 +56,10 @@ def read_table(path: Path) -> list[Row | Skipped]:
     header = set(records[0]) if records else set()
     for columns, reader in _FORMS:
         if columns <= header:
-            return list(reader(records))
+            try:
+                return list(reader(records))
+            except (KeyError, ValueError, TypeError, ArithmeticError) as error:
+                raise UserError(f"--rows {path} has a row that cannot be read: {error!r}; mend or drop it") from error
     raise UserError(
         f"--rows {path} has the columns {', '.join(sorted(header)) or 'of an empty file'}, of no known form; "
         "give those of the survey: source, model, layers, hidden, heads, seq, vocab, tp, pp, dp, …"
@@ -92,7 +96,7 @@ def _survey(records: list[Record]) -> Read:
         if why:
             yield Skipped(source.label, why)
             continue
-        yield _survey_row(record)
+        yield _survey_row(record, source)
 
 
 def _lacks(r: Record) -> str:
@@ -114,51 +118,52 @@ def _lacks(r: Record) -> str:
     return ""
 
 
-def _survey_row(r: Record) -> Row | Skipped:
-    source = source_of(r["source"])
-    assert source is not None
+def _survey_row(r: Record, source: Source) -> Row | Skipped:
     seq, D, V = int(_number(r["seq"])), int(_number(r["hidden"])), int(_number(r["vocab"]) or 50257)
     L = int(_number(r["layers"])) or round((_number(r["params"]) - V * D) / (12 * D * D))
-    model = _survey_model(r, L, D, V, seq)
+    model, gpu = _survey_model(r, L, D, V, seq), _gpu(r["gpu_type"])
+    network = source.network or ("ethernet-1600" if "1600 Gbps" in r["source"] else None)
+    on = machine(gpu, network, source.gpus_per_node)
+    job = Job(model, _survey_layout(r, source, L), _survey_engine(r, source), on)
+    seconds = _step_s(r, job)
+    if not seconds:
+        return Skipped(source.label, "no time can be made of what is stated")
+    memory = _number(r["mem_gb"]) if "analytic" not in r["note"] else 0.0
+    return Row(source.label, f"{source.label}, {gpu}", r["model"], job, seconds, memory or None)
+
+
+def _survey_layout(r: Record, source: Source, L: int) -> Layout:
     gpus, tp, pp = (int(_number(r[k]) or 1) for k in ("gpus", "tp", "pp"))
     note, recompute = r["note"], r["recompute"] or source.layout.get("recompute", "none")
     cp = int(_after(note, "CP=") or _after(r["sharding"], "CP=") or 1)
+    dp, batch = max(1, gpus // (tp * pp * cp)), int(_number(r["global_batch"]))
+    micro = int(_number(r["micro_batch"])) or (1 if pp > 1 else min(16, max(1, batch // dp)))
     virtual = max(int(_after(note, "VP=") or _after(note, "interleave=") or 1), 1)
     per_chunk = int(_after(note, "layers/virtual stage=") or 0)
     if per_chunk:
         virtual = max(1, L // pp // per_chunk)
-    virtual = virtual if pp * virtual <= L else 1
-    dp = max(1, gpus // (tp * pp * cp))
-    batch = int(_number(r["global_batch"]))
-    zero = int(_number(r["zero_stage"]))
-    micro = int(_number(r["micro_batch"])) or (1 if pp > 1 else min(16, max(1, batch // dp)))
     if source.label == "torchtitan" and pp > 1:  # its table gives what a data parallel rank takes a step
         micro, virtual = max(1, batch // dp // (2 * pp)), 2 if "Interleaved" in note else 1
-    layout = Layout(
-        gpus=gpus, tp=tp, pp=pp, cp=cp, dp=dp, virtual=virtual, zero=zero, micro_batch=micro, global_batch=batch,
+    virtual = virtual if pp * virtual <= L else 1
+    return Layout(
+        gpus=gpus, tp=tp, pp=pp, cp=cp, dp=dp, virtual=virtual, zero=int(_number(r["zero_stage"])),
+        micro_batch=micro, global_batch=batch,
         recompute="full" if recompute.startswith("full") else "selective" if "selective" in recompute else "none",
         sequence_parallel=tp > 1 and (bool(source.layout.get("sequence_parallel")) or "sequence" in recompute),
         schedule="interleaved" if virtual > 1 else "1f1b",
     )  # fmt: skip
-    engine = source.engine
+
+
+def _survey_engine(r: Record, source: Source) -> Engine:
+    """The source's engine, with what a row says of it."""
+    engine = MEGATRON_DEEPSPEED if "ZeRO-3 (no model parallel)" in r["sharding"] else source.engine
     if "fp8" in r["precision"]:
         engine = replace(engine, fp8=True)
-    if re.search("async ?tp", note, re.IGNORECASE):
-        engine = replace(engine, overlap_tp=True)
-    if "ZeRO-3 (no model parallel)" in r["sharding"]:
-        engine = MEGATRON_DEEPSPEED
     if "fp32 grad" in r["precision"]:
         engine = replace(engine, grad_bytes=4)
-    if "HF" in r["model"] or "Huggingface" in r["model"] or "Megatron-LM]" in r["model"]:
-        engine = replace(engine, flash=False, dropout=True)
-    gpu = _gpu(r["gpu_type"])
-    network = source.network or ("ethernet-1600" if "1600 Gbps" in r["source"] else None)
-    job = Job(model, layout, engine, machine(gpu, network, source.gpus_per_node))
-    seconds = _step_s(r, job)
-    if not seconds:
-        return Skipped(source.label, "no time can be made of what is stated")
-    memory = _number(r["mem_gb"]) if "analytic" not in note else 0.0
-    return Row(source.label, f"{source.label}, {gpu}", r["model"], job, seconds, memory or None)
+    if re.search("async ?tp", r["note"], re.IGNORECASE):
+        engine = replace(engine, overlap_tp=True)
+    return engine
 
 
 def _survey_model(r: Record, L: int, D: int, V: int, seq: int) -> ModelConfig:
