@@ -188,7 +188,7 @@ def _fitted(
     say: Callable[[str], None],
     rounds: int = 20,
 ) -> Constants:
-    """Pattern search (Hooke and Jeeves 1961): each constant in turn a step up or down, where that lowers the loss; where
+    """Pattern search (Hooke and Jeeves 1961): each constant in turn a step up or down, where that lowers the loss; if
     neither does, its step is halved.
     """
     prior = np.log([getattr(Constants(), name) for name in names])
