@@ -24,7 +24,7 @@ def draw(job: Job, path: Path) -> None:
     import matplotlib  # not at the top: it takes half a second
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # after the backend has been chosen
 
     events = scheduled(job)
     end = max(event.end_s for event in events)
