@@ -76,6 +76,7 @@ PARSED = {  # program or module: why its arguments are parsed only
 PARSED_HERE = {  # one command, though others of its program are run
     "--as mistral": "runs/a is a GPT-2, which no mistral computes",
     "--fine-tune-steps": "500 steps",
+    "--gpus": "a search of some seconds; tests/plan searches for smaller models",
     "--load runs/2": "the run that make train has just made, named by the date",
 }
 LEFT_OUT = {  # what a command begins with: why nothing is asked of it
