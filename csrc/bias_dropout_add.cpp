@@ -61,7 +61,7 @@ void forward(const Inputs& in, const Tensor& y, const DropoutMask& mask, bool pl
       });
       return;
     }
-    for_words(begin, end, per_sample, data<int64_t>(in.sample_ids), offset, mask,
+    for_words(begin, end, {per_sample, offset}, data<int64_t>(in.sample_ids), mask,
               [&](int64_t start, int64_t length, const uint32_t* words) {
                 for_rows(start, length, columns, [&](int64_t i, int64_t column, int64_t n) {
                   add<T, kBias, true>(x + i, kBias ? bias + column : nullptr, residual + i, words + (i - start),
@@ -99,7 +99,7 @@ void backward(const Tensor& grad, const Tensor& sample_ids, const DropoutMask& m
   parallel(n_parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
       const int64_t begin = part * rows / n_parts * columns, end = (part + 1) * rows / n_parts * columns;
-      for_words(begin, end, per_sample, data<int64_t>(sample_ids), offset, mask,
+      for_words(begin, end, {per_sample, offset}, data<int64_t>(sample_ids), mask,
                 [&](int64_t start, int64_t length, const uint32_t* words) {
                   for_rows(start, length, columns, [&](int64_t i, int64_t column, int64_t n) {
                     drop_and_sum(data<T>(grad) + i, words + (i - start), mutable_data<T>(dx) + i,

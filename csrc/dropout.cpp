@@ -14,7 +14,7 @@ MEGAGPT_CLONES void drop(const T* __restrict x, const uint32_t* __restrict words
 }
 
 Tensor dropout_cpu(const Tensor& x_in, const Tensor& sample_ids_in, double p, int64_t seed, int64_t site,
-                   int64_t offset) {
+                   int64_t offset, int64_t rows, int64_t columns) {
   const Tensor x = dense(x_in), sample_ids = dense(sample_ids_in);
   check_sample_ids("dropout", x, sample_ids);
   const Tensor y = torch::stable::empty_like(x);
@@ -22,10 +22,10 @@ Tensor dropout_cpu(const Tensor& x_in, const Tensor& sample_ids_in, double p, in
   for_dtype("dropout", x, [&](auto zero) {
     using T = decltype(zero);
     MEGAGPT_BRANCH("dropout.cpu");
-    const int64_t per_sample = x.numel() / std::max<int64_t>(x.size(0), 1);
+    const Lines lines = lines_of(x, offset, rows, columns);
     // Parts of the whole, not of samples: a micro-batch may hold a single one.
     parallel(x.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-      for_words(begin, end, per_sample, data<int64_t>(sample_ids), offset, mask,
+      for_words(begin, end, lines, data<int64_t>(sample_ids), mask,
                 [&](int64_t i, int64_t n, const uint32_t* words) {
                   drop(data<T>(x) + i, words, mutable_data<T>(y) + i, n, mask);
                 });

@@ -73,4 +73,26 @@ struct DropoutMask {
   }
 };
 
+// Which elements of its sample's whole a tensor holds: lines of `length` elements that are side by side there, of each
+// sample `per_sample` lines. The first begins with element `offset`; `rows` lines are of one matrix of the whole, in which
+// they are `columns` elements apart, and the next matrix is `matrix` elements away.
+struct Lines {
+  int64_t length, offset, per_sample = 1, rows = 1, columns = 0, matrix = 0;
+
+  // The first element of a line, of all of the tensor's.
+  MEGAGPT_HD int64_t first(int64_t line) const {
+    const int64_t in_sample = line % per_sample;
+    return offset + in_sample / rows * matrix + in_sample % rows * columns;
+  }
+};
+
+// The whole from `offset` on; where columns are not 0, of matrices of rows x columns a part of as many as x has.
+template <typename Tensor>
+Lines lines_of(const Tensor& x, int64_t offset, int64_t rows, int64_t columns) {
+  const int64_t per_sample = x.numel() / (x.size(0) == 0 ? 1 : x.size(0));
+  if (columns == 0 || per_sample == 0) return {per_sample == 0 ? 1 : per_sample, offset};
+  const int64_t length = x.size(x.dim() - 1);
+  return {length, offset, per_sample / length, x.size(x.dim() - 2), columns, rows * columns};
+}
+
 }  // namespace megagpt

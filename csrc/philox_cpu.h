@@ -90,18 +90,17 @@ void philox_words(uint64_t first, int64_t n, uint64_t sample, uint32_t seed, uin
   }
 }
 
-// Calls f(i, n, words) for pieces that make up [begin, end) of a tensor whose samples have `per_sample` elements each,
-// the first of them being element `offset` of the whole: words[k] belongs to element i + k.
+// Calls f(i, n, words) for pieces that make up [begin, end) of a tensor of such lines: words[k] belongs to element i + k.
 template <typename F>
-MEGAGPT_INLINE void for_words(int64_t begin, int64_t end, int64_t per_sample, const int64_t* sample_ids,
-                              int64_t offset, const DropoutMask& mask, F&& f) {
+MEGAGPT_INLINE void for_words(int64_t begin, int64_t end, const Lines& lines, const int64_t* sample_ids,
+                              const DropoutMask& mask, F&& f) {
   alignas(64) uint32_t words[4 * kPhiloxMost];
   for (int64_t i = begin; i < end;) {
-    const int64_t in_sample = i % per_sample;
-    const uint64_t element = static_cast<uint64_t>(offset + in_sample);
+    const int64_t line = i / lines.length, in_line = i % lines.length;
+    const uint64_t element = static_cast<uint64_t>(lines.first(line) + in_line);
     const int64_t skip = element % 4;
-    const int64_t n = std::min({4 * kPhiloxMost - skip, per_sample - in_sample, end - i});
-    const uint64_t sample = static_cast<uint64_t>(sample_ids[i / per_sample]);
+    const int64_t n = std::min({4 * kPhiloxMost - skip, lines.length - in_line, end - i});
+    const uint64_t sample = static_cast<uint64_t>(sample_ids[line / lines.per_sample]);
     philox_words(element / 4, (skip + n + 3) / 4, sample, mask.seed, mask.site, words);
     f(i, n, words + skip);
     i += n;

@@ -43,7 +43,7 @@ class TrainConfig:
     kernels: Short[Kernels] = Kernels()
     """auto | cuda | cpu | reference (plain PyTorch), with exceptions by op: auto,softmax=reference. For attention:
     auto,attention=sdpa (torch's scaled_dot_product_attention) | flex (its FlexAttention) | softmax (steps around the
-    fused softmax) | reference."""
+    fused softmax) | blocks (these, by blocks of queries: memory linear in the context) | reference."""
     seed: Short[int] = 1234
     """Seed of weights, dropout and data order."""
     deepspeed_config: Short[str | None] = None

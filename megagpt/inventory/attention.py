@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megagpt.model.attention import IMPLEMENTATIONS
+from megagpt.model.attention.blocks import QUERIES
 from megagpt.model.position import POSITIONS
 
 if TYPE_CHECKING:
     from megagpt.config import ModelConfig
+
+BLOCKS = 4  # with fewer, what they leave out does not pay for computing probabilities twice
 
 
 def attention_lacks(choice: str, position: str, dropout: float) -> str | None:
@@ -26,14 +29,22 @@ def attention_lacks(choice: str, position: str, dropout: float) -> str | None:
     return None
 
 
-def attention_runs(choice: str, position: str, dropping: bool) -> str:
-    """Which of IMPLEMENTATIONS runs for a choice (`kernels["attention"]`).
+def attention_runs(choice: str, model: ModelConfig, layer: int, dropping: bool, n_tokens: int | None = None) -> str:
+    """Which of IMPLEMENTATIONS runs for a choice (`kernels["attention"]`) in a layer, on n_tokens (None: the context).
 
-    auto: scaled_dot_product_attention, which keeps no probabilities, where it serves.
+    auto: the first that serves of sdpa, blocks where there are enough of them, and softmax, which has all; blocks come
+    first where a window leaves out most keys, which sdpa multiplies all the same.
     """
     if choice != "auto":
         return choice
-    return "softmax" if attention_lacks("sdpa", position, float(dropping)) else "sdpa"
+    n_tokens, window = n_tokens or model.seq_len, model.pattern(layer).rule.window
+    first = ["sdpa", "blocks"]
+    if n_tokens < BLOCKS * QUERIES:
+        first.remove("blocks")
+    elif window is not None and 2 * (window + QUERIES) <= n_tokens:
+        first.reverse()
+    served = (name for name in (*first, "softmax") if not attention_lacks(name, model.position, float(dropping)))
+    return next(served)
 
 
 def cached_places(model: ModelConfig, layer: int, n_positions: int) -> int:

@@ -155,11 +155,11 @@ def score_flops(model: ModelConfig, layer: int) -> int:
 
 
 def _attention_kept(model: ModelConfig, layer: int, kernels: Kernels) -> tuple[Kept, ...]:
-    """q, k, v and the output; probabilities, before and after dropout, where they are stored."""
+    """q, k, v and the output; probabilities where they are stored, and again after dropout."""
     I, J = model.n_heads * model.head_width, model.kv_heads * model.head_width  # noqa: E741
     dropping = model.dropout_attention > 0
-    runs = IMPLEMENTATIONS[attention_runs(kernels["attention"], model.position, dropping)]
-    probabilities = (runs.keeps_probabilities + dropping) * model.n_heads * model.seq_len
+    runs = IMPLEMENTATIONS[attention_runs(kernels["attention"], model, layer, dropping)]
+    probabilities = runs.keeps_probabilities * (1 + dropping) * model.n_heads * model.seq_len
     return (
         Kept("queries and output", 2 * I),
         Kept("keys and values", 2 * J, ways=model.kv_heads),

@@ -19,7 +19,7 @@ def block_site(layer: int, which: int) -> int:
 
 
 class Dropout(nn.Module):
-    """Zero with probability p while training. `offset`: first element, in its sample, of the shard that x holds."""
+    """Zero with probability p while training. `offset`, `within`: which part of its samples x holds (`dropout`)."""
 
     def __init__(self, p: float, seed: int, site: int, kernels: Kernels = AUTO) -> None:
         super().__init__()
@@ -30,7 +30,9 @@ class Dropout(nn.Module):
         """Whether forward changes anything."""
         return self.training and self.p > 0.0
 
-    def forward(self, x: Tensor, sample_ids_B: Tensor, offset: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, sample_ids_B: Tensor, offset: int = 0, within: tuple[int, int] | None = None
+    ) -> Tensor:
         if not self.active:
             return x
         return dropout(
@@ -40,6 +42,7 @@ class Dropout(nn.Module):
             seed=self.seed,
             site=self.site,
             offset=offset,
+            within=within,
             kernels=self.kernels["dropout"],
         )
 

@@ -15,6 +15,7 @@ from megagpt.ops.library import declare, has_kernel, kernel_status, op_names
 if TYPE_CHECKING:
     from megagpt.config import ModelConfig
     from megagpt.config.kernels import Kernels
+    from megagpt.model.attention.implementation import Implementation
 
 
 class Status(NamedTuple):
@@ -28,9 +29,9 @@ class Status(NamedTuple):
 def ops_used(config: ModelConfig, kernels: Kernels) -> list[str]:
     """The ops of megagpt/ops that training such a model calls."""
     attention_drops = config.dropout_attention > 0
-    runs = attention_runs(kernels["attention"], config.position, attention_drops)
+    runs = _runs(config, kernels)
     ops = ["norm", "activation", "bias_dropout_add", "cross_entropy"]
-    ops += ["softmax"] if IMPLEMENTATIONS[runs].keeps_probabilities else []
+    ops += ["softmax"] if any(implementation.softmax for implementation in runs) else []
     ops += ["dropout"] if attention_drops or config.dropout_embedding > 0 else []
     return [*ops, *POSITIONS[config.position].ops]
 
@@ -38,10 +39,17 @@ def ops_used(config: ModelConfig, kernels: Kernels) -> list[str]:
 def attention_status(config: ModelConfig, kernels: Kernels) -> Status:
     """Which attention runs in training, and why: for the start-up table."""
     choice, dropout = kernels["attention"], config.dropout_attention
-    runs = attention_runs(choice, config.position, dropout > 0)
+    titles = " and ".join(implementation.title for implementation in _runs(config, kernels))
     lacks = attention_lacks("sdpa", config.position, dropout)
     why = f"torch's has no {lacks}" if lacks else "has all that is needed"
-    return Status("attention", IMPLEMENTATIONS[runs].title, why if choice == "auto" else "asked for")
+    return Status("attention", titles, why if choice == "auto" else "asked for")
+
+
+def _runs(config: ModelConfig, kernels: Kernels) -> list[Implementation]:
+    """Those of all layers, in training."""
+    choice, drops = kernels["attention"], config.dropout_attention > 0
+    names = dict.fromkeys(attention_runs(choice, config, layer, drops) for layer in range(config.n_layers))
+    return [IMPLEMENTATIONS[name] for name in names]
 
 
 def check_kernels(kernels: Kernels, ops: Sequence[str], device: str) -> None:

@@ -64,7 +64,7 @@ def _backward(ctx, grad: Tensor) -> tuple:
     elif ctx.has_bias:
         dx, dbias = torch.ops.megagpt.bias_dropout_add_backward(grad, sample_ids, *ctx.key)
     else:
-        dx = torch.ops.megagpt.dropout(grad, sample_ids, *ctx.key)
+        dx = torch.ops.megagpt.dropout(grad, sample_ids, *ctx.key, 0, 0)
     return dx, dbias, grad, None, None, None, None, None
 
 

@@ -85,6 +85,22 @@ def test_keys_are_taken_modulo_32_bits():
         assert_equal(mask(x.shape, ids, seed=seed), mask(x.shape, ids, seed=5))
 
 
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("first", "rows", "columns"), [((1, 2, 3), 4, 5), ((0, 0, 0), 7, 11), ((2, 6, 8), 1, 1)])
+def test_a_part_of_matrices_has_its_part_of_the_mask(kernels, first, rows, columns):
+    x, ids, (head, row, column) = torch.randn(2, 3, 7, 11), torch.arange(2), first
+    mask = {"p": 0.5, "seed": 1, "site": 2, "kernels": kernels}
+    parts = (..., slice(head, None), slice(row, row + rows), slice(column, column + columns))
+    offset = 5 + (head * 7 + row) * 11 + column
+    whole, part = dropout(x, ids, offset=5, **mask), dropout(x[parts], ids, offset=offset, within=(7, 11), **mask)
+    assert_equal(part, whole[parts])
+
+
+def test_a_part_that_is_larger_than_the_matrix_is_an_error():
+    with pytest.raises(ValueError, match=r"wanted \(B, \*, up to 2, up to 2\)"):
+        dropout(torch.ones(1, 2, 3), torch.zeros(1, dtype=torch.int64), p=0.5, seed=0, site=0, within=(2, 2))
+
+
 @needs_kernel
 @pytest.mark.parametrize("n", [1, 4, 7, 1030])
 def test_gradient_has_the_mask_of_the_result(n):

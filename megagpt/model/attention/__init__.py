@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megagpt.model.attention.blocks import Blocks
 from megagpt.model.attention.flex import Flex
 from megagpt.model.attention.implementation import Implementation
 from megagpt.model.attention.sdpa import Sdpa
@@ -10,6 +11,7 @@ from megagpt.model.attention.steps import Steps
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "sdpa": Sdpa(),
     "flex": Flex(),
+    "blocks": Blocks(),
     "softmax": Steps(),
     "reference": Steps(),  # around the plain softmax: `Kernels` sees to that
 }

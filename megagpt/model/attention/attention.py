@@ -56,7 +56,7 @@ class Attention(nn.Module):
         if lacks is not None:
             raise ValueError(f"attention={self.choice} has no {lacks}; use attention=auto")
         n_heads_local = config.n_heads // axis.size
-        self.axis, self.layer, self.d_head, self.edges = axis, layer, config.head_width, edges
+        self.config, self.axis, self.layer, self.d_head, self.edges = config, axis, layer, config.head_width, edges
         self.heads = range(n_heads_local * axis.rank, n_heads_local * (axis.rank + 1))
         self.qkv = self.q = self.kv = None
         self.grouped = config.grouped
@@ -68,7 +68,6 @@ class Attention(nn.Module):
         self.dropout = Dropout(config.dropout_attention, declared.seed, block_site(layer, 0), kernels)
         self.masks = Masks(config.pattern(layer), layer, config.seq_len)
         self.position = POSITIONS[config.position](config, layer)
-        self.position_name = config.position
         if self.position.part:
             self.add_module(self.position.part, LearnedPosition(declared.at(self.position.part), axis))
 
@@ -76,7 +75,7 @@ class Attention(nn.Module):
         q_BHTK, kv_BTGXK = self._project(stream)
         if stream.cache is None:
             k_BGTK, v_BGTK = kv_BTGXK.permute(3, 0, 2, 1, 4)
-            runs = attention_runs(self.choice, self.position_name, self.dropout.active)
+            runs = attention_runs(self.choice, self.config, self.layer, self.dropout.active, q_BHTK.shape[2])
             y_BHTK = IMPLEMENTATIONS[runs].attend(self, q_BHTK, k_BGTK, v_BGTK, stream.sample_ids_B, stream.documents)
         else:
             y_BHTK = self._attend_cached(q_BHTK, kv_BTGXK, stream.cache)

@@ -17,12 +17,14 @@ class Implementation(ABC):
 
     title: for the table at the start of a run.  adds: what of positions it has a place for (`Position.adds`).
     drops: whether it has attention dropout whose masks do not depend on the layout.
+    softmax: whether it calls the op of this name.
     keeps_probabilities: whether the backward pass needs the probabilities stored.
     """
 
     title: ClassVar[str]
     adds: ClassVar[frozenset[str]] = frozenset()
     drops: ClassVar[bool] = False
+    softmax: ClassVar[bool] = False
     keeps_probabilities: ClassVar[bool] = False
 
     @abstractmethod

@@ -21,6 +21,7 @@ class Steps(Implementation):
     title = "softmax's steps"
     adds = frozenset({"slopes", "bias", "relative"})
     drops = True
+    softmax = True
     keeps_probabilities = True
 
     def attend(

@@ -16,6 +16,7 @@ from megagpt.config.kernels import ATTENTION_CHOICES, AUTO, Kernels
 from megagpt.config.pattern import Pattern
 from megagpt.inventory import layers as inventory
 from megagpt.inventory.attention import attention_lacks, attention_runs
+from megagpt.model.attention import blocks
 from megagpt.model.attention.attention import Attention
 from megagpt.model.attention.masks import Masks
 from megagpt.model.gpt import GPT
@@ -164,6 +165,7 @@ def check_all_implementations(
     """
     # torch refuses training with FlexAttention on the CPU, whose gradients its plain implementation has all the same.
     monkeypatch.setattr(torchs_flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(blocks, "QUERIES", 8)
     layer = 1
     x_BTD = torch.randn(2, T, config.d_model, dtype=torch.float64, requires_grad=True)
     dy_BTD = torch.randn(2, T, config.d_model, dtype=torch.float64)
@@ -190,6 +192,30 @@ def test_every_pattern_is_the_same_in_every_implementation(text, n_kv_heads, mon
 def test_every_position_is_the_published_one(name, n_kv_heads, monkeypatch):
     config = positioned(name, n_kv_heads=n_kv_heads, bias_attention=n_kv_heads == 4)
     check_all_implementations(config, monkeypatch, flex=name == "alibi" and n_kv_heads == 2)
+
+
+@pytest.mark.parametrize("first_head", [0, 4])
+@pytest.mark.parametrize("text", PATTERNS)
+def test_blocks_drop_what_the_steps_drop(text, first_head, monkeypatch):
+    monkeypatch.setattr(blocks, "QUERIES", 8)
+    config = replace(CONFIG, attention=(text,), dropout_attention=0.3, n_kv_heads=2)
+    x_BTD, dy_BTD = (torch.randn(2, T, config.d_model, dtype=torch.float64, requires_grad=True) for _ in "xy")
+    found = []
+    for choice in ("softmax", "blocks"):
+        module = attention(config, Kernels.parse(f"auto,attention={choice}"))
+        module.heads = range(first_head, first_head + 4)  # as a rank of the model axis has them
+        found.append(outputs_and_gradients(module(Stream(x_BTD, torch.tensor([3, 9]))), module, x_BTD, dy_BTD))
+    for name, value in found[1].items():
+        assert_close(value, found[0][name], name, torch.float64)
+
+
+def test_blocks_keep_nothing_as_large_as_the_scores():
+    n, sizes = 1024, []
+    config = replace(CONFIG, seq_len=n, dropout_attention=0.1)
+    module = attention(config)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        module(Stream(torch.randn(1, n, config.d_model, dtype=torch.float64), torch.arange(1)))
+    assert 0 < max(sizes) < n * n
 
 
 @pytest.mark.parametrize("n_heads", [3, 5, 12])
@@ -324,7 +350,15 @@ def test_what_an_implementation_lacks_is_an_error():
             "torch's scaled_dot_product_attention",
         ),
         ({"position": "alibi"}, "auto", ["softmax"], "softmax's steps"),
+        ({"position": "alibi", "seq_len": 1024}, "auto", ["softmax"], "softmax's steps, by blocks of queries"),
         ({"dropout_attention": 0.1}, "auto", ["softmax", "dropout"], "softmax's steps"),
+        ({"position": "t5", "seq_len": 1024}, "auto", ["softmax"], "softmax's steps"),
+        (
+            {"attention": ("dense", "window:256"), "seq_len": 1024},
+            "auto",
+            ["softmax"],
+            "torch's scaled_dot_product_attention and softmax's steps, by blocks of queries",
+        ),
         ({}, "cpu", ["softmax"], "softmax's steps"),
         ({}, "reference", ["softmax"], "softmax's steps"),
     ],
@@ -336,5 +370,7 @@ def test_what_runs_is_told(fields, kernels, ops, runs):
 
 
 def test_dropout_is_off_in_evaluation_and_sdpa_serves():
-    assert attention_runs("auto", "rotary", dropping=True) == "softmax"
-    assert attention_runs("auto", "rotary", dropping=False) == "sdpa"
+    config = positioned("rotary", seq_len=1024)
+    assert attention_runs("auto", config, 0, dropping=True) == "blocks"
+    assert attention_runs("auto", config, 0, dropping=False) == "sdpa"
+    assert attention_runs("auto", config, 0, dropping=True, n_tokens=511) == "softmax"

@@ -22,6 +22,15 @@ def shaped(*shape: int, p: float = 0.3, offset: int = 0):
     return make
 
 
+def part_of_matrices(*shape: int, within: tuple[int, int], offset: int):
+    """Of each head's matrix a part, as a block of queries and the keys that it sees are."""
+
+    def make(draw: Draw) -> Arguments:
+        return {**shaped(*shape, offset=offset)(draw), "within": within}
+
+    return make
+
+
 def extreme(draw: Draw) -> Arguments:
     values = torch.tensor([math.inf, -math.inf, math.nan, 1e30, -1e30, 0.0, -0.0, 1e-30]).repeat(2, 5)
     return {"x": draw.values(values), "sample_ids_B": draw.integers(0, 9, 2), "p": 0.5, "seed": 1, "site": 2}
@@ -37,6 +46,9 @@ CASES = (
     Case("packs from a whole block on", dropout, shaped(2, 64, offset=2**33 + 4)),
     Case("an offset within a block", dropout, shaped(2, 64, offset=2**34 + 5)),
     Case("one more than the CPU draws at once", dropout, shaped(2, 513, offset=1)),
+    Case("parts of matrices", dropout, part_of_matrices(2, 3, 5, 6, within=(9, 11), offset=2**33 + 14)),
+    Case("parts of matrices, whole packs", dropout, part_of_matrices(2, 3, 4, 16, within=(8, 24), offset=32)),
+    Case("parts of matrices, packs amid blocks", dropout, part_of_matrices(2, 3, 4, 16, within=(8, 22), offset=4)),
     Case("almost all dropped", dropout, shaped(2, 40, p=0.999)),
     Case("extreme values", dropout, extreme, nan=True),
     Case("small", dropout, shaped(2, 3, 5, offset=6), gradcheck=True),
