@@ -15,6 +15,7 @@ from megagpt.config.kernels import Kernels
 from megagpt.finetune.example import Document, Example, Examples
 from megagpt.finetune.rows import PackedRows
 from megagpt.inventory.attention import attention_lacks
+from megagpt.model.attention import blocks
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from tests.tolerances import assert_close
@@ -47,7 +48,7 @@ def loss_and_gradients(config: ModelConfig, rows: list[list[int]], kernels: Kern
 
 
 def cases() -> list[tuple[str, str, str]]:
-    ways = ("reference", "softmax", "sdpa", "flex")
+    ways = ("reference", "softmax", "blocks", "sdpa", "flex")
     dense = [(way, position, "dense") for way in ways for position in POSITIONS]
     others = [(way, "learned", pattern) for way in ways for pattern in PATTERNS[1:]]
     return [case for case in [*dense, *others] if attention_lacks(case[0], case[1], 0.0) is None]
@@ -58,6 +59,7 @@ def test_packed_is_trained_as_alone(way: str, position: str, pattern: str, monke
     """Loss and all gradients, fp32: in one row with others, and in a row of its own."""
     # torch refuses training with FlexAttention on the CPU, whose gradients its plain implementation has all the same.
     monkeypatch.setattr(torchs_flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(blocks, "QUERIES", 8)
     config = replace(BASE, position=position, attention=(pattern,), n_kv_heads=2 if position == "rotary" else None)
     kernels = Kernels.parse(f"auto,attention={way}")
     loss, gradients = loss_and_gradients(config, PACKED, kernels)
