@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ FIGURES: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
-def _defined(right_N: np.ndarray, given_N: np.ndarray, correlation: Callable[[], float]) -> float:
+def _defined(right_N: np.ndarray, given_N: np.ndarray, correlation: Callable[[], Any]) -> float:
     if len(right_N) < 2 or np.ptp(right_N) == 0 or np.ptp(given_N) == 0:
         return 0.0
     found = float(correlation())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.random import RandomState
@@ -163,5 +164,6 @@ def _shuffle(index: np.ndarray, random: RandomState) -> None:
     if _built is None or len(index) > 2**32:
         random.shuffle(index)
         return
-    kind, key, place, *normal = random.get_state()
+    state: Any = random.get_state()
+    kind, key, place, *normal = state
     random.set_state((kind, key, _built.shuffle(index, key, place), *normal))
