@@ -183,6 +183,9 @@ def _average(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     source = folders.find(args.checkpoint)
     _require_whole([source])
+    if args.adapter:
+        _export_adapter(source, args)
+        return
     print("loading torch and transformers ...", file=sys.stderr)
     from megagpt.hf.export_folder import export  # seconds, which no other command should take
 
@@ -202,8 +205,22 @@ def _export(args: argparse.Namespace) -> None:
         print(f"note: {exported.note}")
 
 
+def _export_adapter(source: Path, args: argparse.Namespace) -> None:
+    print("loading torch ...", file=sys.stderr)
+    from megagpt.hf.adapter_runs import export_adapter  # likewise
+
+    architecture = export_adapter(source, args.out, args.architecture, args.base)
+    print(f"wrote {args.out}, adapters for a {architecture} as peft has them: PeftModel.from_pretrained(model, folder)")
+
+
 def _import(args: argparse.Namespace) -> None:
     print("loading torch ...", file=sys.stderr)
+    if args.base is not None:
+        from megagpt.hf.adapter_runs import import_adapter  # likewise
+
+        folder = import_adapter(args.source, args.base, args.out)
+        print(f"wrote {folder}; generate: --load {args.out}; train on: --load {args.out}, with its config.yaml")
+        return
     from megagpt.hf.import_folder import import_model  # seconds, which no other command should take
 
     say = partial(print, file=sys.stderr)
@@ -342,11 +359,16 @@ def _add_writers(command: Callable[..., ArgumentParser]) -> None:
     name = "its architecture there (model_type); default what fits"
     export.add_argument("--as", dest="architecture", metavar="NAME", help=name)
     export.add_argument("--without-tokenizer", action="store_true", help="the weights alone")
+    alone = "of a run with adapters: these alone, as the folder of peft, and not merged into their base"
+    export.add_argument("--adapter", action="store_true", help=alone)
+    export.add_argument("--base", metavar="NAME", help="with --adapter: what transformers calls the base")
     export.add_argument("--allow-unused", action="store_true", help="leave tensors that the architecture has not")
     add_tokenizer_flags(export)
     what = "a run that begins with the weights of a Hugging Face folder (safetensors only)"
     begin = command("import", _import, what)
     begin.add_argument("source", metavar="DIR", type=Path, help="folder with config.json and model.safetensors")
+    beside = "DIR holds adapters of peft, for this run or checkpoint: the run that is written trains them on"
+    begin.add_argument("--base", metavar="CKPT", type=home_expanded, help=beside)
     begin.add_argument("--allow-unused", action="store_true", help="leave tensors that the architecture has not")
     for p in (reshape, average, export, begin):
         p.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")

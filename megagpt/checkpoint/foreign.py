@@ -29,7 +29,7 @@ _SIGNS = (
     ("zero_to_fp32.py", "a checkpoint of DeepSpeed",
      f"that script gathers the weights for the program that wrote it; {_HF}"),
     ("adapter_config.json", "an adapter (LoRA) without the model that it changes",
-     "merge it into that (merge_and_unload of peft), save_pretrained, and import the folder"),
+     "give it beside that: --load BASE --adapter DIR, or tools/checkpoint.py import DIR --base RUN"),
     ("config.json", "a folder of Hugging Face transformers", _IMPORT),
     ("consolidated.*", "a model in its maker's own files (LLaMA's or Mistral's)",
      "fetch the one for transformers, a folder with config.json and model.safetensors"),

@@ -43,7 +43,7 @@ def find_whole(
     these only.
     Comm: collective over all ranks.  Raises a RankError that names what is damaged, and what is whole.
     """
-    first = together(lambda: _first(path, newest_will_do))
+    first = together(lambda: first_of(path, newest_will_do))
     wrong = shared_damage_of(first, keys)
     if not wrong:
         return first
@@ -193,7 +193,6 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
             f"{folder} is a {state.origin}: weights without the optimizer's moments, to evaluate, generate and export; "
             "to go on training, load one that a run saved"
         )
-    settings, defaults = plain(config), plain(RunConfig())
     was, now = state.config.get("finetune", {}).get("task"), config.finetune.task
     if was != now:
         raise UserError(
@@ -201,11 +200,30 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
             remedy=f"begin anew with its weights: --base {folder}" if now else "go on with examples/finetune_gpt.py",
             keys=["finetune.task"],
         )
-    fixed = {f"model.{name}": value for name, value in settings["model"].items() if "dropout" not in name}
+    names = ["model", "lora.rank" if config.lora.rank is None else "lora"]
     if state.samples > 0:
-        fixed |= {"train.seed": config.train.seed, "finetune.pack": config.finetune.pack}
+        names += ["train.seed", "finetune.pack"]
     if state.step > 0:
-        fixed["optim.optimizer"] = config.optim.optimizer  # what it keeps of a weight
+        names += ["optim.optimizer"]  # what it keeps of a weight
+    require_same_settings(config, state, folder, names)
+    if state.samples > 0:
+        _check_position(config, state, folder)
+
+
+_FREE = {("lora", "base")}
+
+
+def require_same_settings(config: RunConfig, state: State, folder: Path, names: Iterable[str]) -> None:
+    """Raise UserError unless a checkpoint was made with the settings of this run: of whole sections, or of keys.
+
+    Dropout may differ, and where a base lies.
+    """
+    settings, defaults = plain(config), plain(RunConfig())
+    fixed: dict[str, object] = {}
+    for name in names:
+        section, _, key = name.partition(".")
+        keys = [key] if key else [k for k in settings[section] if "dropout" not in k and (section, k) not in _FREE]
+        fixed |= {f"{section}.{k}": settings[section][k] for k in keys}
     for name, ours in fixed.items():
         section, key = name.split(".")
         theirs = state.config.get(section, {}).get(key, defaults[section][key])  # an older one lacks newer settings
@@ -214,8 +232,6 @@ def check_resumable(config: RunConfig, state: State, folder: Path) -> None:
                 f"{folder} was trained with {name}={theirs}, this run wants {ours}; "
                 f"take the settings of that run: --config {folder.parent.parent / 'config.yaml'}"
             )
-    if state.samples > 0:
-        _check_position(config, state, folder)
 
 
 def _check_position(config: RunConfig, state: State, folder: Path) -> None:
@@ -247,7 +263,8 @@ def _other_batch(config: RunConfig, state: State) -> str:
     return f", or change the batch from here on: --train.batch-steps {steps}" if reads_on else ""
 
 
-def _first(path: str | Path, newest_will_do: bool) -> Path:
+def first_of(path: str | Path, newest_will_do: bool) -> Path:
+    """The checkpoint that --load means, whole or not.  newest_will_do: see `find_whole`.  Raises UserError."""
     try:
         return folders.find(path)
     except UserError:

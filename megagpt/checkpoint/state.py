@@ -63,7 +63,8 @@ class State:
     (train/faults/guard.py). noise_scale: its averages, where it is measured. config: the whole configuration, schedule
     included. data: its identity. layout: of the run that wrote this, to be shown. validation_loss: at this step, None
     where it was not measured. validation_score: of a task, the higher the better; where there is one, the best
-    checkpoint is by that. origin: how it came to be, where not by training ("mean of …").
+    checkpoint is by that. origin: how it came to be, where not by training ("mean of …"). base_sha256: where it holds
+    adapters, of the weights that they are for (adapters.py).
     """
 
     __pydantic_config__ = _STRICT
@@ -82,6 +83,7 @@ class State:
     validation_loss: float | None = None
     validation_score: float | None = None
     origin: str = ""
+    base_sha256: str = ""
 
 
 _CHECKED = TypeAdapter(State)

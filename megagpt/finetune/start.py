@@ -128,6 +128,13 @@ def parse_finetune_config(argv: Sequence[str]) -> tuple[RunConfig, Base | None]:
     got, wanted = "model.rotary_scaling=dynamic", "turns by the length of a row, and a row holds texts of several"
     require(not is_dynamic, got, wanted, "begin with a model of another scaling", "model.rotary_scaling")
     require(
+        config.lora.rank is None,
+        f"lora.rank={config.lora.rank}",
+        "is for pretraining's text so far, and a fine-tuning trains whole weights",
+        "leave it out",
+        "lora.rank",
+    )
+    require(
         config.train.seq_len_start is None,
         "train.seq_len_start",
         "cuts samples, and rows of examples are whole",

@@ -22,6 +22,8 @@ def add_load_flags(parser: ArgumentParser, *, several: bool = False) -> None:
     add("--allow-missing", action="store_true", help="first values for tensors that it lacks")
     add("--allow-unused", action="store_true", help="leave tensors that the model has no place for")
     add("--precision", choices=tuple(DTYPES), default="fp32", help="of weights and cache (default: fp32)")
+    what = "adapters merged into it: run, checkpoint or folder of peft"
+    add("--adapter", type=home_expanded, metavar="DIR", help=what)
     add("--pp", type=int, default=1, help="pipeline stages (default: 1)")
     add("--dp", type=int, default=1, help="replicas, which share out the work (default: 1)")
     add_tokenizer_flags(parser)
@@ -34,11 +36,12 @@ def allowed_by(args: argparse.Namespace) -> Allowed:
 
 def open_from(args: argparse.Namespace) -> AbstractContextManager[Trained]:
     """Load what the flags say: see `open_trained`."""
-    layout = {"pp": args.pp, "dp": args.dp, "precision": args.precision}
-    return open_trained(args.load, args.load_fallback, args.weights, allowed_by(args), named_tokenizer(args), **layout)
+    more = {"pp": args.pp, "dp": args.dp, "precision": args.precision, "adapter": args.adapter}
+    return open_trained(args.load, args.load_fallback, args.weights, allowed_by(args), named_tokenizer(args), **more)
 
 
 def load_from(args: argparse.Namespace, path: str, mesh: Mesh) -> Trained:
     """One of several models, on processes that are laid out: see `load_trained`."""
     tokenizer, allowed = named_tokenizer(args), allowed_by(args)
-    return load_trained(path, mesh, args.load_fallback, args.weights, allowed, tokenizer, precision=args.precision)
+    more = {"precision": args.precision, "adapter": args.adapter}
+    return load_trained(path, mesh, args.load_fallback, args.weights, allowed, tokenizer, **more)

@@ -23,6 +23,7 @@ def generate(
     pp: int = 1,
     dp: int = 1,
     precision: str = "fp32",
+    adapter: str | Path | None = None,
 ) -> list[list[Completion]]:
     """Open a model, let it go on from each prompt, and close it: by prompt, its samples.
 
@@ -33,5 +34,5 @@ def generate(
     Under torchrun or deepspeed each process calls this alike, and gets all texts.
     Raises UserError where the model or a prompt is none.
     """
-    with open_trained(load, weights=weights, pp=pp, dp=dp, precision=precision) as trained:
+    with open_trained(load, weights=weights, pp=pp, dp=dp, precision=precision, adapter=adapter) as trained:
         return complete(trained.stage, trained.tokenizer, prompts, sampling, limits=limits, bounds=trained.bounds)

@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from megagpt.checkpoint.adapters import Adapters, base_of, lora_of, read_adapters, require_adapted
+from megagpt.checkpoint.folders import find
 from megagpt.checkpoint.load import find_whole, load_weights
 from megagpt.checkpoint.state import read_state
 from megagpt.checkpoint.strict import STRICT, Allowed
@@ -22,6 +24,7 @@ from megagpt.data.tokenizers.tokenizer import UNBOUND, Bounds, Tokenizer, tokeni
 from megagpt.errors import UserError
 from megagpt.generate.stage import Stage, build_stage
 from megagpt.hf.import_folder import read_folder
+from megagpt.hf.peft_folder import is_adapter_folder, read_adapter_folder
 from megagpt.hf.tokenizer_folder import bounds_of, find_tokenizer
 from megagpt.inventory.layers import canonical
 from megagpt.inventory.parameter import AVERAGE, WEIGHT
@@ -66,13 +69,16 @@ class Trained:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model comes from. tokenizer: with what is around its texts.  fill: reads the weights of a stage."""
+    """Where a model comes from. tokenizer: with what is around its texts.  fill: reads the weights of a stage, to
+    which what adapters add is added then.
+    """
 
     config: RunConfig
     folder: Path
     step: int
     tokenizer: Callable[[], tuple[Tokenizer | None, Bounds]]
     fill: Callable[[Stage], None]
+    adapters: Adapters | None = None
 
 
 @contextmanager
@@ -86,6 +92,7 @@ def open_trained(
     pp: int = 1,
     dp: int = 1,
     precision: str = "fp32",
+    adapter: str | Path | None = None,
 ) -> Iterator[Trained]:
     """`load_trained` on the processes that were started (torchrun, deepspeed), for as long as the block lasts.
 
@@ -93,7 +100,7 @@ def open_trained(
     Raises UserError where the processes cannot be laid out so.
     """
     with laid_out(pp=pp, dp=dp) as (mesh, _):
-        yield load_trained(path, mesh, fallback, weights, allowed, tokenizer, precision=precision)
+        yield load_trained(path, mesh, fallback, weights, allowed, tokenizer, precision=precision, adapter=adapter)
 
 
 @contextmanager
@@ -120,13 +127,15 @@ def load_trained(
     tokenizer: DataConfig | None = None,
     *,
     precision: str = "fp32",
+    adapter: str | Path | None = None,
 ) -> Trained:
     """Load the latest checkpoint of a run folder, another of its (RUN@best, RUN@STEP), a checkpoint folder, or a
     folder of transformers: a config.json and safetensors. No layout is asked of them: each rank reads its part.
 
     fallback: where it is damaged, take the newest whole one before it.  weights: the last ones, or their average.
     allowed: tensors that only one of checkpoint and model may have.  tokenizer: names it where the folder has none.
-    precision: of weights, activations and cache: fp32 or bf16.
+    precision: of weights, activations and cache: fp32 or bf16.  adapter: a run or checkpoint of adapters, or a folder
+    of peft, merged into the weights in fp32; a path that means adapters is merged into the base that it names.
     Comm: collective over all ranks.  Raises a RankError where what is there is no such model.
     """
     say = partial(print, file=sys.stderr) if mesh.rank == 0 else lambda _: None
@@ -136,7 +145,8 @@ def load_trained(
         source = _ours(path, fallback, weights, allowed, tokenizer, say)
     layout = ParallelConfig(tp=mesh.model.size, pp=mesh.pipe.size)
     together(lambda: check_model(replace(source.config, parallel=layout)))
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[precision]
+    adapters = together(lambda: _adapters(adapter, source, weights)) if adapter is not None else source.adapters
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES["fp32" if adapters else precision]
     if allowed.missing:  # what is missing has first weights
         stage = build_stage(source.config.model, mesh).to(device, dtype)
     else:
@@ -144,6 +154,9 @@ def load_trained(
         for named in stage.canonical_parameters():
             give_memory(named.parameter, device, dtype)
     together(lambda: source.fill(stage))
+    if adapters is not None:
+        together(lambda: adapters.merge_into(stage.canonical_parameters()))
+        stage.to(dtype=DTYPES[precision])
     found, bounds = together(source.tokenizer)
     return Trained(stage, source.config, found, source.folder, source.step, bounds)
 
@@ -157,8 +170,12 @@ def _ours(
     say: Callable[[str], None],
 ) -> _Source:
     key = AVERAGE if weights == "ema" else WEIGHT
-    folder = find_whole(path, fallback, say, newest_will_do=fallback, keys=[key])
+    folder = weights_in = find_whole(path, fallback, say, newest_will_do=fallback, keys=[key])
     state = read_state(folder)
+    adapters = together(lambda: read_adapters(folder, key) if lora_of(state, folder) else None)
+    if adapters is not None:
+        base = together(lambda: base_of(folder))
+        weights_in, key = find_whole(base, False, say, keys=[WEIGHT]), WEIGHT
     config = read_config(state.config, f"{folder}/state.json")
     sha256 = state.data.get("tokenizer_sha256")
 
@@ -173,9 +190,23 @@ def _ours(
         state.step,
         found,
         lambda stage: load_weights(
-            stage.canonical_parameters(), folder, key, allowed, say, names=canonical(config.model)
+            stage.canonical_parameters(), weights_in, key, allowed, say, names=canonical(config.model)
         ),
+        adapters,
     )
+
+
+def _adapters(path: str | Path, source: _Source, weights: Weights) -> Adapters:
+    """Those of --adapter, for a model that has none yet."""
+    if source.adapters is not None:
+        got = f"--adapter {path} with --load {source.folder}, which holds adapters itself"
+        raise UserError(got, "are two for one base", "give --load the base, or leave out --adapter")
+    if is_adapter_folder(Path(path)):
+        _, found = read_adapter_folder(Path(path), source.config.model)
+    else:
+        found = read_adapters(find(path), AVERAGE if weights == "ema" else WEIGHT)
+    require_adapted(found, source.config, path)
+    return found
 
 
 def _is_transformers(path: Path) -> bool:

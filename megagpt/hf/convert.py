@@ -41,7 +41,7 @@ def lazy_from_hf(
     table = architecture_of(config, architecture)
     modules = table.modules(config)
     head, embedding = (str(modules[module]) for module in ("head.tokens", "embedding.tokens"))
-    found = {_as_written(name, table, head): name for name in names if not _BUFFERS.search(name)}
+    found = {as_written(name, table, head): name for name in names if not _BUFFERS.search(name)}
     if config.tied_embeddings:
         _drop_copy(found, read, f"{head}.weight", f"{embedding}.weight")
     pairs, what = list(correspondences(table, config)), f"a {table.name} of {config.n_layers} layers"
@@ -97,7 +97,7 @@ def _to_theirs(pair: Correspondence, read: Callable[[str], Tensor], i: int) -> T
     return pair.to_theirs([read(name) for name in pair.ours])[i]
 
 
-def _as_written(name: str, table: Architecture, head: str) -> str:
+def as_written(name: str, table: Architecture, head: str) -> str:
     """The name of a tensor as transformers writes it into a file."""
     for other, written in table.renamed.items():
         if name.startswith(other):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megagpt.checkpoint.adapters import Adapters, base_of, lora_of, read_adapters
 from megagpt.checkpoint.chunks import write_chunks
 from megagpt.checkpoint.pieces import Reader
 from megagpt.checkpoint.rewrite import new_folder
@@ -62,7 +63,7 @@ def export(
     without_tokenizer: bool = False,
     allowed: Allowed = STRICT,
 ) -> Exported:
-    """Write config.json, model.safetensors, and the tokenizer's files.
+    """Write config.json, model.safetensors, and the tokenizer's files. Adapters are merged into their base.
 
     architecture: a model_type of transformers; None takes the first that computes what ours does.
     tokenizer: names it where the run folder has none. allowed: unused tensors of the checkpoint are left.
@@ -78,14 +79,16 @@ def export(
             "which a language model's folder cannot hold",
         )
         raise UserError(what, wanted, "export the run that it was made from; its answers are in RUN/predictions")
+    adapters = read_adapters(source) if lora_of(at, source) else None
+    weights = base_of(source) if adapters else source
     ours = None if without_tokenizer else _tokenizer(source, at, config.data, tokenizer)
     hf = {**hf_config(config.model, architecture), **special_ids(ours), "torch_dtype": "float32"}
     with new_folder(out) as folder:
-        with Reader(source) as reader:
+        with Reader(weights) as reader:
             held, wanted = reader.index.get(WEIGHT, {}), canonical(config.model)
             allowed, offered = Allowed(unused=allowed.unused), Allowed(unused=True)
-            require_same_names(source, WEIGHT, held, wanted, allowed, offered=offered)
-            read = partial(_read, reader)
+            require_same_names(weights, WEIGHT, held, wanted, allowed, offered=offered)
+            read = partial(_read, reader, adapters)
             lazy = lazy_to_hf(read, config.model, hf["model_type"])
 
             def values(name: str) -> Iterable[np.ndarray]:
@@ -97,7 +100,7 @@ def export(
         if ours is not None:
             write_tokenizer(folder, ours, config.model.seq_len)
         note = None if ours is not None or without_tokenizer else "without a tokenizer: the run has none"
-        return Exported(hf["model_type"], _compare(source, folder, config.model), note)
+        return Exported(hf["model_type"], _compare(weights, adapters, folder, config.model), note)
 
 
 def _tokenizer(source: Path, at: State, data: DataConfig, given: DataConfig | None) -> Tokenizer | None:
@@ -107,21 +110,23 @@ def _tokenizer(source: Path, at: State, data: DataConfig, given: DataConfig | No
         raise UserError(f"{error}; or export the weights alone: --without-tokenizer") from None
 
 
-def _read(reader: Reader, name: str) -> Tensor:
-    return torch.from_numpy(reader.read(WEIGHT, name))
+def _read(reader: Reader, adapters: Adapters | None, name: str) -> Tensor:
+    weight = torch.from_numpy(reader.read(WEIGHT, name))
+    return weight if adapters is None else adapters.merged(name, weight)
 
 
 @torch.no_grad()
-def _compare(source: Path, folder: Path, config: ModelConfig) -> float:
+def _compare(source: Path, adapters: Adapters | None, folder: Path, config: ModelConfig) -> float:
     """The largest difference of logits, relative to the largest logit.  Raises UserError where it is too large."""
     generator = torch.Generator().manual_seed(0)
     n_sequences, n_tokens = _SAMPLE
     tokens_BT = torch.randint(config.vocab, (n_sequences, min(n_tokens, config.seq_len)), generator=generator)
-    ours_BTV, theirs_BTV = _our_logits(source, config, tokens_BT, torch.float32), _their_logits(folder, tokens_BT)
+    ours_BTV = _our_logits(source, adapters, config, tokens_BT, torch.float32)
+    theirs_BTV = _their_logits(folder, tokens_BT)
     worst = _difference(theirs_BTV, ours_BTV)
     if worst <= ALLOWED:  # false for NaN too
         return worst
-    exact_BTV = _our_logits(source, config, tokens_BT, torch.float64)
+    exact_BTV = _our_logits(source, adapters, config, tokens_BT, torch.float64)
     round_off = _difference(ours_BTV, exact_BTV)
     if round_off <= MOST_ROUND_OFF and _difference(theirs_BTV, exact_BTV) <= ALLOWED_ROUND_OFF * round_off:
         return worst
@@ -136,12 +141,14 @@ def _difference(a_BTV: Tensor, b_BTV: Tensor) -> float:
     return float((a_BTV.double() - b_BTV.double()).abs().max() / b_BTV.abs().max())
 
 
-def _our_logits(source: Path, config: ModelConfig, tokens_BT: Tensor, dtype: torch.dtype) -> Tensor:
+def _our_logits(
+    source: Path, adapters: Adapters | None, config: ModelConfig, tokens_BT: Tensor, dtype: torch.dtype
+) -> Tensor:
     model = GPT(config, SINGLE, kernels=Kernels.parse("reference"), empty=True)
     with Reader(source) as reader:
         for name, parameter in model.named_parameters():
             give_memory(parameter)
-            part_of(parameter).unpadded(parameter).copy_(_read(reader, name))
+            part_of(parameter).unpadded(parameter).copy_(_read(reader, adapters, name))
     return gather_logits(model.to(dtype).eval()(tokens_BT), config.vocab, SINGLE)
 
 

@@ -82,7 +82,7 @@ def read_folder(
     architecture, model = _model_config(source / "config.json")
     places = _places(source, say)
     unused = say if allow_unused else None
-    return model, lazy_from_hf(places, lambda name: _read(places[name], name), model, architecture, unused)
+    return model, lazy_from_hf(places, lambda name: read_tensor(places[name], name), model, architecture, unused)
 
 
 def _refuse_other_folders(source: Path) -> None:
@@ -93,8 +93,8 @@ def _refuse_other_folders(source: Path) -> None:
         raise UserError(f"{source} is no folder; give the folder of a model, with config.json and {_WHOLE}")
     if (source / "adapter_config.json").exists():
         raise UserError(
-            f"{source} holds an adapter (LoRA), which is a change of another model and no model; merge them first "
-            "(merge_and_unload of peft, then save_pretrained) and give that folder"
+            f"{source} holds an adapter (LoRA), which is a change of another model and no model; import it beside "
+            "that: --base RUN"
         )
     if not any((source / name).exists() for name in (_WHOLE, _SHARDS)) and (
         shards := sorted(source.glob("model-*-of-*.safetensors"))
@@ -107,7 +107,7 @@ def _refuse_other_folders(source: Path) -> None:
 
 def _model_config(path: Path) -> tuple[str, ModelConfig]:
     """The model_type, and our configuration."""
-    theirs = _read_json(path)
+    theirs = read_json(path)
     try:
         return str(theirs.get("model_type")), config_from_hf(theirs)
     except UserError as error:
@@ -119,7 +119,7 @@ def _places(source: Path, say: Callable[[str], None]) -> dict[str, Path]:
     if (source / _WHOLE).exists():
         if (source / _SHARDS).exists():
             say(f"note: took {source / _WHOLE}, as transformers does, and not the weights that {_SHARDS} names")
-        return dict.fromkeys(_names_in(source / _WHOLE), source / _WHOLE)
+        return dict.fromkeys(names_in(source / _WHOLE), source / _WHOLE)
     if (source / _SHARDS).exists():
         return _places_in_shards(source)
     if pickled := [name for name in _PICKLES if (source / name).exists()]:
@@ -134,7 +134,7 @@ def _places(source: Path, say: Callable[[str], None]) -> dict[str, Path]:
 
 def _places_in_shards(source: Path) -> dict[str, Path]:
     """What the index says, which the files must agree with: transformers takes all that lies in them."""
-    weight_map = _read_json(source / _SHARDS).get("weight_map")
+    weight_map = read_json(source / _SHARDS).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{source / _SHARDS}: key weight_map is missing; fetch the model again")
     for name, file in weight_map.items():
@@ -142,7 +142,7 @@ def _places_in_shards(source: Path) -> dict[str, Path]:
             raise UserError(f"{source / _SHARDS}: {name} lies in {file!r}, wanted a .safetensors file beside it")
     for file in sorted(set(weight_map.values())):
         listed = {name for name, place in weight_map.items() if place == file}
-        if differing := listed ^ set(_names_in(source / file)):
+        if differing := listed ^ set(names_in(source / file)):
             name = min(differing)
             says, not_so = (_SHARDS, "the file") if name in listed else ("the file", _SHARDS)
             raise UserError(
@@ -151,13 +151,14 @@ def _places_in_shards(source: Path) -> dict[str, Path]:
     return {name: source / file for name, file in weight_map.items()}
 
 
-def _names_in(path: Path) -> list[str]:
+def names_in(path: Path) -> list[str]:
+    """Of the tensors of a safetensors file.  Raises UserError where it cannot be read."""
     with _opened(path) as file:
         return list(file.keys())
 
 
-def _read(path: Path, name: str) -> Tensor:
-    """A tensor in fp32."""
+def read_tensor(path: Path, name: str) -> Tensor:
+    """A tensor in fp32.  Raises UserError where it cannot be read, or holds a NaN or Inf."""
     with _opened(path) as file:
         try:
             tensor = file.get_tensor(name).float()
@@ -178,7 +179,8 @@ def _opened(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error}); fetch the model again") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file.  Raises UserError where there is none."""
     try:
         data = path.read_bytes()
         if pointer := placeholder(data):

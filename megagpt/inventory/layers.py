@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megagpt.config.kernels import AUTO, Kernels
 from megagpt.inventory.attention import attention_runs
 from megagpt.inventory.init import embedding_init, matrix_init, matrix_std, residual_std
+from megagpt.inventory.lora import adapters, frozen, kept_by_adapters
 from megagpt.inventory.parameter import ONES, ZEROS, Kept, Parameter, Parameters, column, row, under
 from megagpt.model.attention import IMPLEMENTATIONS
 from megagpt.model.mlp import MLPS
@@ -21,6 +22,7 @@ from megagpt.model.position import POSITIONS
 
 if TYPE_CHECKING:
     from megagpt.config import ModelConfig
+    from megagpt.config.lora import LoraConfig
 
 VOCAB_MULTIPLE = 128  # a rank pads its rows of the vocabulary to this: matrix units want aligned sizes
 N_DELIMITERS = 3  # of a classifier: what begins a text, stands between two, and ends it
@@ -32,13 +34,14 @@ class Layer:
     """One entry of the layer list.
 
     parameters: by name within the layer.  flops_per_token: forward, of its maps and of attention.  kept: numbers of a
-    token that the backward pass needs.
+    token that the backward pass needs.  frozen_flops: the part of flops_per_token that is of maps without a gradient.
     """
 
     name: str
     parameters: Parameters
     flops_per_token: int
     kept: tuple[Kept, ...] = ()
+    frozen_flops: int = 0
 
     @property
     def params(self) -> int:
@@ -46,12 +49,27 @@ class Layer:
         return sum(parameter.size for parameter in self.parameters.values())
 
 
-def layers(model: ModelConfig, kernels: Kernels = AUTO) -> tuple[Layer, ...]:
-    """The whole list. A tied head has no output matrix of its own: `tied_matrix` is what a stage adds."""
+def layers(model: ModelConfig, kernels: Kernels = AUTO, lora: LoraConfig | None = None) -> tuple[Layer, ...]:
+    """The whole list. A tied head has no output matrix of its own: the last of several stages holds a copy (`TIED`).
+
+    lora: with a rank, adapters are in it, and all else is frozen.
+    """
     kinds = [block(model, i, kernels) for i in range(min(model.n_layers, layer_period(model)))]
     blocks = [kinds[i % len(kinds)] for i in range(model.n_layers)]
     named = (Layer(f"blocks.{i}", b.parameters, b.flops_per_token, b.kept) for i, b in enumerate(blocks))
-    return (embedding(model), *named, head(model))
+    listed = (embedding(model), *named, head(model))
+    return listed if lora is None or lora.rank is None else tuple(_adapted(layer, model, lora) for layer in listed)
+
+
+def _adapted(layer: Layer, model: ModelConfig, lora: LoraConfig) -> Layer:
+    """The same with adapters beside its maps, which are frozen as all else is."""
+    added, is_block = adapters(layer.parameters, lora), layer.name.startswith("blocks.")
+    of_maps = sum(p.flops_per_token for p in layer.parameters.values()) if is_block else layer.flops_per_token
+    flops = layer.flops_per_token + sum(p.flops_per_token for p in added.values())
+    kept = kept_by_adapters(model, layer.parameters, lora) if is_block else ()
+    if layer.name == "head":
+        kept = (Kept("input of the frozen output matrix", -model.d_model, ways=1),)
+    return Layer(layer.name, {**frozen(layer.parameters), **added}, flops, (*layer.kept, *kept), of_maps)
 
 
 def layer_period(model: ModelConfig) -> int:
@@ -62,11 +80,6 @@ def layer_period(model: ModelConfig) -> int:
 def canonical(model: ModelConfig) -> dict[str, Parameter]:
     """All logical tensors by canonical name, in the order of the model; a tied one once."""
     return {f"{layer.name}.{name}": p for layer in layers(model) for name, p in layer.parameters.items()}
-
-
-def tied_matrix(model: ModelConfig) -> Parameters:
-    """What the last of several stages holds of the embedding, where it is tied."""
-    return under("tokens", _token_table(model)) if model.tied_embeddings else {}
 
 
 def vocab_local(model: ModelConfig, tp: int) -> int:
@@ -174,7 +187,7 @@ def _classifier(model: ModelConfig) -> dict[str, Parameter]:
     return {"weight": weight, "bias": Parameter((model.n_classes,), "vector", ZEROS)}
 
 
-_BY_TOKEN = {"sharded": 0, "pad_to": VOCAB_MULTIPLE}
+_BY_TOKEN: dict[str, Any] = {"sharded": 0, "pad_to": VOCAB_MULTIPLE}
 
 
 def _token_table(model: ModelConfig) -> dict[str, Parameter]:

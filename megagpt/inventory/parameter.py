@@ -44,6 +44,7 @@ class Parameter:
     maps_per_head: linear maps whose rows lie side by side within each head's ([q, k, v]: 3).
     pad_to: a rank pads its share of the sharded dim to a multiple of this.
     flops: of one token, forward, where they are not 2 for each element of a map and 0 for others.
+    trained: whether it has a gradient, and whatever an optimizer keeps.
     """
 
     shape: Shape
@@ -54,6 +55,7 @@ class Parameter:
     maps_per_head: int = 1
     pad_to: int = 1
     flops: int | None = None
+    trained: bool = True
 
     @property
     def size(self) -> int:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from megagpt.config.kernels import AUTO, Kernels
 from megagpt.model.attention.attention import Attention
 from megagpt.model.dropout import Dropout, block_site
+from megagpt.model.lora import attach_adapters
 from megagpt.model.mlp import MLPS
 from megagpt.model.mlp.mlp import MLP
 from megagpt.model.norm import Norm
@@ -20,6 +21,7 @@ from megagpt.parallel.parameter import Declared
 
 if TYPE_CHECKING:
     from megagpt.config import ModelConfig
+    from megagpt.config.lora import LoraConfig
 
 
 class Block(nn.Module):
@@ -40,6 +42,7 @@ class Block(nn.Module):
         declared: Declared,
         recompute: bool = False,
         kernels: Kernels = AUTO,
+        lora: LoraConfig | None = None,
     ) -> None:
         super().__init__()
         self.recompute, self.axis = recompute, axis
@@ -53,6 +56,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, axis, declared.at("mlp"), kernels, edges)
         self.dropout_1 = Dropout(config.dropout_residual, seed, block_site(layer, 1), kernels)
         self.dropout_2 = Dropout(config.dropout_residual, seed, block_site(layer, 2), kernels)
+        if lora is not None and lora.rank is not None:
+            attach_adapters(self, declared, layer, axis, lora, kernels)
 
     def forward(self, inputs: Stream | tuple[Tensor, ...]) -> Stream:
         stream = Stream.of(inputs)
@@ -74,7 +79,7 @@ def _sequential(block: Block, stream: Stream) -> Tensor:
         h_BTD = block.norm_2(x_BTD)
     else:
         h_BTD, x_BTD = block.norm_2(block.attention(stream._replace(x=h_BTD)), x_BTD)
-    return block.mlp(h_BTD, epilogue=block.dropout_2.join(x_BTD, ids_B))
+    return block.mlp(h_BTD, block.dropout_2.join(x_BTD, ids_B), ids_B)
 
 
 def _post(block: Block, stream: Stream) -> Tensor:
@@ -83,9 +88,9 @@ def _post(block: Block, stream: Stream) -> Tensor:
     x_BTD, ids_B = stream.x, stream.sample_ids_B
     if block.dropout_1.active:
         x_BTD = block.norm_1(block.attention(stream, epilogue=block.dropout_1.join(x_BTD, ids_B)))
-        return block.norm_2(block.mlp(x_BTD, epilogue=block.dropout_2.join(x_BTD, ids_B)))
+        return block.norm_2(block.mlp(x_BTD, block.dropout_2.join(x_BTD, ids_B), ids_B))
     x_BTD, _ = block.norm_1(block.attention(stream), x_BTD)
-    x_BTD, _ = block.norm_2(block.mlp(x_BTD), x_BTD)
+    x_BTD, _ = block.norm_2(block.mlp(x_BTD, sample_ids_B=ids_B), x_BTD)
     return x_BTD
 
 
@@ -95,7 +100,7 @@ def _parallel(block: Block, stream: Stream) -> Tensor:
     h_BTD = block.norm_1(x_BTD)
     g_BTD = h_BTD if block.norm_2 is None else block.norm_2(x_BTD)
     x_BTD = block.attention(stream._replace(x=h_BTD), epilogue=block.dropout_1.join(x_BTD, ids_B))
-    return block.mlp(g_BTD, epilogue=block.dropout_2.join(x_BTD, ids_B))
+    return block.mlp(g_BTD, block.dropout_2.join(x_BTD, ids_B), ids_B)
 
 
 def _is_one_sum(config: ModelConfig) -> bool:
@@ -108,7 +113,8 @@ def _is_one_sum(config: ModelConfig) -> bool:
 def _parallel_in_one_sum(block: Block, stream: Stream) -> Tensor:
     """The same as `_parallel`, where both sums over the model axis can be taken together."""
     h_BTD = SUMMED.enter(block.norm_1(stream.x), block.axis)
-    return stream.x + SUMMED.leave(block.attention(stream._replace(x=h_BTD)) + block.mlp(h_BTD), block.axis)
+    y_BTD = block.attention(stream._replace(x=h_BTD)) + block.mlp(h_BTD, sample_ids_B=stream.sample_ids_B)
+    return stream.x + SUMMED.leave(y_BTD, block.axis)
 
 
 _STEPS = {"sequential": _sequential, "post": _post, "parallel": _parallel, "parallel_two_norms": _parallel}

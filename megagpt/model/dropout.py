@@ -11,11 +11,17 @@ from megagpt.parallel.linear import Epilogue
 
 EMBEDDING_SITE = 0
 SITES_PER_BLOCK = 3  # attention probabilities, attention output, MLP output
+FIRST_ADAPTER_SITE = 1 << 24
 
 
 def block_site(layer: int, which: int) -> int:
     """Number of a dropout site, unique in the model: part of the generator's key."""
     return 1 + layer * SITES_PER_BLOCK + which
+
+
+def adapter_site(layer: int, which: int, n_modules: int) -> int:
+    """That of an adapter: of `n_modules` that a block may have, number `which`. Beyond all sites of blocks."""
+    return FIRST_ADAPTER_SITE + layer * n_modules + which
 
 
 class Dropout(nn.Module):

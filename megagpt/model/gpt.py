@@ -6,7 +6,7 @@ Shapes: B batch, T time, D model, V this rank's part of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ from megagpt.parallel.parameter import Declared, part_of
 
 if TYPE_CHECKING:
     from megagpt.config import ModelConfig
+    from megagpt.config.lora import LoraConfig
 
 
 class Embedding(nn.Module):
@@ -72,8 +73,8 @@ class Head(nn.Module):
     Shapes: stream of x_BTD → logits_BTV, this rank's columns; with a classifier, of packed rows → `Classified`.
     Comm: backward all-reduce over the model axis.
     `tokens` is the embedding whose weight is used: the embedding's own one where it is at hand (tied, one stage), a
-    copy that the pipeline keeps equal (tied, several stages: declared under the name of the embedding's), or the
-    head's own matrix (not tied). `on_answers`: told of each example's answer that a loss is taken of.
+    copy that the pipeline keeps equal (tied, several stages: made from what `embedding` declares), or the head's own
+    matrix (not tied). `on_answers`: told of each example's answer that a loss is taken of.
     """
 
     def __init__(
@@ -82,16 +83,14 @@ class Head(nn.Module):
         axis: Axis,
         declared: Declared,
         kernels: Kernels = AUTO,
+        embedding: Declared | None = None,
         tokens: VocabParallelEmbedding | None = None,
     ) -> None:
         super().__init__()
         self.axis, self.kernels, self.scale = axis, kernels["cross_entropy"], config.logit_scale
         self.norm = Norm(config, declared.at("norm"), kernels) if config.final_norm else None
-        if config.tied_embeddings:
-            tied = replace(declared, name="embedding", parameters=inventory.tied_matrix(config))
-            self.tokens = tokens or VocabParallelEmbedding(tied.at("tokens"), axis)
-        else:
-            self.tokens = VocabParallelEmbedding(declared.at("tokens"), axis)
+        of_tokens = embedding if embedding is not None and config.tied_embeddings else declared
+        self.tokens = tokens or VocabParallelEmbedding(of_tokens.at("tokens"), axis)
         self.bias = declared.make_if_any("bias", axis)
         self.classifier = Classifier(config, axis, declared.at("classifier"), kernels) if config.n_classes else None
         self.on_answers: Callable[[Tensor, Tensor], None] | None = None
@@ -167,14 +166,18 @@ def layer_list(
     recompute: bool = False,
     kernels: Kernels = AUTO,
     empty: bool = False,
+    lora: LoraConfig | None = None,
 ) -> list[Blueprint]:
-    """The whole model in order: embedding, blocks.0 …, head. empty: see `Declared`."""
-    listed = inventory.layers(config)
+    """The whole model in order: embedding, blocks.0 …, head.
+
+    empty: see `Declared`.  lora: with a rank, frozen but for adapters.
+    """
+    listed = inventory.layers(config, kernels, lora)
     embedding, *blocks, head = (Declared(layer.name, layer.parameters, seed, empty) for layer in listed)
     return [
         Blueprint("embedding", Embedding, (config, axis, embedding, kernels)),
-        *(Blueprint(b.name, Block, (config, i, axis, b, recompute, kernels)) for i, b in enumerate(blocks)),
-        Blueprint("head", Head, (config, axis, head, kernels)),
+        *(Blueprint(b.name, Block, (config, i, axis, b, recompute, kernels, lora)) for i, b in enumerate(blocks)),
+        Blueprint("head", Head, (config, axis, head, kernels, embedding)),
     ]
 
 
@@ -194,9 +197,10 @@ class GPT(nn.Module):
         recompute: bool = False,
         kernels: Kernels = AUTO,
         empty: bool = False,
+        lora: LoraConfig | None = None,
     ) -> None:
         super().__init__()
-        embedding, *blocks, head = layer_list(config, axis, seed, recompute, kernels, empty)
+        embedding, *blocks, head = layer_list(config, axis, seed, recompute, kernels, empty, lora)
         self.embedding = Embedding(*embedding.arguments)
         self.blocks = nn.ModuleList(block.build() for block in blocks)
         self.head = Head(*head.arguments, tokens=self.embedding.tokens if config.tied_embeddings else None)

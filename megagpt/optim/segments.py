@@ -67,6 +67,14 @@ class Segment:
         whole.view(-1).narrow(0, self.start, self.length).copy_(self.of(values))
         return whole
 
+    def elements_of(self, unpadded: Tensor) -> Elements:
+        """Those of a tensor of the whole part without padding."""
+        local = unpadded
+        if unpadded.shape != self.shape:  # there is padding
+            local = unpadded.new_zeros(self.shape)
+            self.named.part.unpadded(local).copy_(unpadded)
+        return lambda start, length: local.reshape(-1).narrow(0, start, length)
+
     def cut(self, whole: Tensor) -> Tensor:
         """These elements of a tensor of the whole part."""
         return whole.reshape(-1).narrow(0, self.start, self.length)

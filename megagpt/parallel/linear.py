@@ -1,5 +1,7 @@
 """Linear layers whose weight is shared out over a mesh axis (Shoeybi et al. 2019, section 3).
 
+Each may have an adapter, `lora` (model/lora.py), which adds to the product; it draws by the positions of the samples.
+
 Shapes: I inputs, O outputs, _local a shard over the axis.
 """
 
@@ -58,14 +60,15 @@ class ColumnParallelLinear(nn.Module):
         self.axis, self.edges = axis, edges
         self.weight = declared.make("weight", axis)
         self.bias = declared.make_if_any("bias", axis)
+        self.lora: nn.Module | None = None
 
-    def forward(self, x_I: Tensor, epilogue: Epilogue | None = None) -> Tensor:
+    def forward(self, x_I: Tensor, epilogue: Epilogue | None = None, sample_ids_B: Tensor | None = None) -> Tensor:
         x_I = self.edges.enter(x_I, self.axis)
         weight_OI = self.weight.view(-1, self.weight.shape[-1])
         bias_O = None if self.bias is None else self.bias.view(-1)
         if epilogue is None:
-            return product(x_I, weight_OI, bias_O)
-        return epilogue(product(x_I, weight_OI), bias_O)
+            return _adapted(product(x_I, weight_OI, bias_O), x_I, self.lora, sample_ids_B)
+        return epilogue(_adapted(product(x_I, weight_OI), x_I, self.lora, sample_ids_B), bias_O)
 
     def extra_repr(self) -> str:
         return _sizes(self.weight)
@@ -87,11 +90,15 @@ class RowParallelLinear(nn.Module):
         self.axis, self.edges = axis, edges
         self.weight = declared.make("weight", axis)
         self.bias = declared.make_if_any("bias", axis)
+        self.lora: nn.Module | None = None
 
-    def forward(self, x_I_local: Tensor, epilogue: Epilogue | None = None) -> Tensor:
+    def forward(
+        self, x_I_local: Tensor, epilogue: Epilogue | None = None, sample_ids_B: Tensor | None = None
+    ) -> Tensor:
         if epilogue is None and self.axis.size == 1:
-            return product(x_I_local, self.weight, self.bias)
-        y_O = self.edges.leave(product(x_I_local, self.weight), self.axis)
+            return _adapted(product(x_I_local, self.weight, self.bias), x_I_local, self.lora, sample_ids_B)
+        term_O = _adapted(product(x_I_local, self.weight), x_I_local, self.lora, sample_ids_B)
+        y_O = self.edges.leave(term_O, self.axis)
         if epilogue is not None:
             return epilogue(y_O, self.bias)
         return y_O if self.bias is None else y_O + self.bias
@@ -125,14 +132,21 @@ class HeadsLinear(nn.Module):
         self.head = axis.rank * n_heads // axis.size if n_heads < axis.size else None
         self.weight = declared.make("weight", axis)
         self.bias = declared.make_if_any("bias", axis)
+        self.lora: nn.Module | None = None
 
-    def forward(self, x_I: Tensor) -> Tensor:
-        return product(x_I, self._rows(self.weight), None if self.bias is None else self._rows(self.bias))
+    def forward(self, x_I: Tensor, sample_ids_B: Tensor | None = None) -> Tensor:
+        y_O = product(x_I, self.rows_of(self.weight), None if self.bias is None else self.rows_of(self.bias))
+        return _adapted(y_O, x_I, self.lora, sample_ids_B)
 
-    def _rows(self, parameter: Tensor) -> Tensor:
+    def rows_of(self, parameter: Tensor) -> Tensor:
+        """Those of this rank's heads, of a parameter that has the weight's rows."""
         if self.head is None:
             return parameter
         return copy_to(parameter, self.axis).narrow(0, self.head * self.n_rows, self.n_rows)
+
+
+def _adapted(y_O: Tensor, x_I: Tensor, lora: nn.Module | None, sample_ids_B: Tensor | None) -> Tensor:
+    return y_O if lora is None else y_O + lora(x_I, sample_ids_B)
 
 
 def _require_divisible(what: str, n: int, axis: Axis) -> None:

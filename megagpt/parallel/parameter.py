@@ -7,7 +7,7 @@ padding belongs to nobody: it stays zero and never reaches a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -83,6 +83,7 @@ class Declared:
         shape, part = declared.local_shape(axis.size), held(declared, axis)
         parameter: Any = nn.Parameter(torch.empty(()).expand(shape) if self.empty else torch.empty(shape))
         parameter.part, parameter.declared = part, declared
+        parameter.requires_grad_(declared.trained)
         if not (self.empty or parameter.is_meta):
             Beginning(declared.init, part, shape, self.seed, f"{self.name}.{name}").fill(parameter.data.view(-1))
         return parameter
@@ -135,6 +136,11 @@ class Named:
                 f"{self.name} is a parameter that its layer does not declare, so that how it is cut, begins and is "
                 "saved is not known; declare it in megagpt/inventory/layers.py, and make it by Declared.make"
             )
+
+
+def trained(parameters: Iterable[Named]) -> list[Named]:
+    """Those of them that are not frozen."""
+    return [named for named in parameters if named.declared.trained]
 
 
 def named_parameters(model: nn.Module) -> list[Named]:

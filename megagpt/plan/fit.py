@@ -73,6 +73,18 @@ def check_attention(config: RunConfig) -> None:
     )
 
 
+def check_lora(config: RunConfig) -> None:
+    """Whether each target is a matrix: an adapter stands beside one, and not beside a product of several."""
+    kind, targets = config.model.mlp, [t for t in config.lora.targets if t in ("up", "down")]
+    require(
+        config.lora.rank is None or not targets or not MLPS[kind].is_product,
+        f"lora.targets={' '.join(config.lora.targets)} with model.mlp={kind}",
+        f"needs dense matrices for {' and '.join(targets)}",
+        "use --lora.targets qkv out",
+        *("lora.targets", "model.mlp"),
+    )
+
+
 def check_precision(config: RunConfig) -> None:
     """16 bits need the fp32 masters that ZeRO-1 keeps: DeepSpeed has none, or cannot save them, at stage 0."""
     if config.train.precision != "fp32" and config.parallel.zero_stage == 0:

@@ -60,31 +60,36 @@ def estimate_memory(
 ) -> Memory:
     """Memory of one rank of the stage that computes `layers`.
 
-    held: their parameters, and copies of other stages' that the stage keeps.
+    held: their parameters, and copies of other stages' that the stage keeps; the frozen ones have weights alone.
     zero_stage: the one in use.
     in_flight: micro-batches whose activations are kept at the peak (1F1B: pp - stage, at most all of them).
     """
     precision, tp = config.train.precision, config.parallel.tp
     params, width = sum(p.local_size(tp) for p in held), WEIGHT_BYTES[precision]
-    weights = params * width // (dp if zero_stage >= 3 else 1)
-    states = _optimizer_bytes(config, zero_stage, held) // (dp if zero_stage >= 1 else 1)
+    learning = [p for p in held if p.trained]
+    n_learning, shards = sum(p.local_size(tp) for p in learning), dp if zero_stage >= 3 else 1
+    weights = params * width // shards
+    largest = max(p.local_size(tp) for p in held) * width
+    states = _optimizer_bytes(config, zero_stage, learning) // (dp if zero_stage >= 1 else 1)
     tokens = config.train.micro_batch_size * config.model.seq_len
     return Memory(
         weights=weights,
-        gradients=params * GRADIENT_BYTES[precision] // (dp if zero_stage >= 2 else 1),
+        gradients=n_learning * GRADIENT_BYTES[precision] // (dp if zero_stage >= 2 else 1),
         optimizer=0 if config.parallel.offload_optimizer else states,
         activations=tokens * _activation_bytes_per_token(config, layers, in_flight),
         logits=tokens * _logit_bytes(config, layers[-1]),
         host=states if config.parallel.offload_optimizer else 0,
-        start=_start_bytes(weights, zero_stage, largest=max(p.local_size(tp) for p in held) * width),
+        start=weights + _start_bytes(zero_stage, n_learning * width // shards, largest),
     )
 
 
-def _start_bytes(weights: int, zero_stage: int, largest: int) -> int:
-    """ZeRO lays the weights end to end, with both copies while it does; ZeRO 3 shards them, whole one at a time."""
+def _start_bytes(zero_stage: int, learning: int, largest: int) -> int:
+    """Beside the weights: ZeRO lays those that it trains end to end, with both copies while it does; ZeRO 3 shards
+    them, whole one at a time.
+    """
     if zero_stage == 0:
-        return weights
-    return 2 * weights if zero_stage < 3 else max(2 * weights, weights + largest)
+        return 0
+    return learning if zero_stage < 3 else max(learning, largest)
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:

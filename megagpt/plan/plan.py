@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megagpt.config import RunConfig
-from megagpt.inventory.layers import Layer, layers, tied_matrix, vocab_local
+from megagpt.inventory.layers import TIED, Layer, layers, vocab_local
 from megagpt.plan.fit import (
     check_attention,
     check_batch,
     check_lengths,
+    check_lora,
     check_model,
     check_noise_scale,
     check_precision,
@@ -80,10 +81,10 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     """
     dp, micro_batches = _checked(config, world_size)
     model, parallel = config.model, config.parallel
-    listed = layers(model, config.train.kernels)
+    listed = layers(model, config.train.kernels, config.lora)
     bounds = stage_bounds(parallel.partition, listed, parallel.pp)
     stages = tuple(
-        _stage(config, dp, micro_batches, number, first, listed[first:end])
+        _stage(config, dp, micro_batches, number, first, listed[first:end], listed[0])
         for number, (first, end) in enumerate(pairwise(bounds))
     )
     return Plan(
@@ -108,6 +109,7 @@ def _checked(config: RunConfig, world_size: int) -> tuple[int, int]:
     check_attention(config)
     check_precision(config)
     check_lengths(config)
+    check_lora(config)
     dp = check_world(config, world_size)
     micro_batches = check_batch(config, dp)
     check_noise_scale(config)
@@ -128,18 +130,27 @@ def model_flops_per_token(layers: tuple[Layer, ...]) -> int:
 
     N: elements of the matrices that multiply each token: the output matrix counts, the look-ups do not.
     L I T: layers × inner width × context, or what `inventory.layers.score_flops` says for other attention. It counts in
-    full, as is usual, though a causal one needs half of it (6 N + 6 L I T). Recomputing does not count.
+    full, as is usual, though a causal one needs half of it (6 N + 6 L I T). Recomputing does not count. Frozen matrices
+    have no gradient: 4 N of theirs in place of 6 N.
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
-    return 3 * sum(layer.flops_per_token for layer in layers)
+    return sum(3 * layer.flops_per_token - layer.frozen_flops for layer in layers)
 
 
-def _stage(config: RunConfig, dp: int, micro_batches: int, number: int, first: int, layers: tuple[Layer, ...]) -> Stage:
+def _stage(
+    config: RunConfig,
+    dp: int,
+    micro_batches: int,
+    number: int,
+    first: int,
+    layers: tuple[Layer, ...],
+    embedding: Layer,
+) -> Stage:
     tp, pp = config.parallel.tp, config.parallel.pp
     is_first, is_last = number == 0, number == pp - 1
     held = [p for layer in layers for p in layer.parameters.values()]
-    if is_last and not is_first:
-        held += tied_matrix(config.model).values()
+    if is_last and not is_first and config.model.tied_embeddings:
+        held.append(embedding.parameters[TIED.removeprefix(f"{embedding.name}.")])
     in_flight = micro_batches_in_flight(config.parallel, number, micro_batches)
     zero_stage = zero_stage_in_use(config, dp)
     return Stage(

@@ -244,6 +244,7 @@ def _state(parts: Parts, step: int, lr: float, validation: Validation | None) ->
         noise_scale=engine.noise.state if engine.noise else {},
         validation_loss=validation.loss if validation else None,
         validation_score=validation.score if validation else None,
+        base_sha256=parts.run.base_sha256,
     )
 
 

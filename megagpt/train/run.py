@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from megagpt.checkpoint import folders
+from megagpt.checkpoint.adapters import base_from_load, find_base, weights_sha256
 from megagpt.checkpoint.load import check_resumable, find_whole
 from megagpt.checkpoint.state import DataState, read_state
 from megagpt.cli import to_yaml
@@ -23,6 +24,7 @@ from megagpt.data.tokenizers.kept import keep
 from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.files import os_reason, replace_text
+from megagpt.inventory.parameter import WEIGHT
 from megagpt.parallel.mesh import Mesh
 from megagpt.processes.agree import together
 from megagpt.train.source import AnySamples, Source
@@ -45,6 +47,7 @@ class Run:
     tokenizer: Tokenizer | None
     data_identity: DataState
     resume_from: Path | None
+    base_sha256: str = ""
 
 
 def find_run(config: RunConfig, source: Source, plan: Plan, mesh: Mesh, stack: ExitStack) -> Run | None:
@@ -53,6 +56,7 @@ def find_run(config: RunConfig, source: Source, plan: Plan, mesh: Mesh, stack: E
     stack: holds the run folder's lock.  Returns None where --auto-resume finds that all steps are done.
     Comm: collective over all ranks.  Raises a RankError for what is missing or damaged, on any rank.
     """
+    config = together(lambda: base_from_load(config))
     folder = [together(lambda: _make_run_folder(config, stack) if mesh.rank == 0 else Path())]
     dist.broadcast_object_list(folder, src=0)
     resume_from = _find_checkpoint(config, mesh)
@@ -61,12 +65,14 @@ def find_run(config: RunConfig, source: Source, plan: Plan, mesh: Mesh, stack: E
             folders.drop_old(resume_from, config.checkpoint)  # it may have been killed before that
             print(f"nothing to do: {resume_from} has done all {config.train.train_steps} steps")
         return None
+    config, base_sha256 = _find_base(config, resume_from, mesh)
     train_samples, valid_samples = together(lambda: source.samples(config))
     together(lambda: source.verify(config))
     tokenizer = together(lambda: source.tokenizer(config))
     identity = source.identity(config, train_samples, tokenizer)
     together(lambda: _write_config(config, folder[0], tokenizer) if mesh.rank == 0 else None)
-    return Run(config, plan, mesh, folder[0], source, train_samples, valid_samples, tokenizer, identity, resume_from)
+    found = train_samples, valid_samples, tokenizer, identity, resume_from, base_sha256
+    return Run(config, plan, mesh, folder[0], source, *found)
 
 
 def _find_checkpoint(config: RunConfig, mesh: Mesh) -> Path | None:
@@ -79,6 +85,16 @@ def _find_checkpoint(config: RunConfig, mesh: Mesh) -> Path | None:
         return None
     say = partial(print, flush=True) if mesh.rank == 0 else lambda _: None
     return find_whole(load, fallback, say, newest_will_do=fallback or config.checkpoint.auto_resume)
+
+
+def _find_base(config: RunConfig, resume_from: Path | None, mesh: Mesh) -> tuple[RunConfig, str]:
+    """The configuration with the checkpoint of weights that adapters are for, every byte looked at; and their hash."""
+    if config.lora.rank is None:
+        return config, ""
+    config = together(lambda: find_base(config, read_state(resume_from) if resume_from else None))
+    say = partial(print, flush=True) if mesh.rank == 0 else lambda _: None
+    folder = find_whole(str(config.lora.base), False, say, keys=[WEIGHT])
+    return config, together(lambda: weights_sha256(folder))
 
 
 def _check_resumable(config: RunConfig, folder: Path) -> bool:

@@ -93,6 +93,7 @@ OTHERS: dict[str, object] = {
 UNUSED = {"t5_buckets", "t5_max_distance", "mlp_rank", "mlp_blocks"}  # but for what we set beside
 CHOICES = {
     "block": ("sequential", "parallel", "parallel_two_norms"),
+    "n_classes": (0, 2),
     "position": tuple(POSITIONS),
     "norm": ("layernorm", "rmsnorm"),
     "norm_position": ("pre", "post"),

@@ -119,7 +119,7 @@ def test_few_tensors_are_in_memory_at_a_time(tmp_path: Path, name: str, monkeypa
 
         return watching
 
-    monkeypatch.setattr(hf_import, "_read", watched(hf_import._read))
+    monkeypatch.setattr(hf_import, "read_tensor", watched(hf_import.read_tensor))
     monkeypatch.setattr(hf_export, "_read", watched(hf_export._read))
     folder = import_model(tmp_path / "hf", tmp_path / "run")
     monkeypatch.setattr(hf_export, "_compare", lambda *_: 0.0)  # which holds the model

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megagpt.cli import parse_run_config
-from megagpt.config import ModelConfig
-from megagpt.inventory.layers import block, canonical, layers, tied_matrix, vocab_local
+from megagpt.config import LoraConfig, ModelConfig
+from megagpt.inventory.layers import TIED, block, canonical, layers, vocab_local
 from megagpt.inventory.parameter import Kept, Parameter, kept_numbers
 from megagpt.model.gpt import GPT, layer_list
 from megagpt.parallel.axis import Axis
@@ -65,8 +65,21 @@ def test_modules_hold_what_is_declared(name, tp):
         assert held(whole) == declared(canonical(model), tp)
         assert whole.embedding.tokens.weight.shape[0] == vocab_local(model, tp)
         for layer in layers(model):
-            tied = dict(tied_matrix(model)) if layer.name == "head" else {}
+            is_tied = layer.name == "head" and model.tied_embeddings
+            tied = {"tokens.weight": canonical(model)[TIED]} if is_tied else {}
             assert held(built[layer.name]) == declared(dict(layer.parameters) | tied, tp), layer.name
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", ["one key head, a bias of logits", "no biases, post-norm"])
+def test_adapters_are_held_as_declared_and_are_all_that_is_trained(name, tp):
+    model, lora = MODELS[name], LoraConfig(rank=3)
+    wanted = {f"{layer.name}.{n}": p for layer in layers(model, lora=lora) for n, p in layer.parameters.items()}
+    with torch.device("meta"):
+        gpt = GPT(model, Axis(group=None, rank=tp - 1, size=tp), lora=lora)
+    assert held(gpt) == declared(wanted, tp)
+    assert {n for n, p in gpt.named_parameters() if p.requires_grad} == {n for n in wanted if ".lora." in n}
+    assert {n for n, p in wanted.items() if not p.trained} == canonical(model).keys()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -108,7 +108,7 @@ def pieces_of(engine: Engine, key: str) -> list[LocalPart]:
 
 def _pieces(engine: Engine, values_of: Callable[[Named], Tensor]) -> list[LocalPart]:
     mesh, pieces = engine.mesh, []
-    for named in engine.parameters:
+    for named in engine.masters.parameters:
         values = values_of(named).cpu().clone()
         if named.owned and mesh.data.rank == 0 and (named.part.dim is not None or mesh.model.rank == 0):
             pieces.append(LocalPart(named.name, named.part.dim, mesh.model.rank, values))

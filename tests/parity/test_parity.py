@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from megagpt.config import ModelConfig, RunConfig
 from megagpt.data import loader
 from megagpt.model.dropout import Dropout
-from megagpt.parallel import collectives, parameter
+from megagpt.parallel import beginning, collectives
 from megagpt.processes.local import run_ranks
 from megagpt.train.step.deepspeed import backend
 from megagpt.train.step.deepspeed.stages import GPTStage
@@ -135,7 +136,7 @@ def heads_draw_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 def samples_are_numbered_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     cut = loader._micro_batch
     renumber = lambda batch: dataclasses.replace(batch, sample_ids_B=torch.arange(len(batch.sample_ids_B)))  # noqa: E731
-    monkeypatch.setattr(loader, "_micro_batch", lambda *args: renumber(cut(*args)))
+    monkeypatch.setattr(loader, "_micro_batch", lambda *args, **named: renumber(cut(*args, **named)))
 
 
 def input_gradients_are_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,8 +144,12 @@ def input_gradients_are_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shards_draw_their_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = parameter.Part.take
-    monkeypatch.setattr(parameter.Part, "take", lambda part, full: take(dataclasses.replace(part, start=0), full))
+    fill = beginning.Beginning.fill
+
+    def like_the_first(self: beginning.Beginning, *args: Any) -> torch.Tensor:
+        return fill(dataclasses.replace(self, part=dataclasses.replace(self.part, start=0)), *args)
+
+    monkeypatch.setattr(beginning.Beginning, "fill", like_the_first)
 
 
 Fault = Callable[[pytest.MonkeyPatch], None]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megagpt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megagpt.config import LoraConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megagpt.model.gpt import GPT
 from megagpt.parallel.axis import SINGLE
 from megagpt.plan.plan import make_plan
@@ -119,8 +119,41 @@ def test_activations_are_what_autograd_saves(kind):
     assert 0 <= (saved[1] - saved[0]) - (planned[1] - planned[0]) <= small
 
 
-def saved_bytes(model: ModelConfig) -> int:
-    gpt = GPT(model, SINGLE)
+LORAS = {
+    "all": {},
+    "with dropout": {"dropout": 0.1},
+    "queries, keys and values": {"targets": ("qkv",)},
+    "MLP's last": {"targets": ("down",), "dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("lora", LORAS)
+@pytest.mark.parametrize("kind", ["usual", "one key head, SwiGLU", "parallel"])
+def test_adapters_need_fewer_activations_and_no_more_than_is_planned(kind, lora):
+    """As autograd saves them, layer by layer. Beside the formula: as above."""
+    model, lora = replace(SMALL, dropout_residual=0.1, **KINDS[kind]), LoraConfig(rank=4, **LORAS[lora])
+    saved = [saved_bytes(replace(model, n_layers=n), lora) for n in (2, 3)]
+    plans = [make_plan(replace(run(replace(model, n_layers=n)), lora=lora), 1).stages[0].memory for n in (2, 3)]
+    planned = plans[1].activations - plans[0].activations
+    small = 2 * 2 * (2 * 2 + model.n_heads) * model.seq_len * 4 + model.seq_len**2 + 1024
+    assert 0 <= (saved[1] - saved[0]) - planned <= small
+
+
+def test_what_is_frozen_has_neither_gradient_nor_moments():
+    model = replace(SMALL, n_layers=1)
+    memory = make_plan(replace(run(model), lora=LoraConfig(rank=4)), 1).stages[0].memory
+    D = model.d_model
+    adapters = 4 * ((D + 3 * D) + (D + D) + (D + 4 * D) + (4 * D + D))  # rank times inputs and outputs
+    assert memory.gradients == 4 * adapters
+    assert memory.optimizer == 2 * 4 * adapters
+    whole = make_plan(run(model), 1).stages[0].memory
+    assert memory.weights == whole.weights + 4 * adapters
+    sharded = make_plan(replace(run(model, zero_stage=1), lora=LoraConfig(rank=4)), 4).stages[0].memory
+    assert sharded.start == memory.weights + 4 * adapters  # ZeRO lays end to end what it trains alone
+
+
+def saved_bytes(model: ModelConfig, lora: LoraConfig | None = None) -> int:
+    gpt = GPT(model, SINGLE, lora=lora)
     weights = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 

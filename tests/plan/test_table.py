@@ -46,7 +46,7 @@ def test_a_screenful_at_100_columns():
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
     assert "…" not in text  # nothing cut
-    assert len(lines) < 48
+    assert len(lines) <= 50  # of an editor's window; 48 before adapters and fine-tuning had settings
     assert "it never fills" in text  # 2 micro-batches for 8 stages
 
 

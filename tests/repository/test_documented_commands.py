@@ -335,7 +335,9 @@ def quietly(call) -> str | None:
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages speak of: a corpus, files of a tokenizer, and a finished run, runs/a, with runs/other."""
+    """What the pages speak of: a corpus, files of a tokenizer, and a finished run, runs/a, with runs/other; and
+    adapters on it, runs/lora.
+    """
     folder = tmp_path_factory.mktemp("sandbox")
     texts = [path.read_text(encoding="utf-8")[:2000] for path in sorted(Path(__file__).parent.glob("*.py"))] * 4
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -358,6 +360,8 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tools/preprocess_data.py --input corpus.jsonl --output-prefix my --tokenizer gpt2 --vocab-file vocab.json "
         "--merge-file merges.txt --append-eod --workers 1",
         f"examples/pretrain_gpt.py --data-path {folder}/my_text_document {tiny}",
+        "examples/pretrain_gpt.py --load runs/a --config runs/a/config.yaml --lora.rank 2 --save runs/lora "
+        "--train-steps 2",
     ):
         program, *words = shlex.split(line)
         done = subprocess.run(

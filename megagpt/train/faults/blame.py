@@ -100,7 +100,7 @@ class _Watch:
             for module_name, module in layer.named_modules(prefix=name):
                 self._watch_module(module_name, module, _depth(name))
             self._handles.append(layer.register_forward_hook(self._end))
-        for named in self._engine.parameters:
+        for named in self._engine.masters.parameters:
             self._watch_parameter(named.name, named.parameter, _depth(named.name))
         return self
 

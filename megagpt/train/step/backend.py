@@ -36,10 +36,10 @@ class Backend(Protocol):
     """The model of a run, spread over the mesh, and all that happens to it in a step.
 
     layers: this rank's, in order, by canonical name. parameters: theirs. tied: weights that other pipeline stages have
-    copies of, each with the group of those stages. Weights have no values yet: `Masters` gives them some.
-    optimizer: steps the masters that `segments` describes, and
-    optimizer_name says in the log which one it is. data_replicas: whether each rank of the data axis holds all the
-    weights of its layers, equal to the others'; ZeRO 3 shards them.
+    copies of, each with the group of those stages. Weights have no values yet: `Engine` gives them some.
+    optimizer: steps the masters that `segments` describes, and optimizer_name says in the log which one it is.
+    frozen: segments of what it does not step. data_replicas: whether each rank of the data axis holds all the weights
+    of its layers, equal to the others'; ZeRO 3 shards them.
     """
 
     device: torch.device
@@ -49,6 +49,7 @@ class Backend(Protocol):
     optimizer: torch.optim.Optimizer
     optimizer_name: str
     segments: Segments
+    frozen: list[Segment]
     data_replicas: bool
 
     def step(self, batches: Iterable[MicroBatch], n_sequences: int, seq_len: int) -> Outcome:
@@ -87,7 +88,10 @@ class Backend(Protocol):
         ...
 
     def set_weight(self, segment: Segment, elements: Elements) -> None:
-        """Follow a master that was written: set what the model computes with. elements: of the part, with padding."""
+        """Set what the model computes with: to follow a master that was written, or of a frozen one.
+
+        elements: of the part, with padding.
+        """
         ...
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagpt.checkpoint.adapters import load_base
 from megagpt.checkpoint.load import load_masters
 from megagpt.checkpoint.state import State
 from megagpt.config import RunConfig
@@ -16,6 +17,7 @@ from megagpt.data.loader import MicroBatch
 from megagpt.optim.average import keep_average
 from megagpt.optim.build import set_rate
 from megagpt.parallel.mesh import Mesh
+from megagpt.processes.agree import together
 from megagpt.schedule import Schedule
 from megagpt.train.measure.noise_scale import NoiseMeter
 from megagpt.train.step.backend import SKIPPED, Backend
@@ -46,7 +48,8 @@ class Engine:
     """The model, its optimizer and what a run knows of its steps, spread over the mesh."""
 
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh, begin: bool = True) -> None:
-        """begin: with first weights; else `load` must follow, which gives it all of them.
+        """begin: with first weights; else `load` must follow, which gives it all of them. Frozen ones are those of
+        `lora.base`, or without one first weights.
 
         Comm: collective over all ranks.  Raises UserError where the machine or a DeepSpeed JSON does not fit.
         """
@@ -56,10 +59,19 @@ class Engine:
         self.masters = Masters(self.backend, config.optim)
         if begin:
             self.masters.begin(config.train.seed)
+        self._fill_frozen()
         if config.optim.ema_decay is not None:
             keep_average(self.backend.optimizer, config.optim.ema_decay)
         self._before = self.counters
-        self.noise = NoiseMeter(self.parameters, mesh, self.backend.tied) if config.log.noise_scale else None
+        self.noise = NoiseMeter(self.masters.parameters, mesh, self.backend.tied) if config.log.noise_scale else None
+
+    def _fill_frozen(self) -> None:
+        frozen, set_weight = self.backend.frozen, self.backend.set_weight
+        if self.config.lora.base is not None:
+            together(lambda: load_base(frozen, self.config, set_weight))
+            return
+        for segment in frozen:
+            set_weight(segment, segment.named.beginning(segment.shape, self.config.train.seed).elements)
 
     def train_step(self, step: int, batches: Iterable[MicroBatch]) -> StepResult:
         """One optimizer step over this rank's micro-batches of global step `step`.

@@ -1,4 +1,4 @@
-"""The fp32 weights of a run and what its optimizer keeps of them, by key, whichever ZeRO stage holds it.
+"""The fp32 weights that a run trains and what its optimizer keeps of them, by key, whichever ZeRO stage holds it.
 
 "weight" is the fp32 weight; the optimizer's moments and statistics and the average have their own keys
 (optim/rules.py). Values are this rank's part of the logical tensor (`place_of`), without padding, and whole over the
@@ -17,7 +17,7 @@ from megagpt.inventory.parameter import AVERAGE, WEIGHT
 from megagpt.optim.mesh_optimizer import MeshOptimizer
 from megagpt.optim.rules import rule_of, statistic_shape
 from megagpt.optim.segments import Elements, Segment, copy_elements
-from megagpt.parallel.parameter import Named
+from megagpt.parallel.parameter import Named, trained
 from megagpt.train.step.backend import Backend
 
 
@@ -29,7 +29,7 @@ class Masters:
 
         So memory is taken at the start, and a checkpoint has a place to be loaded into.
         """
-        self.parameters, self.segments = backend.parameters, backend.segments
+        self.parameters, self.segments = trained(backend.parameters), backend.segments
         self.mesh, self.device = backend.segments.mesh, backend.segments.device
         self._backend, self._optimizer, self._config = backend, backend.optimizer, config
         self._statistics: dict[str, dict[str, Tensor]] = {}
@@ -65,11 +65,8 @@ class Masters:
         if key in self._statistics:
             self._statistics[key][named.name].copy_(value)
             return
-        segment, local = self.segments.of[named.name], value
-        if value.shape != segment.shape:  # there is padding
-            local = value.new_zeros(segment.shape)
-            named.part.unpadded(local).copy_(value)
-        self._set(segment, key, lambda start, length: local.reshape(-1).narrow(0, start, length))
+        segment = self.segments.of[named.name]
+        self._set(segment, key, segment.elements_of(value))
 
     def begin(self, seed: int) -> None:
         """Set the first weights of a run, and the average with them: each rank draws what it holds. Comm: none."""

@@ -25,7 +25,7 @@ from megagpt.optim.build import build_optimizer, freeze
 from megagpt.optim.segments import Elements, Segment
 from megagpt.parallel.collectives import all_reduce
 from megagpt.parallel.mesh import Mesh
-from megagpt.parallel.parameter import Named, named_parameters
+from megagpt.parallel.parameter import Named, named_parameters, trained
 from megagpt.train.step.backend import SKIPPED, Backend, Outcome
 from megagpt.train.step.deepspeed import zero
 from megagpt.train.step.deepspeed.settings import deepspeed_settings
@@ -63,8 +63,9 @@ class _DeepSpeedBackend(ABC):
         if plan.zero_stage == 3:
             zero.shard_at_birth(module, settings, mpu)
         _mark_sharded(self.parameters)
-        freeze(self.parameters, config)
-        self.optimizer, self.optimizer_name = build_optimizer(self.parameters, config)
+        learning = trained(self.parameters)
+        freeze(learning, config)
+        self.optimizer, self.optimizer_name = build_optimizer(learning, config)
         if plan.zero_stage == 0:
             self.optimizer.register_step_pre_hook(self._clip)
         self._engine: Any
@@ -81,10 +82,11 @@ class _DeepSpeedBackend(ABC):
             # Nothing to reduce: DeepSpeed would copy all gradients to and fro. Its other optimizers need that call.
             self._engine.enable_backward_allreduce = self._engine.pipeline_enable_backward_allreduce = False
         if plan.zero_stage > 0:
-            zero.watch_uncounted(self._zero, self.parameters, mesh)
+            zero.watch_uncounted(self._zero, learning, mesh)
         self.device: torch.device = self._engine.device
         self.data_replicas = plan.zero_stage < 3
-        self.segments = zero.find_segments(self.parameters, self._zero, mesh, self.device)
+        self.segments = zero.find_segments(learning, self._zero, mesh, self.device)
+        self.frozen = [zero.frozen_segment(n, mesh) for n in self.parameters if not n.declared.trained]
 
     @abstractmethod
     def _build(self, config: RunConfig, plan: Plan, mesh: Mesh) -> nn.Module:
@@ -146,7 +148,8 @@ class _PlainEngine(_DeepSpeedBackend):
 
     def _build(self, config: RunConfig, plan: Plan, mesh: Mesh) -> nn.Module:
         kernels = config.train.kernels
-        model = GPT(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels, empty=True)
+        recompute, seed = config.parallel.recompute, config.train.seed
+        model = GPT(config.model, mesh.model, seed, recompute, kernels, empty=True, lora=config.lora)
         if plan.zero_stage < 3:
             give_memory_here(model, config.train.precision)
         blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]

@@ -47,6 +47,8 @@ def deepspeed_settings(config: RunConfig, plan: Plan, on_gpu: bool) -> dict[str,
     settings = _owned(config, plan)
     if config.train.deepspeed_config is not None:
         settings = check_deepspeed_json(config.train.deepspeed_config, settings)
+        if config.lora.rank is not None:
+            _require_unquantized(config.train.deepspeed_config, settings)
     settings.setdefault("steps_per_print", 10**9)
     if config.train.precision == "bf16":  # DeepSpeed would add up gradients in fp32, and then round them to be sent
         settings.setdefault("communication_data_type", "fp32")
@@ -60,6 +62,12 @@ def deepspeed_settings(config: RunConfig, plan: Plan, on_gpu: bool) -> dict[str,
         # The engine clips: DeepSpeed counts tied and replicated weights wrongly here.
         settings["gradient_clipping"] = 0.0
     return settings
+
+
+def _require_unquantized(path: str, settings: Mapping[str, Any]) -> None:
+    key = "zero_quantized_nontrainable_weights"
+    if settings["zero_optimization"].get(key):
+        raise UserError(f"{path}: zero_optimization.{key} keeps 8 bits of the base's weights; remove the key")
 
 
 def _owned(config: RunConfig, plan: Plan) -> dict[str, Any]:

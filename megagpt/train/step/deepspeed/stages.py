@@ -38,11 +38,13 @@ class GPTStage(PipelineModule):
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh) -> None:
         self.plan_bounds, self.terms = list(plan.bounds), loss_terms(config)
         kernels = config.train.kernels
-        layers = layer_list(config.model, mesh.model, config.train.seed, config.parallel.recompute, kernels, empty=True)
+        recompute, seed = config.parallel.recompute, config.train.seed
+        layers = layer_list(config.model, mesh.model, seed, recompute, kernels, empty=True, lora=config.lora)
         self.precision = config.train.precision
         self.names = [layer.name for layer in layers]
         specs = [LayerSpec(layer.kind, *layer.arguments) for layer in layers]
-        if config.model.tied_embeddings:
+        self.is_tied = config.model.tied_embeddings
+        if self.is_tied and config.lora.rank is None:  # frozen copies stay equal by themselves
             for end in (0, -1):
                 layer = layers[end]
                 specs[end] = TiedLayerSpec("tied", layer.kind, *layer.arguments, tied_weight_attr="tokens.weight")
@@ -80,7 +82,7 @@ class GPTStage(PipelineModule):
         found = []
         for layer_name, layer in self.canonical_layers():
             for name, parameter in layer.named_parameters():
-                is_copy = layer_name == "head" and name == "tokens.weight" and bool(self.tied_weight_attrs)
+                is_copy = layer_name == "head" and name == "tokens.weight" and self.is_tied
                 full_name = TIED if is_copy else f"{layer_name}.{name}"
                 found.append(Named(full_name, parameter, owned=not is_copy))
         return found

@@ -48,6 +48,15 @@ def _segments(parameters: list[Named], optimizer: Any, mesh: Mesh) -> Iterator[S
             yield Segment.whole(named)
 
 
+def frozen_segment(named: Named, mesh: Mesh) -> Segment:
+    """This rank's elements of a parameter that no optimizer steps: what it computes with is its own master."""
+    p: Any = named.parameter
+    if not hasattr(p, "ds_id"):
+        return Segment.whole(named)
+    start = min(mesh.data.rank * p.ds_tensor.ds_numel, p.ds_numel)
+    return Segment(named, p.ds_shape, p.ds_tensor, 0, start, min(p.ds_tensor.ds_numel, p.ds_numel - start))
+
+
 def _groups_before_flattening(optimizer: Any) -> list[list[nn.Parameter]]:
     """The parameters of each group of ZeRO 1 and 2 (of which BF16_Optimizer is one); nothing for the others."""
     return getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None) or []
