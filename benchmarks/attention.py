@@ -1,103 +1,110 @@
-"""Implementations of attention side by side: forward and backward of one layer's, by context, dropout and pattern.
+"""One attention layer, forward and backward, by pattern, position, heads of keys, and implementation; times in turn.
 
-python -m benchmarks.attention --json benchmarks/results/attention-cpu.json
+    python -m benchmarks.attention                             on this machine's CPU, at GPT-2 small's width
+    python -m benchmarks.attention --device cuda --seq-len 4096 --json FILE
 
-Each case's implementations take turns, and each one's best time counts; the projections around attention are left out.
+Ratios are medians over rounds of each row's time to that of the first row, plain causal attention by torch.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import statistics
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from rich.console import Console
+from rich.table import Table
 
-from benchmarks.machine import conditions
+from benchmarks.machine import conditions, headline
 from megagpt.config import ModelConfig
 from megagpt.config.kernels import Kernels
-from megagpt.config.pattern import Pattern
 from megagpt.errors import ArgumentParser, run_cli
-from megagpt.inventory import layers as inventory
-from megagpt.inventory.attention import attention_lacks
-from megagpt.model.attention import IMPLEMENTATIONS
+from megagpt.files import json_text
+from megagpt.inventory.layers import attention
 from megagpt.model.attention.attention import Attention
+from megagpt.model.stream import Stream
 from megagpt.parallel.axis import SINGLE
 from megagpt.parallel.parameter import Declared
 
-CASES = (  # tokens of a sequence, dropout, positions, pattern
-    (512, 0.1, "none", "dense"),
-    (1024, 0.1, "none", "dense"),
-    (1024, 0.0, "alibi", "dense"),
-    (2048, 0.1, "none", "dense"),
-    (2048, 0.0, "none", "window:256"),
-)
-CHOICES = ("softmax", "blocks", "sdpa")
+BASE = ModelConfig(n_layers=1, d_model=768, n_heads=12, vocab_size=1, position="none")
+
+
+def rows(seq_len: int, device: str) -> dict[str, tuple[ModelConfig, str]]:
+    """By name: the layer, and --kernels. FlexAttention where it trains."""
+    base = replace(BASE, seq_len=seq_len)
+    patterns = {
+        "dense": base,
+        f"window:{seq_len // 8}": replace(base, attention=(f"window:{seq_len // 8}",)),
+        f"strided:{seq_len // 16}": replace(base, attention=(f"strided:{seq_len // 16}",)),
+        f"bigbird:{seq_len // 32}:3:2:3": replace(base, attention=(f"bigbird:{seq_len // 32}:3:2:3",)),
+    }
+    ways = ("sdpa", "softmax", "flex") if device == "cuda" else ("sdpa", "softmax")
+    found = {f"{name}, {way}": (config, f"auto,attention={way}") for name, config in patterns.items() for way in ways}
+    for n_kv_heads in (4, 1):
+        found[f"dense, {n_kv_heads} key heads"] = (replace(base, n_kv_heads=n_kv_heads), "auto")
+    for position in ("rotary", "alibi", "t5", "transformer_xl"):
+        found[position] = (replace(base, position=position), "auto")
+    return found
 
 
 def main() -> None:
-    """Measure, print and write."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--d-model", type=int, default=768, help="in heads of 64 (default: 768)")
-    parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch (default: 2048)")
-    parser.add_argument("--turns", type=int, default=7, help="of which the best counts (default: 7)")
-    parser.add_argument("--json", type=Path)
-    a = parser.parse_args()
-    rows = []
-    for seq_len, dropout, position, pattern in CASES:
-        config = ModelConfig(
-            n_layers=1,
-            d_model=a.d_model,
-            n_heads=a.d_model // 64,
-            seq_len=seq_len,
-            vocab_size=8,
-            position=position,
-            attention=(Pattern.parse(pattern),),
-            dropout_attention=dropout,
-        )
-        choices = [choice for choice in CHOICES if attention_lacks(choice, position, dropout) is None]
-        modules = {choice: attention(config, choice, a.device) for choice in choices}
-        times: dict[str, list[float]] = {choice: [] for choice in choices}
-        for _ in range(a.turns):
-            for choice, module in modules.items():
-                times[choice].append(seconds(module, max(1, a.tokens // seq_len), seq_len, a.device))
-        best = {choice: min(some) for choice, some in times.items()}
-        about = {"seq_len": seq_len, "dropout": dropout, "position": position, "pattern": pattern}
-        rows.append(about | {f"{choice}_ms": round(1e3 * s, 2) for choice, s in best.items()})
-        shown = ", ".join(f"{choice} {1e3 * s:.1f} ms ({best['softmax'] / s:.2f} x)" for choice, s in best.items())
-        print(f"{seq_len} tokens, dropout {dropout}, {position}, {pattern}: {shown}", flush=True)
-    if a.json:
-        written = conditions("benchmarks.attention", a.device) | {"rows": rows}
-        a.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    args = _parse()
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    about = conditions("benchmarks.attention", args.device)
+    steps = {name: step(*row, args, dtype) for name, row in rows(args.seq_len, args.device).items()}
+    times_s: dict[str, list[float]] = {name: [] for name in steps}
+    for one in steps.values():  # compiles what is compiled
+        one()
+    for _ in range(args.rounds):
+        for name, one in steps.items():
+            times_s[name].append(one())
+    first = next(iter(times_s.values()))
+    table = Table("layer", "ms", "time / first", title=headline(about))
+    measured = []
+    for name, own in times_s.items():
+        ratio = statistics.median(a / b for a, b in zip(own, first, strict=True))
+        measured.append({"layer": name, "time_s": statistics.median(own), "ratio": ratio})
+        table.add_row(name, f"{1e3 * statistics.median(own):.1f}", f"{ratio:.2f}")
+    Console().print(table)
+    if args.json:
+        args.json.write_text(json_text({**about, "rounds": args.rounds, "rows": measured}, indent=1) + "\n")
 
 
-def attention(config: ModelConfig, choice: str, device: str) -> Attention:
-    """One layer's, in training."""
-    declared = Declared("attention", inventory.attention(config, 0), seed=1)
-    return Attention(config, 0, SINGLE, declared, Kernels.parse(f"auto,attention={choice}")).to(device)
+def step(config: ModelConfig, kernels: str, args: Any, dtype: torch.dtype) -> Callable[[], float]:
+    """A function that does one forward and backward pass and returns its seconds."""
+    declared = Declared("attention", attention(config, 0))
+    layer = Attention(config, 0, SINGLE, declared, Kernels.parse(kernels)).to(args.device, dtype)
+    shape = (args.batch_size, args.seq_len, config.d_model)
+    x_BTD, dy_BTD = (torch.randn(shape, device=args.device, dtype=dtype) for _ in range(2))
+    ids_B = torch.arange(args.batch_size, device=args.device)
+    x_BTD.requires_grad_()
+
+    def timed() -> float:
+        layer.zero_grad()
+        x_BTD.grad = None
+        start = time.perf_counter()
+        layer(Stream(x_BTD, ids_B)).backward(dy_BTD)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return timed
 
 
-def seconds(module: Attention, batch: int, seq_len: int, device: str) -> float:
-    """Of a forward and a backward pass over queries, keys and values."""
-    size = (batch, seq_len, len(module.heads), 3, module.d_head)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    qkv: list[Tensor] = [x.transpose(1, 2).detach() for x in torch.randn(size, dtype=dtype, device=device).unbind(3)]
-    q, k, v = (x.requires_grad_() for x in qkv)
-    ids_B = torch.arange(batch, device=device)
-    synchronize(device)
-    start = time.perf_counter()
-    y = IMPLEMENTATIONS[module.choice].attend(module, q, k, v, ids_B)
-    y.backward(torch.ones_like(y))
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: str) -> None:
-    """Wait for what the GPU was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _parse() -> argparse.Namespace:
+    parser = ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--bf16", action="store_true", help="16 bits; default fp32")
+    parser.add_argument("--json", type=Path, help="write the figures here, with the machine's")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
