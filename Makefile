@@ -54,7 +54,7 @@ quick: $(ready) ## What to run at each change: style, layers, settings, plan, op
 	$(bin)/ruff format --check .
 	$(bin)/python -m pytest -n 2 --dist loadfile $(QUICK)
 
-test: $(ready) ## Run all tests but the slow ones: 12 minutes on two cores
+test: $(ready) ## Run all tests but the slow ones: 15 minutes or so on two cores
 	$(bin)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not slow" $(TESTS)
 
 test-slow: $(ready) ## Run the slow tests: every CUDA source compiled and emulated, launchers, hosts, benchmarks

@@ -135,7 +135,7 @@ def copy_repository(root: Path) -> None:
         if file.stem != EXAMPLE:
             (root / file.relative_to(ROOT)).unlink()
     (root / "csrc").mkdir()
-    wanted = ["*.h", "*.cuh", "index_builder.cpp", "branches.cpp", f"{EXAMPLE}.*"]
+    wanted = ["*.h", "*.cuh", "index_builder.cpp", "normal.cpp", "branches.cpp", f"{EXAMPLE}.*"]
     for file in (f for pattern in wanted for f in (ROOT / "csrc").glob(pattern)):
         shutil.copy(file, root / "csrc")
     for name in ("setup.py", "pyproject.toml"):
