@@ -15,7 +15,7 @@ import numpy as np
 from megagpt.errors import UserError
 from megagpt.finetune.example import Cuts, Document, Example, Examples
 from megagpt.finetune.scores import FIGURES
-from megagpt.finetune.task import Reading, Task, text_of
+from megagpt.finetune.task import Classification, Reading, text_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ GLUE: dict[str, Columns] = {
 _UNDECIDED = "-"  # MNLI: the annotators did not agree
 
 
-class Glue(Task):
+class Glue(Classification):
     """One of the nine."""
 
     def __init__(self, name: str) -> None:

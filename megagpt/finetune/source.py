@@ -15,6 +15,7 @@ from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.finetune.packing import first_rows, packed
 from megagpt.finetune.result import is_best, write_predictions, write_result
 from megagpt.finetune.rows import PackedRows
+from megagpt.finetune.task import Classification
 from megagpt.model.gpt import Head
 from megagpt.processes.agree import together
 from megagpt.schedule import Schedule
@@ -89,18 +90,25 @@ class ExampleSource(Source):
         if not isinstance(rows, PackedRows):
             return None
         loss, scores_NC = _evaluated(run, engine, rows)
-        if scores_NC is None:
+        if scores_NC is None or not isinstance(task, Classification):
             return Validation(loss)
         figures = task.figures(scores_NC, rows.examples) if np.isfinite(scores_NC).all() else {}
         if not figures:
             return Validation(loss)
         score = float(np.mean(list(figures.values())))
         if together(lambda: is_best(run.folder, step, score)):
-            self._write(run, engine, step, score, figures, scores_NC)
+            self._write(run, engine, step, task, score, figures, scores_NC)
         return Validation(loss, figures=figures, score=score)
 
     def _write(
-        self, run: Run, engine: Engine, step: int, score: float, figures: Mapping[str, float], scores_NC: np.ndarray
+        self,
+        run: Run,
+        engine: Engine,
+        step: int,
+        task: Classification,
+        score: float,
+        figures: Mapping[str, float],
+        scores_NC: np.ndarray,
     ) -> None:
         """Predictions of the best step so far, and then its result."""
         tested = _evaluated(run, engine, self._tests)[1] if self._tests else None
@@ -113,9 +121,9 @@ class ExampleSource(Source):
         }
 
         def write() -> None:
-            write_predictions(run.folder, "valid", self.work.task.predictions(scores_NC))
+            write_predictions(run.folder, "valid", task.predictions(scores_NC))
             if tested is not None:
-                write_predictions(run.folder, "test", self.work.task.predictions(tested))
+                write_predictions(run.folder, "test", task.predictions(tested))
             write_result(run.folder, step, score, figures, about)
 
         together(lambda: write() if run.mesh.rank == 0 else None)

@@ -27,7 +27,7 @@ class Reading:
 
 
 class Task(ABC):
-    """One of a run. n_classes: of its classifier; 0 where there is none, 1 where a number is asked for."""
+    """One of a run. n_classes: of its classifier; 0 where there is none."""
 
     n_classes: int = 0
 
@@ -35,13 +35,17 @@ class Task(ABC):
     def read(self, path: Path, reading: Reading, *, answered: bool = True) -> Examples:
         """The examples of a file. answered: its answers are wanted.  Raises UserError naming file and line."""
 
+
+class Classification(Task):
+    """A task with a classifier. n_classes: 1 where a number is asked for."""
+
+    @abstractmethod
     def figures(self, scores_NC: np.ndarray, examples: Examples) -> Mapping[str, float]:
         """What the task is measured by, by name, from the classifier's scores of each example."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predictions(self, scores_NC: np.ndarray) -> Sequence[str]:
         """The answers as the task's own files have them."""
-        raise NotImplementedError
 
 
 def text_of(path: Path, flag: str) -> tuple[str, str]:
